@@ -1,0 +1,1 @@
+"""Comparison of ring attention implementations: accuracy, speed, memory."""

@@ -1,0 +1,1 @@
+"""Ring attention: one sequence attended to by several ranks."""
