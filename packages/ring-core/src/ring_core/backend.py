@@ -1,0 +1,285 @@
+"""The contract with a kernel backend, what a backend says of itself, and how backends are found.
+
+A backend computes blocks of attention; it knows no ranks, layouts or masks, only tables of segments (`ring_core.plan`).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.metadata import entry_points
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ring_core.plan import Table
+
+ENTRY_POINTS = "ring_core.backends"
+_log = logging.getLogger(__name__)
+
+FEATURES = ("alibi", "band", "deterministic", "dropout", "gqa", "lse_grad", "packed", "sinks", "softcap")
+"""What a call may ask of a backend; "band" is any mask but full and causal over whole blocks."""
+
+
+class UnsupportedError(ValueError):
+    """The backend cannot do what was asked; the message says which others can."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadDims:
+    """Head dims a backend takes: multiples of `multiple` in [smallest, largest]."""
+
+    smallest: int = 1
+    largest: int = 256
+    multiple: int = 1
+
+    def __contains__(self, head_dim: int) -> bool:
+        return self.smallest <= head_dim <= self.largest and head_dim % self.multiple == 0
+
+    def __str__(self) -> str:
+        return f"{self.smallest}-{self.largest}" + (f" (multiples of {self.multiple})" if self.multiple > 1 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do on one device: the one table behind error messages, tests, `ring-compare list` and docs."""
+
+    available: bool
+    reason: str = ""
+    """Why not available here, and how to get it."""
+    provider: str = ""
+    """The library whose kernels run, where they are not the backend's own."""
+    dtypes: frozenset[torch.dtype] = frozenset()
+    head_dims: HeadDims = HeadDims()
+    features: frozenset[str] = frozenset()
+    accumulate: bool = True
+    """Continues from (state, lse) and walks several segments a strip. Where False, ring-core merges."""
+    flags: bool = False
+    """Waits in the kernel for pieces that are still arriving, and counts departures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """Philox dropout; see `ring_core.philox` for which element is kept."""
+
+    probability: float
+    seed: Tensor  # (1,) int64, on the device of the call
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """How a score becomes a probability: s = scale q·k; s = softcap tanh(s / softcap); s -= slope |distance|; softmax with the
+    sink as one more logit; dropout."""
+
+    scale: float
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None  # (Hq,) or (B, Hq) fp32
+    sinks: Tensor | None = None  # (Hq,)
+    dropout: Dropout | None = None
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """Arrival of pieces: piece c may be read once values[c] >= epoch[0]; POISON means give up."""
+
+    values: Tensor  # (C,) int32, read as uint32
+    epoch: Tensor  # (1,) int32
+
+
+POISON = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceTable:
+    """A segment table for one device; `host` is the same table as the planner made it."""
+
+    host: Table
+    device: torch.device
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """int32 (N, 12), columns as in `ring_core.plan.Segment`."""
+        return torch.from_numpy(self.host.rows.copy()).to(self.device)
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """int32 (G + 1,): rows of group g are rows[groups[g]:groups[g + 1]]."""
+        return torch.from_numpy(self.host.groups.copy()).to(self.device)
+
+
+def on_device(table: Table, device: torch.device) -> DeviceTable:
+    """The table's copy on `device`, kept with the table (which is kept with the plan)."""
+    key = str(device)
+    if key not in table.cache:
+        table.cache[key] = DeviceTable(table, device)
+    copy: DeviceTable = table.cache[key]
+    return copy
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One way to compute blocks of attention.
+
+    Shapes: q, out, dout (B, Sq, Hq, D), last dimension contiguous; k, v (C, B, S, Hkv, D): C pieces of keys in global order; lse
+    (B, Hq, Sq), natural log, contiguous. Sums are kept in fp32 (fp64 for fp64 inputs): lse, state, dk and dv have that dtype.
+    Query head h reads key head h // (Hq / Hkv).
+    """
+
+    name: str
+
+    def capabilities(self, device: torch.device) -> Capabilities:
+        """What it can do on `device`. Cheap, never raises: what is missing is said in `reason`."""
+        ...
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        state: Tensor | None,
+        table: DeviceTable,
+        *,
+        params: Params,
+        flags: Flags | None = None,
+    ) -> None:
+        """Walks a query-major table. Rows of a segment flagged FIRST start empty (with sinks: m = sink, l = 1, O = 0), others
+        continue from m = lse, l = 1, O = state (lse = -inf: empty, state is not read). Rows flagged LAST write `out` (q's dtype)
+        and lse, others `state` (B, Sq, Hq, D) and lse. `state` is None where every strip begins and ends in this table. Rows that
+        see nothing: out 0, lse -inf (with a sink: the sink). A segment may have k_len = 0."""
+        ...
+
+    def prepare(
+        self, q: Tensor, k_shape: torch.Size, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, *, params: Params
+    ) -> Any:
+        """Once per backward: delta = rowsum(dout · out) - dlse and a zeroed accumulator for dq. Returns the backend's own state."""
+        ...
+
+    def backward(
+        self,
+        state: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dout: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        table: DeviceTable,
+        *,
+        params: Params,
+        flags: Flags | None = None,
+        departures: Tensor | None = None,
+    ) -> None:
+        """Once per step, on a key-major table: adds into dq (in `state`) and into dk, dv (shaped as k, summed over the query heads
+        of a group, zeroed or partly summed on entry)."""
+        ...
+
+    def finish(self, state: Any, *, params: Params) -> tuple[Tensor, Tensor | None]:
+        """Once per backward: (dq in q's dtype, dsinks (Hq,) or None). dsinks is this rank's part."""
+        ...
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@cache
+def _registered() -> dict[str, Any]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def backend_names() -> tuple[str, ...]:
+    """Names of the installed backends, none imported."""
+    return tuple(sorted({"reference", *_registered()}))
+
+
+@cache
+def load_backend(name: str) -> Backend:
+    """The backend of that name, imported now.
+
+    Raises:
+        ValueError: no installed package registers it.
+        ImportError: from its package, where something that needs is missing.
+    """
+    if name not in backend_names():
+        raise ValueError(
+            f"there is no backend {name!r} here; installed: {', '.join(backend_names())}. "
+            f"Backends come with packages of their own: pip install ring-{name}"
+        )
+    if name not in _registered():  # run from a source tree that was never installed
+        from ring_core.reference import ReferenceBackend
+
+        return ReferenceBackend()
+    backend: Backend = _registered()[name].load()()
+    return backend
+
+
+def register_backend(name: str, backend: Backend) -> None:
+    """Makes a backend known in this process without an entry point (tests, experiments)."""
+
+    class Point:
+        @staticmethod
+        def load() -> Any:
+            return lambda: backend
+
+    _registered()[name] = Point()
+    load_backend.cache_clear()
+    check_supported.cache_clear()
+
+
+AUTOMATIC = ("cute", "triton", "native", "reference")
+"""What `backend=None` tries on CUDA, fastest first; other devices take the reference backend."""
+
+
+@cache
+def check_supported(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> None:
+    """Raises UnsupportedError, naming the argument and the alternatives, unless the backend can do all of it."""
+    problems = _shortcomings(load_backend(name).capabilities(device), device, dtype, head_dim, features)
+    if not problems:
+        return
+    able = [
+        other
+        for other in backend_names()
+        if other != name and not _shortcomings(_capabilities_or_none(other, device), device, dtype, head_dim, features)
+    ]
+    alternatives = f"backends here that can: {', '.join(able)}" if able else "no backend installed here can"
+    raise UnsupportedError(f"backend {name!r} cannot do this call: {'; '.join(problems)}; {alternatives}")
+
+
+@cache
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str:
+    """What `backend=None` means for a call: by capability, fastest first. Logged once per kind of call."""
+    candidates = AUTOMATIC if device.type == "cuda" else ("reference",)
+    for name in candidates:
+        if name in backend_names() and not _shortcomings(
+            _capabilities_or_none(name, device), device, dtype, head_dim, features
+        ):
+            _log.info("backend=None on %s, %s, head dim %d: %s", device.type, dtype, head_dim, name)
+            return name
+    return "reference"  # whose error says what no backend can do
+
+
+def _capabilities_or_none(name: str, device: torch.device) -> Capabilities:
+    try:
+        return load_backend(name).capabilities(device)
+    except ImportError as error:
+        return Capabilities(available=False, reason=str(error))
+
+
+def _shortcomings(
+    can: Capabilities, device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]
+) -> list[str]:
+    if not can.available:
+        return [can.reason or f"it does not run on {device.type}"]
+    problems = []
+    if dtype not in can.dtypes:
+        problems.append(f"q, k, v are {dtype}, it takes {', '.join(sorted(map(str, can.dtypes)))}")
+    if head_dim not in can.head_dims:
+        problems.append(f"the head dim is {head_dim}, it takes {can.head_dims}")
+    problems += [f"{feature} is not among its features" for feature in sorted(features - can.features)]
+    return problems
