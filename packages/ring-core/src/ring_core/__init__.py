@@ -1,1 +1,35 @@
-"""Ring attention: one sequence attended to by several ranks."""
+"""Ring attention: one sequence attended to by several ranks, each of which keeps its queries while keys and values travel.
+
+>>> out = ring_attention(q, k, v, causal=True, layout="zigzag")  # local parts of one sequence, on every rank
+"""
+
+from ring_core.backend import Backend, Capabilities, UnsupportedError, backend_names, load_backend
+from ring_core.comm import RingCommError
+from ring_core.functions import AttentionFunctions, flash_attn_functions
+from ring_core.interface import ring_attention
+from ring_core.layout import (
+    join_shards,
+    local_positions,
+    pad_sequence,
+    padded_length,
+    shard_sequence,
+    unshard_sequence,
+)
+
+__all__ = [
+    "AttentionFunctions",
+    "Backend",
+    "Capabilities",
+    "RingCommError",
+    "UnsupportedError",
+    "backend_names",
+    "flash_attn_functions",
+    "join_shards",
+    "load_backend",
+    "local_positions",
+    "pad_sequence",
+    "padded_length",
+    "ring_attention",
+    "shard_sequence",
+    "unshard_sequence",
+]

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ring_core.plan import Table
+from ring_core.segment import Table
 
 ENTRY_POINTS = "ring_core.backends"
 _log = logging.getLogger(__name__)
@@ -154,7 +154,15 @@ class Backend(Protocol):
         ...
 
     def prepare(
-        self, q: Tensor, k_shape: torch.Size, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, *, params: Params
+        self,
+        q: Tensor,
+        k_shape: torch.Size,
+        out: Tensor,
+        dout: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        *,
+        params: Params,
     ) -> Any:
         """Once per backward: delta = rowsum(dout · out) - dlse and a zeroed accumulator for dq. Returns the backend's own state."""
         ...
@@ -237,7 +245,9 @@ AUTOMATIC = ("cute", "triton", "native", "reference")
 
 
 @cache
-def check_supported(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> None:
+def check_supported(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]
+) -> None:
     """Raises UnsupportedError, naming the argument and the alternatives, unless the backend can do all of it."""
     problems = _shortcomings(load_backend(name).capabilities(device), device, dtype, head_dim, features)
     if not problems:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ring_core.backend import FEATURES, Capabilities, DeviceTable, Flags, HeadDims, Params, accumulation_dtype
 from ring_core.philox import keep_mask
-from ring_core.plan import FIRST, LAST, Segment
+from ring_core.segment import FIRST, LAST, Segment
 
 SCORES = 1 << 26
 """Scores held at a time (256 MiB in fp32): longer strips are cut into blocks of rows."""
@@ -61,20 +61,20 @@ class ReferenceBackend:
             for batch, rows in _blocks(strip, q):
                 place = (batch, slice(strip[0].q_start + rows.start, strip[0].q_start + rows.stop))
                 place_lse = (batch, slice(None), place[1])
-                m, l, o = _begin(strip[0], q[place], None if state is None else state[place], lse[place_lse], params)
+                m, total, o = _begin(strip[0], q[place], None if state is None else state[place], lse[place_lse], params)
                 for segment in strip:
                     keys, values = _read(k, segment, batch, flags), _read(v, segment, batch, flags)
-                    s, visible = _scores(q[place], keys, segment, rows, batch, params)  # (B, H, rows, k_len)
+                    s, _ = _scores(q[place], keys, segment, rows, batch, params)  # (B, H, rows, k_len)
                     m_new = torch.maximum(m, s.amax(dim=-1)) if s.shape[-1] else m
                     base = m_new.masked_fill(m_new == -torch.inf, 0.0)  # a row that has seen nothing yet
                     p = torch.exp(s - base[..., None])
                     decay = torch.exp(m - base)
-                    l = l * decay + p.sum(dim=-1)
+                    total = total * decay + p.sum(dim=-1)
                     p = _drop(p, segment, rows, batch, params)
                     o = o * _by_row(decay) + _weigh(p, values)
                     m = m_new
-                o = o / _by_row(torch.where(l == 0, 1.0, l))
-                lse[place_lse] = m + torch.log(l)
+                o = o / _by_row(torch.where(total == 0, 1.0, total))
+                lse[place_lse] = m + torch.log(total)
                 if strip[-1].flags & LAST:
                     out[place] = o.to(out.dtype)
                 else:
@@ -82,7 +82,15 @@ class ReferenceBackend:
                     state[place] = o
 
     def prepare(
-        self, q: Tensor, k_shape: torch.Size, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, *, params: Params
+        self,
+        q: Tensor,
+        k_shape: torch.Size,
+        out: Tensor,
+        dout: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        *,
+        params: Params,
     ) -> BackwardState:
         dtype = accumulation_dtype(q.dtype)
         delta = (dout.to(dtype) * out.to(dtype)).sum(dim=-1).transpose(1, 2)  # (B, Hq, Sq)
@@ -129,8 +137,8 @@ class ReferenceBackend:
         if params.sinks is None:
             return dq, None
         p = torch.exp(params.sinks.to(state.lse.dtype)[:, None] - state.lse)  # (B, Hq, Sq)
-        p = p.masked_fill(state.lse == -torch.inf, 0.0)
-        return dq, -(p * state.delta).sum(dim=(0, 2)).to(params.sinks.dtype)
+        share = (p * state.delta).masked_fill(state.lse == -torch.inf, 0.0)  # padding has no sink
+        return dq, -share.sum(dim=(0, 2)).to(params.sinks.dtype)
 
 
 def _blocks(strip: tuple[Segment, ...], q: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -178,9 +186,7 @@ def _weigh(p: Tensor, b: Tensor) -> Tensor:
 
 def _over_rows(p: Tensor, a: Tensor, num_kv_heads: int) -> Tensor:
     """(B, Hq, rows, k_len), (B, rows, Hq, D) -> (B, k_len, Hkv, D): sums over rows and the query heads of a group."""
-    return torch.einsum(
-        "bhgij,bihgd->bjhd", p.unflatten(1, (num_kv_heads, -1)), a.unflatten(2, (num_kv_heads, -1))
-    )
+    return torch.einsum("bhgij,bihgd->bjhd", p.unflatten(1, (num_kv_heads, -1)), a.unflatten(2, (num_kv_heads, -1)))
 
 
 def _by_row(x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import numpy as np
 
 from ring_core.layout import Run, local_runs
 from ring_core.plan.problem import UNBOUNDED, Problem
-from ring_core.plan.segment import Array
 from ring_core.ranges import Ranges
+from ring_core.segment import Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ring_core.layout import multiple
+from ring_core.layout import local_runs, multiple
 
 UNBOUNDED = 1 << 40
 
@@ -51,6 +51,14 @@ class Problem:
             UNBOUNDED if self.left is None else self.left,
             UNBOUNDED if self.right is None else self.right,
         )
+
+    def padding_rows(self, rank: int) -> list[tuple[int, int]]:
+        """Local rows (start, stop) of a rank that are padding."""
+        if self.q_total == self.q_length:
+            return []
+        runs = local_runs(self.layout, rank, self.world_size, self.q_length)
+        true = [max(0, min(run.length, -(-(self.q_total - run.index) // run.stride))) for run in runs]
+        return [(run.start + n, run.start + run.length) for run, n in zip(runs, true, strict=True) if n < run.length]
 
     def visible_pairs(self) -> int:
         """(query, key) pairs that see each other, by counting rows: independent of any plan."""

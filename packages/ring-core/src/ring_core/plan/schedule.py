@@ -12,9 +12,9 @@ from ring_core import ranges
 from ring_core.layout import local_runs
 from ring_core.plan.needs import Keys, needed, needed_by
 from ring_core.plan.problem import Problem
-from ring_core.plan.segment import Array, Table
 from ring_core.plan.tiling import K_START, PIECE, RUN, STEP, key_major, query_major, table, tables_by_step
 from ring_core.ranges import Ranges
+from ring_core.segment import Array, Table
 
 SCHEDULES = ("ring", "gather")
 
@@ -228,11 +228,11 @@ def _gather_plan(problem: Problem, rank: int) -> GatherPlan:
     read = read[np.argsort(keys.index[tuple(read.T)], kind="stable")]
     number = np.zeros(keys.index.shape, np.int64)
     pieces = []
-    for place, (step, run) in enumerate(read.tolist()):
-        number[step, run] = place
+    for place, (distant, run) in enumerate(read.tolist()):
+        number[distant, run] = place
         span = ((whole[run].start, whole[run].start + whole[run].length),)
-        inside = ((max(a, span[0][0]), min(b, span[0][1])) for a, b in need[step])
-        pieces.append(Piece(int(keys.source[step]), whole[run].start, whole[run].length, ranges.merge(inside)))
+        inside = ((max(a, span[0][0]), min(b, span[0][1])) for a, b in need[distant])
+        pieces.append(Piece(int(keys.source[distant]), whole[run].start, whole[run].length, ranges.merge(inside)))
 
     query_rows, query_strips = query_major(problem, rank, keys)
     key_rows, key_strips = key_major(problem, rank, keys)

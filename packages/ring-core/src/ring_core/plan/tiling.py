@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
 from ring_core.layout import Run, local_runs
 from ring_core.plan.needs import Keys, query_runs
 from ring_core.plan.problem import Problem
-from ring_core.plan.segment import COLUMNS, FIRST, LAST, Array, Table
+from ring_core.segment import COLUMNS, FIRST, LAST, Array, Table
 
 STRIP_MULTIPLE = 128
 """Strips of queries begin at multiples of this from their run's first token, so that a kernel's tiles (64, 128 rows) stay whole."""
@@ -32,7 +33,7 @@ def _outward(start: Array, stop: Array, length: int | Array) -> tuple[Array, Arr
     return start, np.minimum(-(-stop // STRIP_MULTIPLE) * STRIP_MULTIPLE, length)
 
 
-def _columns(problem: Problem, query: Run, keys: Keys, at: tuple[Array, Array], block: tuple[Array, ...]) -> Array:
+def _columns(problem: Problem, query: Run, keys: Keys, at: tuple[Array, ...], block: tuple[Array, ...]) -> Array:
     """Rows (N, 14) = step, run, then the columns of `Segment` with piece 0, k_start local to the chunk and no flags, for the
     rectangles block = (q0, q1, k0, k1), counted from the runs' first tokens, of queries and keys at (step, run)."""
     q0, q1, k0, k1 = block
@@ -66,11 +67,11 @@ def query_major(problem: Problem, rank: int, keys: Keys) -> tuple[Array, Array]:
         edges = _strips(run.length, np.concatenate([first[seen], stop[seen]]))
         if whole.length > run.length:  # padding rows: strips that see nothing
             edges = np.unique(np.append(edges, whole.length))
-        for a, b in zip(edges.tolist(), edges[1:].tolist(), strict=False):
-            at = np.nonzero(seen & (first <= a) & (stop >= b))  # ordered by step, then run
+        for a, b in pairwise(edges.tolist()):
+            at: tuple[Array, ...] = np.nonzero(seen & (first <= a) & (stop >= b))  # ordered by step, then run
             k0 = np.maximum(a + lower[at], 0)
             k1 = np.minimum(b + upper[at], keys.length[at])
-            block = (np.full_like(k0, a), np.full_like(k0, b), k0, np.maximum(k1, k0))
+            block: tuple[Array, ...] = (np.full_like(k0, a), np.full_like(k0, b), k0, np.maximum(k1, k0))
             if not len(k0):  # rows that see nothing are written all the same: out 0, lse -inf
                 at = (np.zeros(1, np.int64), np.zeros(1, np.int64))
                 block = tuple(np.array([x]) for x in (a, b, 0, 0))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.int64]
+Array = NDArray[Any]
 
 FIRST, LAST = 1, 2
 
@@ -62,7 +63,7 @@ class Table:
     def grouped(self) -> tuple[tuple[Segment, ...], ...]:
         """The segments of each group."""
         edges = self.groups.tolist()
-        return tuple(self.segments[start:stop] for start, stop in zip(edges, edges[1:], strict=False))
+        return tuple(self.segments[start:stop] for start, stop in pairwise(edges))
 
     @property
     def pairs(self) -> int:

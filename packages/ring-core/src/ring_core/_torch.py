@@ -1,0 +1,11 @@
+"""Every private name of torch that ring-core uses, in one place."""
+
+from __future__ import annotations
+
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+
+def group_by_name(name: str) -> ProcessGroup:
+    """The process group that a custom op got by name, as torch's own functional collectives do."""
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str, in newer releases

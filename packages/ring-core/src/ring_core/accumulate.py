@@ -1,0 +1,90 @@
+"""Running state for backends that cannot keep one: each segment is computed by itself and merged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ring_core.backend import Backend, Capabilities, DeviceTable, Flags, Params, on_device
+from ring_core.merge import merge_
+from ring_core.segment import COLUMNS, FIRST, LAST, Segment, Table
+
+
+class Accumulating:
+    """A backend whose `forward` takes only segments that are FIRST and LAST, made to fulfil the whole contract."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.prepare, self.backward, self.finish = inner.prepare, inner.backward, inner.finish
+
+    def capabilities(self, device: torch.device) -> Capabilities:
+        return replace(self.inner.capabilities(device), accumulate=True)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        state: Tensor | None,
+        table: DeviceTable,
+        *,
+        params: Params,
+        flags: Flags | None = None,
+    ) -> None:
+        rounds = _rounds(table)
+        if all(segment.flags & FIRST and segment.flags & LAST for segment in table.host.segments):
+            return self.inner.forward(q, k, v, out, lse, None, table, params=params, flags=flags)
+        running = torch.empty(q.shape, dtype=lse.dtype, device=q.device) if state is None else state
+        block_out, block_lse = torch.empty_like(q), torch.empty_like(lse)
+        for number, (alone, first) in enumerate(rounds):
+            # A sink is one more logit of the whole row: only the segment that begins it may count it.
+            begun = params if first or params.sinks is None else replace(params, sinks=None)
+            self.inner.forward(
+                q, k, v, block_out, block_lse, None, on_device(alone, q.device), params=begun, flags=flags
+            )
+            for segment, original in zip(alone.segments, _originals(table, number, first), strict=True):
+                rows = slice(segment.q_start, segment.q_start + segment.q_len)
+                batch = slice(None) if segment.batch < 0 else slice(segment.batch, segment.batch + 1)
+                if original.flags & FIRST:
+                    lse[batch, :, rows] = -torch.inf
+                merge_(running[batch, rows], lse[batch, :, rows], block_out[batch, rows], block_lse[batch, :, rows])
+                if original.flags & LAST:
+                    out[batch, rows] = running[batch, rows].to(out.dtype)
+
+
+def _originals(table: DeviceTable, number: int, first: bool) -> list[Segment]:
+    """The segments of a round as the planner flagged them."""
+    column = list(zip_longest(*table.host.grouped))[number // 2]
+    return [segment for segment in column if segment is not None and bool(segment.flags & FIRST) == first]
+
+
+def _rounds(table: DeviceTable) -> list[tuple[Table, bool]]:
+    """Tables whose strips have one segment each: the n-th segments of all strips, those that begin a row apart from the others.
+
+    Kept with the table: every layer of a model walks the same.
+    """
+    rounds: list[tuple[Table, bool]] | None = table.host.cache.get("rounds")
+    if rounds is None:
+        rounds = []
+        for number in range(len(list(zip_longest(*table.host.grouped)))):
+            rounds += [(_alone(_originals(table, 2 * number, first)), first) for first in (True, False)]
+        table.host.cache["rounds"] = rounds
+    return rounds
+
+
+def _alone(segments: list[Segment]) -> Table:
+    rows = [segment._replace(flags=FIRST | LAST) for segment in segments]
+    return Table(np.array(rows, np.int32).reshape(-1, len(COLUMNS)), np.arange(len(rows) + 1, dtype=np.int32))
+
+
+def accumulating(backend: Backend, device: torch.device) -> Any:
+    """The backend itself where it keeps a running state, else wrapped."""
+    return backend if backend.capabilities(device).accumulate else Accumulating(backend)

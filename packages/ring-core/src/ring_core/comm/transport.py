@@ -1,0 +1,110 @@
+"""What orchestration asks of a transport: the pieces of each step, and a way home for their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ring_core.backend import Flags, accumulation_dtype
+from ring_core.ranges import Ranges, count, overlaps
+
+
+class Keys(NamedTuple):
+    """Pieces of one step."""
+
+    k: Tensor  # (C, B, S_piece, Hkv, D)
+    v: Tensor  # (C, B, S_piece, Hkv, D)
+    flags: Flags | None = None
+
+
+class Gradients(Protocol):
+    """dk and dv on their way to the ranks that hold the keys."""
+
+    def buffers(self, step: int) -> tuple[Tensor, Tensor]:
+        """dk, dv (C, B, S_piece, Hkv, D) of the step's pieces, zeroed, in the accumulation dtype."""
+        ...
+
+    def depart(self, step: int) -> None:
+        """The step's contributions are complete (on the current stream)."""
+        ...
+
+    def collect(self) -> tuple[Tensor, Tensor]:
+        """dk, dv (B, S, Hkv, D) of this rank's own keys, summed over all ranks, in the accumulation dtype."""
+        ...
+
+
+class Transport(Protocol):
+    """Moves keys out and gradients home as one plan says."""
+
+    def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        """The pieces of each step in turn, from this rank's k, v (B, S, Hkv, D); asking for the next says that the last was read."""
+        ...
+
+    def gradients(self, k: Tensor) -> Gradients:
+        """k: (B, S, Hkv, D), for shape, dtype and device."""
+        ...
+
+
+class LocalTransport:
+    """One rank: nothing travels."""
+
+    def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        yield Keys(k[None], v[None])
+
+    def gradients(self, k: Tensor) -> Gradients:
+        return LocalGradients(k)
+
+
+class LocalGradients:
+    """One rank: the buffers are the result."""
+
+    def __init__(self, k: Tensor) -> None:
+        self._sums = zeros_for_gradients(k, k.shape[1])
+
+    def buffers(self, step: int) -> tuple[Tensor, Tensor]:
+        return self._sums[0][None], self._sums[1][None]
+
+    def depart(self, step: int) -> None:
+        pass
+
+    def collect(self) -> tuple[Tensor, Tensor]:
+        return self._sums[0], self._sums[1]
+
+
+def zeros_for_gradients(k: Tensor, tokens: int) -> Tensor:
+    """(2, B, tokens, Hkv, D) in the accumulation dtype: dk and dv of so many tokens."""
+    shape = (2, k.shape[0], tokens, *k.shape[2:])
+    return torch.zeros(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
+
+
+def pack(pair: Tensor | tuple[Tensor, Tensor], held: Ranges, wanted: Ranges) -> Tensor:
+    """(2, B, n, Hkv, D), contiguous: the wanted tokens of a pair (k, v) that holds the tokens `held`."""
+    k, v = pair
+    message = k.new_empty(2, k.shape[0], count(wanted), *k.shape[2:])
+    for at, into, n in overlaps(held, wanted):
+        for side, x in enumerate((k, v)):
+            message[side, :, into : into + n].copy_(x[:, at : at + n])
+    return message
+
+
+def add_tokens(
+    total: Tensor, total_ranges: Ranges, part: Tensor, part_ranges: Ranges, only: Ranges | None = None
+) -> None:
+    """Adds to the packed (2, B, n, Hkv, D) `total` the tokens (of `only`, where given) that `part` holds."""
+    if total_ranges == part_ranges and only in (None, part_ranges):
+        total.add_(part)
+        return
+    for start, stop in part_ranges if only is None else only:
+        inside = ((start, stop),)
+        for (at_total, _, n), (at_part, _, _) in zip(
+            overlaps(total_ranges, inside), overlaps(part_ranges, inside), strict=True
+        ):
+            total[:, :, at_total : at_total + n].add_(part[:, :, at_part : at_part + n])
+
+
+def whole(tokens: int) -> Ranges:
+    """The ranges of a whole chunk."""
+    return ((0, tokens),) if tokens else ()

@@ -1,0 +1,34 @@
+"""Walks a plan forward: start a transfer, compute a step, hand on. Knows no kernel and no layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ring_core.backend import Backend, Params, accumulation_dtype, on_device
+from ring_core.comm import Transport
+from ring_core.plan import Plan
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, plan: Plan, transport: Transport, backend: Backend, params: Params
+) -> tuple[Tensor, Tensor]:
+    """out (B, Sq, Hq, D) in q's dtype and lse (B, Hq, Sq), natural log, in the accumulation dtype, for local q, k, v."""
+    sums = accumulation_dtype(q.dtype)
+    batch, q_len, num_heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, num_heads, q_len, dtype=sums, device=q.device)
+    state = torch.empty(q.shape, dtype=sums, device=q.device) if plan.spans_steps else None
+    for step, keys in zip(plan.steps, transport.keys(k, v), strict=True):
+        if len(step.forward):
+            table = on_device(step.forward, q.device)
+            backend.forward(q, keys.k, keys.v, out, lse, state, table, params=params, flags=keys.flags)
+    _void_padding(plan, lse, params)
+    return out, lse
+
+
+def _void_padding(plan: Plan, lse: Tensor, params: Params) -> None:
+    """Rows of padding see nothing, not even the sink that every true row has."""
+    if params.sinks is not None:
+        for start, stop in plan.problem.padding_rows(plan.rank):
+            lse[:, :, start:stop] = -torch.inf
