@@ -181,7 +181,9 @@ def _plan(
         layout,
         world_size,
     )
-    if schedule == "auto":
+    if world_size == 1:
+        schedule = "ring"  # of one step, on the keys as they lie
+    elif schedule == "auto":
         batch, _, num_kv_heads, head_dim = k.shape
         gathered = message_bytes(
             k_length, batch=batch, num_kv_heads=num_kv_heads, head_dim=head_dim, element_size=k.element_size()

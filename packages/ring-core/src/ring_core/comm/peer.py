@@ -26,7 +26,6 @@ from ring_core.comm.gather import piece_length, place, sum_in_rank_order, zeros_
 from ring_core.comm.traffic import count_sent
 from ring_core.comm.transport import Gradients, Keys
 from ring_core.plan import GatherPlan
-from ring_core.ranges import count
 
 PUBLISHED, READ = 0, 1
 GENERATIONS = 2
@@ -89,7 +88,7 @@ class PeerGatherTransport:
                 arrived[[number for number, piece in enumerate(plan.pieces) if piece.source == source]] = epoch
             memory.signal(READ, epoch)
         for peer, wanted in plan.send.items():
-            count_sent("keys", peer, count(wanted) * mine.nbytes // k.shape[1])
+            count_sent("keys", peer, sum(mine[:, :, low:high].nbytes for low, high in wanted))
         yield Keys(pieces[0], pieces[1], Flags(arrived, torch.full((1,), epoch, dtype=torch.int32, device=k.device)))
 
     def gradients(self, k: Tensor) -> Gradients:

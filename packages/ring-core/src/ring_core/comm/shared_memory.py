@@ -38,6 +38,7 @@ class SharedMemory:
         self.reserve(1)
 
     def reserve(self, nbytes: int) -> None:
+        nbytes = -(-nbytes // _HEADER) * _HEADER  # slots begin where any dtype may
         if nbytes <= self._size:
             return
         if self._arenas:  # the slots of the last epochs are still being read, until every rank has come here

@@ -220,11 +220,9 @@ def _gather_plan(problem: Problem, rank: int) -> GatherPlan:
     wanted = needed_by(problem, own, distance, np.ones_like(distance))
 
     whole = local_runs(problem.layout, rank, world_size, problem.k_length)
-    low, high = (
-        np.max(x, -1) if last else np.min(x, -1)
-        for last, x in enumerate(needed(problem, keys, np.full(world_size, rank), np.full(world_size, rank)))
-    )
-    read = np.argwhere(high > low)
+    everywhere = np.full(world_size, rank)
+    low, high = needed(problem, keys, everywhere, everywhere)
+    read = np.argwhere((high > low).any(axis=-1))
     read = read[np.argsort(keys.index[tuple(read.T)], kind="stable")]
     number = np.zeros(keys.index.shape, np.int64)
     pieces = []
