@@ -168,7 +168,9 @@ def _begin(
 
 def _read(x: Tensor, segment: Segment, batch: slice, flags: Flags | None) -> Tensor:
     """Keys or values (B, k_len, Hkv, D) of a segment, in the accumulation dtype."""
-    if flags is not None and segment.k_len and flags.values[segment.piece] < flags.epoch[0]:
+    if not segment.k_len:  # rows that see nothing: there may not even be a piece
+        return x.new_empty(x[:0, batch].shape[1], 0, *x.shape[3:], dtype=accumulation_dtype(x.dtype))
+    if flags is not None and flags.values[segment.piece] < flags.epoch[0]:
         raise RuntimeError(f"piece {segment.piece} is read before it has arrived")
     return x[segment.piece, batch, segment.k_start : segment.k_start + segment.k_len].to(accumulation_dtype(x.dtype))
 
