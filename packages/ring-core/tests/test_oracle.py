@@ -135,10 +135,13 @@ def test_more_queries_than_keys_leaves_empty_rows() -> None:
     assert truth.lse[0, 0, :2].tolist() == [-INF, -INF]
     assert not truth.out[0, :2].any()
     torch.testing.assert_close(truth.out[0, 2], v[0, 0])
-    assert truth.dq is not None and truth.dk is not None and truth.dv is not None
+    assert truth.dq is not None
+    assert truth.dk is not None
+    assert truth.dv is not None
     assert not truth.dq[0, :2].any()
     alone = attention_oracle(q[:, 2:], k, v, causal=True, dout=dout[:, 2:], dlse=dlse[..., 2:])
-    assert alone.dk is not None and alone.dv is not None
+    assert alone.dk is not None
+    assert alone.dv is not None
     torch.testing.assert_close(truth.dk, alone.dk)
     torch.testing.assert_close(truth.dv, alone.dv)
 
@@ -151,7 +154,8 @@ def test_sinks_fill_empty_rows_but_not_padding() -> None:
     assert truth.lse[0, :, :2].tolist() == [[0.5, 0.5], [-1.0, -1.0]]
     assert truth.lse[0, :, 4].tolist() == [-INF, -INF]
     assert not truth.out[0, [0, 1, 4]].any()
-    assert truth.dq is not None and truth.dsinks is not None
+    assert truth.dq is not None
+    assert truth.dsinks is not None
     assert not truth.dq[0, [0, 1, 4]].any()
     sink_share = torch.exp(sinks.double()[:, None] - truth.lse[0, :, :4])
     torch.testing.assert_close(truth.dsinks, (sink_share * dlse[0, :, :4]).sum(1))
@@ -202,8 +206,10 @@ def test_only_one_upstream_gradient_is_enough() -> None:
     q, k, v = randn(1, 3, 1, 4), randn(1, 3, 1, 4, seed=1), randn(1, 3, 1, 4, seed=2)
     assert attention_oracle(q, k, v).dq is None
     truth = attention_oracle(q, k, v, dlse=torch.ones(1, 1, 3))
-    assert truth.dq is not None and truth.dq.any()
-    assert truth.dv is not None and not truth.dv.any()  # lse does not know the values
+    assert truth.dq is not None
+    assert truth.dq.any()
+    assert truth.dv is not None
+    assert not truth.dv.any()
 
 
 def test_padding_is_neither_read_nor_written() -> None:
@@ -229,7 +235,9 @@ def test_documents_attend_to_themselves() -> None:
     packed = attention_oracle(
         q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, dout=dout, dlse=dlse, **common  # type: ignore[arg-type]
     )  # fmt: skip
-    assert packed.dsinks is not None and packed.dq is not None and packed.dk is not None
+    assert packed.dsinks is not None
+    assert packed.dq is not None
+    assert packed.dk is not None
     dsinks = torch.zeros(2, dtype=torch.float64)
     for q0, q1, k0, k1 in ((0, 3, 0, 4), (3, 7, 6, 9)):
         rows, keys = slice(q0, q1), slice(k0, k1)
@@ -243,7 +251,8 @@ def test_documents_attend_to_themselves() -> None:
         assert one.dsinks is not None
         dsinks += one.dsinks
     torch.testing.assert_close(packed.dsinks, dsinks)
-    assert not packed.dk[:, 4:6].any() and not packed.dk[:, 9:].any()
+    assert not packed.dk[:, 4:6].any()
+    assert not packed.dk[:, 9:].any()
     assert packed.lse[0, :, 7].tolist() == [-INF, -INF]
 
 
@@ -450,10 +459,12 @@ def test_inputs_follow_their_generator() -> None:
         assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(again).values(), strict=True))
         assert first.q.shape == first.dout.shape == (1, 40, 4, 8)
         assert first.k.shape == first.v.shape == (1, 24, 2, 8)
-        assert first.dlse.shape == (1, 4, 40) and first.dlse.dtype == torch.float32
+        assert first.dlse.shape == (1, 4, 40)
+        assert first.dlse.dtype == torch.float32
     runs = make_inputs("constant", generator=generator(), q_length=40, head_dim=4).k[0, :, 0]
     assert len(runs.unique(dim=0)) == 4
     outlier = make_inputs("outlier", generator=generator(), q_length=40, head_dim=64).k[0, :, 0].norm(dim=1)
     assert (outlier > 16 * outlier.median()).sum() == 1
     large = make_inputs("large", generator=generator(), q_length=400, head_dim=64)
-    assert 7.5 < large.q.std() < 8.5 and 0.9 < large.dout.std() < 1.1
+    assert 7.5 < large.q.std() < 8.5
+    assert 0.9 < large.dout.std() < 1.1
