@@ -1,4 +1,5 @@
-"""Ring attention: one sequence attended to by several ranks, each of which keeps its queries while keys and values travel.
+"""Ring attention: one sequence attended to by several ranks, each of which keeps its queries while keys and values
+travel.
 
 >>> out = ring_attention(q, k, v, causal=True, layout="zigzag")  # local parts of one sequence, on every rank
 """

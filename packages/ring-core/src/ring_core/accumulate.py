@@ -67,7 +67,8 @@ def _originals(table: DeviceTable, number: int, first: bool) -> list[Segment]:
 
 
 def _rounds(table: DeviceTable) -> list[tuple[Table, bool]]:
-    """Tables whose strips have one segment each: the n-th segments of all strips, those that begin a row apart from the others.
+    """Tables whose strips have one segment each: the n-th segments of all strips, those that begin a row apart from the
+    others.
 
     Kept with the table: every layer of a model walks the same.
     """

@@ -1,5 +1,6 @@
-"""Ring attention as custom ops: opaque to torch.compile, differentiable once, with nothing but tensors, numbers and strings as
-arguments, fresh outputs and no aliases. Plans are made (and cached) inside, from true sizes, so that dynamic shapes need no guards.
+"""Ring attention as custom ops: opaque to torch.compile, differentiable once, with nothing but tensors, numbers and
+strings as arguments, fresh outputs and no aliases. Plans are made (and cached) inside, from true sizes, so that dynamic
+shapes need no guards.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from ring_core.plan import Plan, Problem, make_plan, message_bytes
 NO_GROUP = ""
 UNPADDED = -1
 GATHER_BYTES = 2 << 30
-"""schedule="auto" gathers while the keys and values of all ranks together take no more than this: one launch over everything and
-no merges, at the price of holding them all. Beyond, the ring holds two chunks."""
+"""schedule="auto" gathers while the keys and values of all ranks together take no more than this: one launch over
+everything and no merges, at the price of holding them all. Beyond, the ring holds two chunks."""
 
 
 @torch.library.custom_op("ring_core::attention", mutates_args=())
@@ -48,8 +49,9 @@ def attention(
     backend: str,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse and the dropout seed that all ranks used ((0,) without dropout). left, right: -1 is unbounded; q_total, k_total: -1
-    is no padding; seed int64 (1,), taken from the first rank unless `shared_seed` says that all have the same."""
+    """out, lse and the dropout seed that all ranks used ((0,) without dropout). left, right: -1 is unbounded; q_total,
+    k_total: -1 is no padding; seed int64 (1,), taken from the first rank unless `shared_seed` says that all have the
+    same."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     group = _group(group_name)
     if dropout_p and seed is not None:
@@ -145,8 +147,8 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor
 
 def _refuse(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(
-        "ring attention is differentiable once; its gradient is not differentiable again (gradients of gradients, as with "
-        "create_graph=True, are not supported)"
+        "ring attention is differentiable once; its gradient is not differentiable again (gradients of gradients, "
+        "as with create_graph=True, are not supported)"
     )
 
 

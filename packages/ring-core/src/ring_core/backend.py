@@ -70,8 +70,8 @@ class Dropout:
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """How a score becomes a probability: s = scale q·k; s = softcap tanh(s / softcap); s -= slope |distance|; softmax with the
-    sink as one more logit; dropout."""
+    """How a score becomes a probability: s = scale q·k; s = softcap tanh(s / softcap); s -= slope |distance|; softmax
+    with the sink as one more logit; dropout."""
 
     scale: float
     softcap: float = 0.0
@@ -123,9 +123,9 @@ def on_device(table: Table, device: torch.device) -> DeviceTable:
 class Backend(Protocol):
     """One way to compute blocks of attention.
 
-    Shapes: q, out, dout (B, Sq, Hq, D), last dimension contiguous; k, v (C, B, S, Hkv, D): C pieces of keys in global order; lse
-    (B, Hq, Sq), natural log, contiguous. Sums are kept in fp32 (fp64 for fp64 inputs): lse, state, dk and dv have that dtype.
-    Query head h reads key head h // (Hq / Hkv).
+    Shapes: q, out, dout (B, Sq, Hq, D), last dimension contiguous; k, v (C, B, S, Hkv, D): C pieces of keys in global
+    order; lse (B, Hq, Sq), natural log, contiguous. Sums are kept in fp32 (fp64 for fp64 inputs): lse, state, dk and dv
+    have that dtype. Query head h reads key head h // (Hq / Hkv).
     """
 
     name: str
@@ -147,10 +147,11 @@ class Backend(Protocol):
         params: Params,
         flags: Flags | None = None,
     ) -> None:
-        """Walks a query-major table. Rows of a segment flagged FIRST start empty (with sinks: m = sink, l = 1, O = 0), others
-        continue from m = lse, l = 1, O = state (lse = -inf: empty, state is not read). Rows flagged LAST write `out` (q's dtype)
-        and lse, others `state` (B, Sq, Hq, D) and lse. `state` is None where every strip begins and ends in this table. Rows that
-        see nothing: out 0, lse -inf (with a sink: the sink). A segment may have k_len = 0."""
+        """Walks a query-major table. Rows of a segment flagged FIRST start empty (with sinks: m = sink, l = 1, O = 0),
+        others continue from m = lse, l = 1, O = state (lse = -inf: empty, state is not read). Rows flagged LAST write
+        `out` (q's dtype) and lse, others `state` (B, Sq, Hq, D) and lse. `state` is None where every strip begins and
+        ends in this table. Rows that see nothing: out 0, lse -inf (with a sink: the sink). A segment may have k_len =
+        0."""
         ...
 
     def prepare(
@@ -164,7 +165,8 @@ class Backend(Protocol):
         *,
         params: Params,
     ) -> Any:
-        """Once per backward: delta = rowsum(dout · out) - dlse and a zeroed accumulator for dq. Returns the backend's own state."""
+        """Once per backward: delta = rowsum(dout · out) - dlse and a zeroed accumulator for dq. Returns the backend's
+        own state."""
         ...
 
     def backward(
@@ -182,8 +184,8 @@ class Backend(Protocol):
         flags: Flags | None = None,
         departures: Tensor | None = None,
     ) -> None:
-        """Once per step, on a key-major table: adds into dq (in `state`) and into dk, dv (shaped as k, summed over the query heads
-        of a group, zeroed or partly summed on entry)."""
+        """Once per step, on a key-major table: adds into dq (in `state`) and into dk, dv (shaped as k, summed over the
+        query heads of a group, zeroed or partly summed on entry)."""
         ...
 
     def finish(self, state: Any, *, params: Params) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,8 @@ from ring_core.plan import Plan
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, plan: Plan, transport: Transport, backend: Backend, params: Params
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Sq, Hq, D) in q's dtype and lse (B, Hq, Sq), natural log, in the accumulation dtype, for local q, k, v."""
+    """out (B, Sq, Hq, D) in q's dtype and lse (B, Hq, Sq), natural log, in the accumulation dtype, for local q, k,
+    v."""
     sums = accumulation_dtype(q.dtype)
     batch, q_len, num_heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

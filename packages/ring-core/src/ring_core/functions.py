@@ -1,4 +1,5 @@
-"""The functions of flash-attn and ring-flash-attn, for one backend: made here from one signature, named in the backend packages."""
+"""The functions of flash-attn and ring-flash-attn, for one backend: made here from one signature, named in the backend
+packages."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ Group: TypeAlias = ProcessGroup | DeviceMesh
 
 
 def process_group(group: Group | None) -> ProcessGroup | None:
-    """The process group meant: of a one-axis mesh its own; for None the default group, or None where nothing is initialised.
+    """The process group meant: of a one-axis mesh its own; for None the default group, or None where nothing is
+    initialised.
 
     Raises:
         ValueError: a mesh with several axes, or a group that this rank is not in.

@@ -81,38 +81,44 @@ def ring_attention(
     dropout_seed: int | Tensor | None = None,
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention of a sequence dealt out over the ranks of a group: each passes its own part and gets its own rows back.
+    """Softmax attention of a sequence dealt out over the ranks of a group: each passes its own part and gets its own
+    rows back.
 
-    Every rank must call it, with equal shapes and arguments. Gradients flow to q, k, v and sinks (of the latter each rank gets its
-    part: sum them over the group, as data-parallel training does with any replicated parameter).
+    Every rank must call it, with equal shapes and arguments. Gradients flow to q, k, v and sinks (of the latter each
+    rank gets its part: sum them over the group, as data-parallel training does with any replicated parameter).
 
     Args:
-        q: (B, Sq, Hq, D) local queries. fp16, bf16, fp32 or fp64, as the backend allows; any strides with the last dimension dense.
+        q: (B, Sq, Hq, D) local queries. fp16, bf16, fp32 or fp64, as the backend allows; any strides with the last
+            dimension dense.
         k, v: (B, Sk, Hkv, D) local keys and values; Hq a multiple of Hkv: query head h reads key head h // (Hq / Hkv).
-        causal: query i sees no key after its own position. Where the global lengths differ, the last query sits at the last key
-            (bottom-right alignment, as in flash-attn).
-        window_size: (left, right): how many positions before and after its own a query sees, over the whole sequence; -1: all.
+        causal: query i sees no key after its own position. Where the global lengths differ, the last query sits at the
+            last key (bottom-right alignment, as in flash-attn).
+        window_size: (left, right): how many positions before and after its own a query sees, over the whole sequence;
+            -1: all.
         softmax_scale: of q·k; 1 / sqrt(D) by default.
-        layout: how the sequence was dealt out, see `shard_sequence`: "contiguous", "zigzag" or "stripe" (the last two give all ranks
-            equal work under a causal mask).
-        schedule: "ring" (neighbour to neighbour, two chunks in memory), "gather" (every rank takes all it will see, one launch) or
-            "auto" (gather while all keys and values take at most 2 GiB).
+        layout: how the sequence was dealt out, see `shard_sequence`: "contiguous", "zigzag" or "stripe" (the last two
+            give all ranks equal work under a causal mask).
+        schedule: "ring" (neighbour to neighbour, two chunks in memory), "gather" (every rank takes all it will see, one
+            launch) or "auto" (gather while all keys and values take at most 2 GiB).
         backend: name of an installed backend; None: the fastest that can do the call on CUDA, the reference elsewhere.
-        group: a process group or a mesh of one axis; None: the default group if one is initialised, else this process alone.
+        group: a process group or a mesh of one axis; None: the default group if one is initialised, else this process
+            alone.
         return_lse: also return the log-sum-exp of the scores.
-        total_length: true global length of a padded sequence (see `pad_sequence`), or (of q, of k) where they differ: later keys are
-            seen by nobody, later rows are 0.
+        total_length: true global length of a padded sequence (see `pad_sequence`), or (of q, of k) where they differ:
+            later keys are seen by nobody, later rows are 0.
         softcap: > 0: scores s become softcap * tanh(s / softcap).
-        alibi_slopes: (Hq,) or (B, Hq) fp32: subtracts slope * |distance in positions| from the scores. Not differentiable.
+        alibi_slopes: (Hq,) or (B, Hq) fp32: subtracts slope * |distance in positions| from the scores. Not
+            differentiable.
         sinks: (Hq,): one more logit a head, in the denominator only (attention sinks as in gpt-oss).
-        dropout_p: in [0, 1): probability of dropping an attention weight. The mask depends on the seed and on global positions only,
-            not on layout, schedule or number of ranks.
-        dropout_seed: an int or an int64 tensor (1,) on the device, the same on all ranks; None: drawn from the first rank's generator.
+        dropout_p: in [0, 1): probability of dropping an attention weight. The mask depends on the seed and on global
+            positions only, not on layout, schedule or number of ranks.
+        dropout_seed: an int or an int64 tensor (1,) on the device, the same on all ranks; None: drawn from the first
+            rank's generator.
         deterministic: gradients bitwise equal from run to run, where that costs speed.
 
     Returns:
-        out (B, Sq, Hq, D) in q's dtype; with `return_lse` also lse (B, Hq, Sq), natural logarithm, fp32 (fp64 for fp64), which is
-        differentiable. Rows that see nothing: out 0, lse -inf.
+        out (B, Sq, Hq, D) in q's dtype; with `return_lse` also lse (B, Hq, Sq), natural logarithm, fp32 (fp64 for
+        fp64), which is differentiable. Rows that see nothing: out 0, lse -inf.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says what was given and what is needed.
@@ -216,7 +222,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"the number of query heads must be a multiple of the number of key heads, got {q.shape[2]} and {k.shape[2]}"
+            f"the number of query heads must be a multiple of the number of key heads, got {q.shape[2]} and "
+            f"{k.shape[2]}"
         )
 
 
@@ -229,9 +236,9 @@ def _check_layout(q: Tensor, k: Tensor, layout: str, schedule: str, world_size: 
     for name, x in (("q", q), ("k", k)):
         if x.shape[1] % share:
             raise ValueError(
-                f"the {layout} layout deals out two half-chunks a rank, but the local length of {name} is {x.shape[1]}, which is "
-                f"odd: pad the whole sequence with ring_core.pad_sequence before sharding it, and pass its true length as "
-                f"total_length"
+                f"the {layout} layout deals out two half-chunks a rank, but the local length of {name} is "
+                f"{x.shape[1]}, which is odd: pad the whole sequence with ring_core.pad_sequence before sharding it, "
+                f"and pass its true length as total_length"
             )
 
 
@@ -250,16 +257,16 @@ def _check_total(total_length: int | tuple[int, int] | None, q_length: int, k_le
         q_total, k_total = total_length
     elif q_length != k_length:
         raise ValueError(
-            f"total_length must be a pair (of q, of k) where the global lengths differ, got {total_length} for {q_length} queries "
-            f"and {k_length} keys"
+            f"total_length must be a pair (of q, of k) where the global lengths differ, got {total_length} for "
+            f"{q_length} queries and {k_length} keys"
         )
     else:
         q_total = k_total = total_length
     for name, total, length in (("queries", q_total, q_length), ("keys", k_total, k_length)):
         if not 0 <= total <= length:
             raise ValueError(
-                f"total_length says {total} {name}, but the ranks hold {length} together: it is the true global length, "
-                f"at most the padded one"
+                f"total_length says {total} {name}, but the ranks hold {length} together: it is the true global "
+                f"length, at most the padded one"
             )
     return q_total, k_total
 
@@ -298,8 +305,8 @@ def _seed(q: Tensor, dropout_p: float, dropout_seed: int | Tensor | None) -> Ten
     if isinstance(dropout_seed, Tensor):
         if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1 or dropout_seed.device != q.device:
             raise ValueError(
-                f"dropout_seed must be an int or one int64 on {q.device}, got {dropout_seed.numel()} {dropout_seed.dtype} on "
-                f"{dropout_seed.device}"
+                f"dropout_seed must be an int or one int64 on {q.device}, got {dropout_seed.numel()} "
+                f"{dropout_seed.dtype} on {dropout_seed.device}"
             )
         return dropout_seed.reshape(1)
     return torch.full((1,), dropout_seed, dtype=torch.int64, device=q.device)

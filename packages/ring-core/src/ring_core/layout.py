@@ -1,9 +1,9 @@
 """How a sequence is dealt out to ranks.
 
-contiguous   rank r holds chunk r of W                 simple; causal work is uneven
-zigzag       rank r holds half-chunks r and 2W-1-r     causal work is even (Brandon et al. 2023 describe the imbalance; the layout
-                                                       is that of zhuzilin/ring-flash-attention and Megatron-LM)
-stripe       rank r holds tokens r, r+W, r+2W, …       causal work is even to one diagonal (striped attention, arXiv:2311.09431)
+contiguous   rank r holds chunk r of W             simple; causal work is uneven
+zigzag       rank r holds half-chunks r, 2W-1-r    causal work is even (as in Megatron-LM and ring-flash-attn)
+stripe       rank r holds tokens r, r+W, r+2W, …   causal work is even up to a diagonal (Brandon et al., "Striped
+                                                   attention", arXiv:2311.09431)
 
 A rank's tokens are one or two *runs*: stretches of its local tensor whose global indices are evenly spaced.
 """
@@ -61,8 +61,8 @@ def pad_sequence(
 ) -> tuple[Tensor, int]:
     """Pads `dim` at its end to a length that divides.
 
-    Returns the padded tensor and the true length; hand the latter to the attention functions as `total_length`, which keeps the
-    padding out of every mask, also the non-causal ones.
+    Returns the padded tensor and the true length; hand the latter to the attention functions as `total_length`, which
+    keeps the padding out of every mask, also the non-causal ones.
     """
     length = tensor.shape[dim]
     missing = padded_length(length, layout=layout, world_size=world_size) - length
@@ -106,7 +106,8 @@ def shard_sequence(
 
 
 def join_shards(shards: Sequence[Tensor], *, layout: LayoutName, dim: int = 1) -> Tensor:
-    """The whole sequence from the shards of all ranks, in rank order: the exact inverse of `shard_sequence`. Differentiable."""
+    """The whole sequence from the shards of all ranks, in rank order: the exact inverse of `shard_sequence`.
+    Differentiable."""
     _check_layout(layout)
     if not shards:
         raise ValueError("join_shards needs the shards of all ranks, got an empty sequence")
@@ -124,8 +125,8 @@ def join_shards(shards: Sequence[Tensor], *, layout: LayoutName, dim: int = 1) -
 def unshard_sequence(tensor: Tensor, *, layout: LayoutName, dim: int = 1, group: Group | None = None) -> Tensor:
     """The whole sequence on every rank, from every rank's part of it: an all-gather over `group`.
 
-    Differentiable: the gradient of a rank's part is the sum over ranks of what reached it, so a loss that every rank computes on
-    the whole sequence counts world_size times (divide it, or take it on one rank).
+    Differentiable: the gradient of a rank's part is the sum over ranks of what reached it, so a loss that every rank
+    computes on the whole sequence counts world_size times (divide it, or take it on one rank).
     """
     _check_layout(layout)
     _, world_size = rank_and_size(group)
@@ -195,6 +196,7 @@ def _check_length(length: int, layout: str, world_size: int) -> None:
     _check_layout(layout)
     if length % multiple(layout, world_size):
         raise ValueError(
-            f"a sequence of {length} tokens cannot be dealt out evenly to {world_size} ranks in the {layout} layout, which needs a "
-            f"multiple of {multiple(layout, world_size)}: pad it with ring_core.pad_sequence and pass the true length as total_length"
+            f"a sequence of {length} tokens cannot be dealt out evenly to {world_size} ranks in the {layout} layout, "
+            f"which needs a multiple of {multiple(layout, world_size)}: pad it with ring_core.pad_sequence and pass "
+            f"the true length as total_length"
         )

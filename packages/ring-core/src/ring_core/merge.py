@@ -14,7 +14,8 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
     """Merges a block into running results, in place.
 
     Args:
-        out: (B, S, H, D) fp32, lse: (B, H, S) fp32: running; lse -inf is a row that has seen nothing (its `out` is not read).
+        out: (B, S, H, D) fp32, lse: (B, H, S) fp32: running; lse -inf is a row that has seen nothing (its `out` is not
+            read).
         block_out: (B, S, H, D) any dtype, block_lse: (B, H, S): the block's; lse -inf is a row that saw nothing there.
     """
     unseen, nothing_new = lse == -torch.inf, block_lse == -torch.inf

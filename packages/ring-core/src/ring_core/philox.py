@@ -1,8 +1,8 @@
 """Which elements dropout keeps: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-key = seed (low word, high word); counter = (key position, query position, head, batch), each as uint32; the element is kept iff
-word 0 of the output >= floor(p * 2**32). Positions are global, so the mask does not depend on how a sequence is dealt out, and any
-backend can draw any part of it.
+key = seed (low word, high word); counter = (key position, query position, head, batch), each as uint32; the element is
+kept iff word 0 of the output >= floor(p * 2**32). Positions are global, so the mask does not depend on how a sequence
+is dealt out, and any backend can draw any part of it.
 """
 
 from __future__ import annotations

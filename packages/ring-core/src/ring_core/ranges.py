@@ -1,7 +1,7 @@
 """Sorted, disjoint ranges of local token indices, and how the same tokens lie in two packed buffers.
 
-What travels between ranks is seldom a whole chunk (windows need its edges, zigzag its first half), so a message is described by
-the ranges of the owner's chunk it holds, packed one after the other.
+What travels between ranks is seldom a whole chunk (windows need its edges, zigzag its first half), so a message is
+described by the ranges of the owner's chunk it holds, packed one after the other.
 """
 
 from __future__ import annotations

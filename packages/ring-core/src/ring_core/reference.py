@@ -1,7 +1,8 @@
 """The contract in plain PyTorch: the executable specification, and what runs where no kernel does.
 
-One block at a time, the way a kernel would: online softmax over the segments of a strip (Milakov & Gimelshein, arXiv:1805.02867),
-backward from the saved lse (Dao, arXiv:2307.08691). Accuracy and clarity first; speed is what the other backends are for.
+One block at a time, the way a kernel would: online softmax over the segments of a strip (Milakov & Gimelshein,
+arXiv:1805.02867), backward from the saved lse (Dao, arXiv:2307.08691). Accuracy and clarity first; speed is what the
+other backends are for.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class ReferenceBackend:
             for batch, rows in _blocks(strip, q):
                 place = (batch, slice(strip[0].q_start + rows.start, strip[0].q_start + rows.stop))
                 place_lse = (batch, slice(None), place[1])
-                m, total, o = _begin(strip[0], q[place], None if state is None else state[place], lse[place_lse], params)
+                before = None if state is None else state[place]
+                m, total, o = _begin(strip[0], q[place], before, lse[place_lse], params)
                 for segment in strip:
                     keys, values = _read(k, segment, batch, flags), _read(v, segment, batch, flags)
                     s, _ = _scores(q[place], keys, segment, rows, batch, params)  # (B, H, rows, k_len)
@@ -176,7 +178,8 @@ def _read(x: Tensor, segment: Segment, batch: slice, flags: Flags | None) -> Ten
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """(B, rows, Hq, D), (B, k_len, Hkv, D) -> (B, Hq, rows, k_len): rows against keys, or output gradients against values."""
+    """(B, rows, Hq, D), (B, k_len, Hkv, D) -> (B, Hq, rows, k_len): rows against keys, or output gradients against
+    values."""
     grouped = a.to(b.dtype).unflatten(2, (b.shape[2], -1))
     return torch.einsum("bihgd,bjhd->bhgij", grouped, b).flatten(1, 2)
 

@@ -44,7 +44,8 @@ COLUMNS = Segment._fields
 class Table:
     """Segments as a kernel reads them.
 
-    rows: int32 (N, 12), columns as in `Segment`; groups: int32 (G + 1,), group g is rows[groups[g]:groups[g + 1]], all of one strip.
+    rows: int32 (N, 12), columns as in `Segment`; groups: int32 (G + 1,), group g is rows[groups[g]:groups[g + 1]], all
+        of one strip.
     """
 
     rows: NDArray[np.int32]

@@ -36,7 +36,8 @@ _gather_transport = "collectives"
 def gather_through(name: str) -> Iterator[None]:
     """Takes another way for the schedule "gather" while it lasts; all ranks of a group must enter and leave alike.
 
-    "collectives": torch.distributed, anywhere (the default). "shared_memory": the double of peer memory, on the CPUs of one host.
+    "collectives": torch.distributed, anywhere (the default). "shared_memory": the double of peer memory, on the CPUs
+    of one host.
     """
     global _gather_transport
     if name not in GATHER_TRANSPORTS:

@@ -1,7 +1,7 @@
 """Messages between the ranks of a group over torch.distributed: NCCL or gloo, any number of hosts.
 
-A channel is a queue of its own: on NCCL a communicator and a stream, on gloo a tag. Keys travel on one and gradients on another, so
-that a gradient waiting to be summed never holds up the next keys.
+A channel is a queue of its own: on NCCL a communicator and a stream, on gloo a tag. Keys travel on one and gradients on
+another, so that a gradient waiting to be summed never holds up the next keys.
 
     compute stream   ─ step s ────────────► step s+1 ──────────► …
                           ▲ landed(s)  │ done(s)  ▲ landed(s+1)
@@ -143,7 +143,8 @@ _channels: dict[tuple[str, str, str], Channel] = {}
 
 
 def channel(group: ProcessGroup, device: torch.device, kind: str) -> Channel:
-    """The group's channel for "keys" or "gradients" on this device. Made at the first call, which all ranks must reach."""
+    """The group's channel for "keys" or "gradients" on this device. Made at the first call, which all ranks must
+    reach."""
     key = (group.group_name, str(device), kind)
     known = _channels.get(key)
     if known is None or known.group is not group:  # a later group may bear the name of one that was destroyed

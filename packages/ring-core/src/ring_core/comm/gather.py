@@ -1,6 +1,8 @@
-"""Gather over torch.distributed: every rank takes the keys it will see in one exchange, and sends their gradients back in another.
+"""Gather over torch.distributed: every rank takes the keys it will see in one exchange, and sends their gradients back
+in another.
 
-Owners add the contributions to their own keys in fp32 and in rank order, so the result does not depend on who was first.
+Owners add the contributions to their own keys in fp32 and in rank order, so the result does not depend on who was
+first.
 """
 
 from __future__ import annotations
@@ -96,7 +98,8 @@ def place(
 
 
 def take(parts: Tensor, plan: GatherPlan, source: int, taken: Ranges) -> Tensor:
-    """(2, B, n, Hkv, D), packed: the contributions in pieces (2, C, B, S_piece, Hkv, D) to the tokens taken from `source`."""
+    """(2, B, n, Hkv, D), packed: the contributions in pieces (2, C, B, S_piece, Hkv, D) to the tokens taken from
+    `source`."""
     found = []
     for number, piece in enumerate(plan.pieces):
         if piece.source == source:

@@ -1,4 +1,5 @@
-"""Gather through peer memory: every rank publishes its keys in an arena that all others can read, and takes what it needs itself.
+"""Gather through peer memory: every rank publishes its keys in an arena that all others can read, and takes what it
+needs itself.
 
     rank r                                             rank p
     wait until all have read what the slot held
@@ -6,10 +7,10 @@
     PUBLISHED := epoch   ───────────────────────────►  wait for it, pull the ranges it needs, flag each piece
     wait for all to have READ epoch - 1 next time  ◄─  READ := epoch
 
-Two generations: while a rank still reads epoch e, its peers may already publish e + 1, but not e + 2. Every rank makes the same calls
-in the same order, so the epochs agree without being sent. Each counter has one writer. A rank that fails poisons its arena, and every
-wait is bounded, so nobody waits for the dead. `PeerMemory` is what such an arena must offer; `ring_core.comm.shared_memory` is one for
-processes of one host, without GPUs.
+Two generations: while a rank still reads epoch e, its peers may already publish e + 1, but not e + 2. Every rank makes
+the same calls in the same order, so the epochs agree without being sent. Each counter has one writer. A rank that fails
+poisons its arena, and every wait is bounded, so nobody waits for the dead. `PeerMemory` is what such an arena must
+offer; `ring_core.comm.shared_memory` is one for processes of one host, without GPUs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ GENERATIONS = 2
 
 
 class PeerMemory(Protocol):
-    """One symmetric arena of a group: a slot of equal size per generation and a few counters, readable by all, written by its owner."""
+    """One symmetric arena of a group: a slot of equal size per generation and a few counters, readable by all, written
+    by its owner."""
 
     rank: int
     world_size: int
@@ -54,7 +56,8 @@ class PeerMemory(Protocol):
         ...
 
     def wait(self, rank: int, counter: int, epoch: int) -> None:
-        """Until a rank's counter is at least `epoch`. Raises RingCommError, naming the rank, on poison or when time is up."""
+        """Until a rank's counter is at least `epoch`. Raises RingCommError, naming the rank, on poison or when time is
+        up."""
         ...
 
     def poison(self) -> None:
@@ -96,7 +99,8 @@ class PeerGatherTransport:
 
 
 class PeerGatherGradients:
-    """Each rank publishes its contributions to the keys of all, at the owner's place; owners pull theirs and sum in rank order."""
+    """Each rank publishes its contributions to the keys of all, at the owner's place; owners pull theirs and sum in
+    rank order."""
 
     def __init__(self, plan: GatherPlan, memory: PeerMemory, k: Tensor) -> None:
         self._plan = plan

@@ -1,9 +1,9 @@
 """The ring: keys go from neighbour to neighbour, their gradients follow one step behind and then go home.
 
-Two buffers for keys: hop s+1 is posted as soon as hop s has landed, and writes what step s-1 has read. K and V are one message.
-Gradients are summed in fp32 on a channel of their own: a rank adds its part when the travelling sum lands, and passes it on while
-the next step computes (the schedule of Liu et al., "Ring attention with blockwise transformers", arXiv:2310.01889, with only those
-tokens on the wire that somebody further on needs).
+Two buffers for keys: hop s+1 is posted as soon as hop s has landed, and writes what step s-1 has read. K and V are one
+message. Gradients are summed in fp32 on a channel of their own: a rank adds its part when the travelling sum lands, and
+passes it on while the next step computes (the schedule of Liu et al., "Ring attention with blockwise transformers",
+arXiv:2310.01889, with only those tokens on the wire that somebody further on needs).
 """
 
 from __future__ import annotations

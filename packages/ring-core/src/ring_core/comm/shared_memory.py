@@ -1,7 +1,9 @@
-"""Peer memory between processes of one host, in files that all map: the double of the GPU arena, for tests without a GPU.
+"""Peer memory between processes of one host, in files that all map: the double of the GPU arena, for tests without a
+GPU.
 
-Everything is done by the host, in program order: x86 and Arm hosts show the stores of one process to another in the order of the
-counters' release because every counter is written after an interpreter's worth of other work, which is good enough for tests.
+Everything is done by the host, in program order: x86 and Arm hosts show the stores of one process to another in the
+order of the counters' release because every counter is written after an interpreter's worth of other work, which is
+good enough for tests.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ class Transport(Protocol):
     """Moves keys out and gradients home as one plan says."""
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        """The pieces of each step in turn, from this rank's k, v (B, S, Hkv, D); asking for the next says that the last was read."""
+        """The pieces of each step in turn, from this rank's k, v (B, S, Hkv, D); asking for the next says that the last
+        was read."""
         ...
 
     def gradients(self, k: Tensor) -> Gradients:

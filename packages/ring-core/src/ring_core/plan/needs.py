@@ -14,7 +14,8 @@ from ring_core.segment import Array
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The runs of keys of several ranks, as arrays (sources, runs): local start, true length, global index; one stride."""
+    """The runs of keys of several ranks, as arrays (sources, runs): local start, true length, global index; one
+    stride."""
 
     source: Array
     start: Array
@@ -50,8 +51,8 @@ def query_runs(problem: Problem, rank: int) -> list[Run]:
 def needed(problem: Problem, keys: Keys, first: Array, last: Array) -> tuple[Array, Array]:
     """Which keys the queries of ranks first..last (inclusive; arrays over sources) see: half-open local ranges.
 
-    Returns two arrays (sources, runs, families): a family is the k-th run of each of those ranks. Because runs of neighbouring ranks
-    lie side by side, a family's queries see one unbroken stretch of any run of keys.
+    Returns two arrays (sources, runs, families): a family is the k-th run of each of those ranks. Because runs of
+    neighbouring ranks lie side by side, a family's queries see one unbroken stretch of any run of keys.
     """
     left, right = problem.bounds
     stride, world_size = keys.stride, problem.world_size
@@ -76,7 +77,8 @@ def needed(problem: Problem, keys: Keys, first: Array, last: Array) -> tuple[Arr
 def _as_ranges(keys: Keys, parts: list[tuple[Array, Array]]) -> list[Ranges]:
     """For each source the union of what `needed` found, as ranges of the source's chunk.
 
-    The same as `ranges.merge` on each source, but without a Python loop over every bound: this is what a plan for 1,024 ranks costs.
+    The same as `ranges.merge` on each source, but without a Python loop over every bound: this is what a plan for 1,024
+    ranks costs.
     """
     shape = (len(keys.source), -1 if len(keys.source) else 0)
     low, high = (

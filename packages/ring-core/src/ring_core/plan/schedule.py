@@ -21,8 +21,8 @@ SCHEDULES = ("ring", "gather")
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """Round h of the ring: keys and values of rank (r - h) come from r - 1, those of (r - h + 1) go to r + 1. Ranges of the
-    owner's chunk; empty ones are not sent."""
+    """Round h of the ring: keys and values of rank (r - h) come from r - 1, those of (r - h + 1) go to r + 1. Ranges of
+    the owner's chunk; empty ones are not sent."""
 
     send: Ranges
     receive: Ranges
@@ -32,8 +32,8 @@ class Hop:
 class GradientHop:
     """What becomes of the dk, dv of rank (r - h) once step h has computed this rank's part of them.
 
-    arriving: what earlier visitors have summed, from rank r - 1; own: what this rank adds; holding: the union, which goes to
-    `target` (the next visitor, or the owner from the last; None: nothing to send).
+    arriving: what earlier visitors have summed, from rank r - 1; own: what this rank adds; holding: the union, which
+    goes to `target` (the next visitor, or the owner from the last; None: nothing to send).
     """
 
     arriving: Ranges
@@ -52,8 +52,8 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class RingPlan:
-    """Neighbour to neighbour: step h computes on the keys of rank (r - h) mod W, which arrived by hop h. One piece a step: the ranges
-    of that rank's chunk that this rank or one behind it needs."""
+    """Neighbour to neighbour: step h computes on the keys of rank (r - h) mod W, which arrived by hop h. One piece a
+    step: the ranges of that rank's chunk that this rank or one behind it needs."""
 
     problem: Problem
     rank: int
@@ -89,7 +89,8 @@ class RingPlan:
 
 
 class Piece(NamedTuple):
-    """Keys [start, start + length) of rank `source`'s chunk, of which `needed` (ranges of that chunk) are fetched and read."""
+    """Keys [start, start + length) of rank `source`'s chunk, of which `needed` (ranges of that chunk) are fetched and
+    read."""
 
     source: int
     start: int
@@ -101,9 +102,9 @@ class Piece(NamedTuple):
 class GatherPlan:
     """Every rank takes what it will see, and only that, and computes on all of it in one step.
 
-    pieces: in global order (contiguous and stripe: chunks; zigzag: half-chunks), own ones included; order: the ranks to take them
-    from, own first, then by ring distance, so that no two ranks pull from one peer at the same time; receive, send: ranges of the
-    peer's and of the own chunk, by peer, peers without any left out.
+    pieces: in global order (contiguous and stripe: chunks; zigzag: half-chunks), own ones included; order: the ranks to
+    take them from, own first, then by ring distance, so that no two ranks pull from one peer at the same time; receive,
+    send: ranges of the peer's and of the own chunk, by peer, peers without any left out.
     """
 
     problem: Problem
@@ -183,7 +184,8 @@ def _ring_plan(problem: Problem, rank: int) -> RingPlan:
 
 
 def _into_parcels(rows: Array, parcels: list[Ranges]) -> None:
-    """Turns k_start, local to the owner's chunk, into the place in the packed parcel that arrived; own keys are read in place."""
+    """Turns k_start, local to the owner's chunk, into the place in the packed parcel that arrived; own keys are read in
+    place."""
     shift = [0 if not parcel else -parcel[0][0] for parcel in parcels]
     rows[:, K_START] += np.array(shift)[rows[:, STEP]]
     for step, parcel in enumerate(parcels):
@@ -197,7 +199,8 @@ def _into_parcels(rows: Array, parcels: list[Ranges]) -> None:
 
 
 def _way_home(problem: Problem, rank: int) -> tuple[int, int, Ranges] | None:
-    """Who brings the finished dk, dv of `rank` home: the last on the ring to need its keys, after its step of that distance."""
+    """Who brings the finished dk, dv of `rank` home: the last on the ring to need its keys, after its step of that
+    distance."""
     world_size = problem.world_size
     if world_size == 1:
         return None

@@ -13,7 +13,8 @@ from ring_core.plan.problem import Problem
 from ring_core.segment import COLUMNS, FIRST, LAST, Array, Table
 
 STRIP_MULTIPLE = 128
-"""Strips of queries begin at multiples of this from their run's first token, so that a kernel's tiles (64, 128 rows) stay whole."""
+"""Strips of queries begin at multiples of this from their run's first token, so that a kernel's tiles (64, 128 rows)
+stay whole."""
 
 
 def _bands(problem: Problem, query: Run, keys: Keys) -> tuple[Array, Array]:
@@ -34,8 +35,9 @@ def _outward(start: Array, stop: Array, length: int | Array) -> tuple[Array, Arr
 
 
 def _columns(problem: Problem, query: Run, keys: Keys, at: tuple[Array, ...], block: tuple[Array, ...]) -> Array:
-    """Rows (N, 14) = step, run, then the columns of `Segment` with piece 0, k_start local to the chunk and no flags, for the
-    rectangles block = (q0, q1, k0, k1), counted from the runs' first tokens, of queries and keys at (step, run)."""
+    """Rows (N, 14) = step, run, then the columns of `Segment` with piece 0, k_start local to the chunk and no flags,
+    for the rectangles block = (q0, q1, k0, k1), counted from the runs' first tokens, of queries and keys at (step,
+    run)."""
     q0, q1, k0, k1 = block
     lower, upper = (band[at] for band in _bands(problem, query, keys))
     q_len, k_len = q1 - q0, k1 - k0
@@ -97,7 +99,8 @@ def key_major(problem: Problem, rank: int, keys: Keys) -> tuple[Array, Array]:
         visible.append((seen, np.where(seen, first, 0), np.where(seen, stop, 0)))
     if not visible:
         return np.zeros((0, 14), np.int64), np.zeros(0, np.int64)
-    # Boundaries of the strips of every run of keys: (sources, runs, 2 + 2 * queries), sorted; repeated ones make empty strips.
+    # Boundaries of the strips of every run of keys: (sources, runs, 2 + 2 * queries), sorted; repeated ones make empty
+    # strips.
     edges = [np.zeros_like(keys.length), keys.length]
     for _, first, stop in visible:
         edges += [first, stop]
