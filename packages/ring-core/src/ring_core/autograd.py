@@ -1,11 +1,19 @@
-"""Ring attention as custom ops: opaque to torch.compile, differentiable once, with nothing but tensors, numbers and
-strings as arguments, fresh outputs and no aliases. Plans are made (and cached) inside, from true sizes, so that dynamic
-shapes need no guards.
+"""Ring attention as a differentiable operator, once for eager mode and once for compilers.
+
+Eager calls go through `torch.autograd.Function`. Under torch.compile, with tensor subclasses and under dispatch modes
+(selective checkpointing, say) the same two functions are custom ops: opaque, with nothing but tensors, numbers and
+strings as arguments, fresh outputs and no aliases. Those cost some 400 µs a call on the host, mostly schema handling,
+and the Function a tenth of it.
+
+Plans are made (and cached) inside, from true sizes, so that dynamic shapes need no guards.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,9 +22,17 @@ from torch.distributed import ProcessGroup
 
 from ring_core import backward as orchestration_backward
 from ring_core import forward as orchestration_forward
-from ring_core._torch import group_by_name
+from ring_core._torch import dispatch_mode_active, group_by_name
 from ring_core.accumulate import accumulating
-from ring_core.backend import Dropout, Params, accumulation_dtype, check_supported, choose_backend, load_backend
+from ring_core.backend import (
+    Backend,
+    Dropout,
+    Params,
+    accumulation_dtype,
+    check_supported,
+    choose_backend,
+    load_backend,
+)
 from ring_core.comm import transport
 from ring_core.plan import Plan, Problem, make_plan, message_bytes
 
@@ -27,60 +43,120 @@ GATHER_BYTES = 2 << 30
 everything and no merges, at the price of holding them all. Beyond, the ring holds two chunks."""
 
 
-@torch.library.custom_op("ring_core::attention", mutates_args=())
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Everything about a call but its tensors."""
+
+    scale: float
+    softcap: float
+    dropout_p: float
+    left: int  # -1: unbounded
+    right: int  # -1: unbounded; 0: causal
+    q_total: int  # UNPADDED, or the true global length
+    k_total: int
+    deterministic: bool
+    shared_seed: bool  # all ranks passed the same; else the first rank's counts
+    layout: str
+    schedule: str
+    backend: str  # "": chosen by capability
+    group_name: str  # NO_GROUP: this process alone
+
+    @property
+    def numbers(self) -> list[float]:
+        return [self.scale, self.softcap, self.dropout_p]
+
+    @property
+    def integers(self) -> list[int]:
+        return [self.left, self.right, self.q_total, self.k_total, int(self.deterministic), int(self.shared_seed)]
+
+    @property
+    def names(self) -> tuple[str, str, str, str]:
+        return self.layout, self.schedule, self.backend, self.group_name
+
+    @staticmethod
+    def of(numbers: Sequence[float], integers: Sequence[int], *names: str) -> Call:
+        scale, softcap, dropout_p = numbers
+        left, right, q_total, k_total, deterministic, shared_seed = integers
+        layout, schedule, backend, group_name = names
+        flags = bool(deterministic), bool(shared_seed)
+        return Call(
+            scale, softcap, dropout_p, left, right, q_total, k_total, *flags, layout, schedule, backend, group_name
+        )
+
+
 def attention(
+    q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor]:
+    """out (B, Sq, Hq, D) and lse (B, Hq, Sq), differentiable in q, k, v and sinks; seed: int64 (1,) where there is
+    dropout."""
+    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter) or dispatch_mode_active():
+        out, lse, _ = _attention_op(q, k, v, alibi_slopes, sinks, seed, call.numbers, call.integers, *call.names)
+    else:
+        out, lse = _Attention.apply(q, k, v, alibi_slopes, sinks, seed, call)  # type: ignore[no-untyped-call]
+    return out, lse
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+        seed: Tensor | None,
+        call: Call,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, seed = _forward(q, k, v, alibi_slopes, sinks, seed, call)
+        ctx.save_for_backward(q, k, v, out, lse, alibi_slopes, sinks, seed)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            _refuse()
+        q, k, v, out, lse, alibi_slopes, sinks, seed = ctx.saved_tensors
+        if dout is None:  # only lse was used
+            dout = torch.zeros_like(out)
+        dq, dk, dv, dsinks = _backward(dout, dlse, q, k, v, out, lse, alibi_slopes, sinks, seed, ctx.call)
+        return dq, dk, dv, None, dsinks, None, None
+
+
+@torch.library.custom_op("ring_core::attention", mutates_args=())
+def _attention_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     seed: Tensor | None,
-    shared_seed: bool,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    left: int,
-    right: int,
-    q_total: int,
-    k_total: int,
-    deterministic: bool,
+    numbers: Sequence[float],
+    integers: Sequence[int],
     layout: str,
     schedule: str,
     backend: str,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse and the dropout seed that all ranks used ((0,) without dropout). left, right: -1 is unbounded; q_total,
-    k_total: -1 is no padding; seed int64 (1,), taken from the first rank unless `shared_seed` says that all have the
-    same."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    group = _group(group_name)
-    if dropout_p and seed is not None:
-        seed = seed.clone()
-        if group is not None and not shared_seed:
-            dist.broadcast(seed, src=dist.get_global_rank(group, 0), group=group)
-    plan = _plan(q, k, left, right, q_total, k_total, layout, schedule, group)
-    name = _checked(q, k, backend, alibi_slopes, sinks, softcap, dropout_p, deterministic, left, right)
-    params = _params(scale, softcap, alibi_slopes, sinks, dropout_p, seed, deterministic)
-    out, lse = orchestration_forward.forward(
-        q, k, v,
-        plan=plan,
-        transport=transport(plan, group),
-        backend=accumulating(load_backend(name), q.device),
-        params=params,
-    )  # fmt: skip
-    return out, lse, q.new_empty(0, dtype=torch.int64) if not dropout_p or seed is None else seed
+    """out, lse and the dropout seed that all ranks used ((0,) without dropout)."""
+    call = Call.of(numbers, integers, layout, schedule, backend, group_name)
+    out, lse, seed = _forward(q, k, v, alibi_slopes, sinks, seed, call)
+    return out, lse, q.new_empty(0, dtype=torch.int64) if seed is None else seed.clone()
 
 
-@attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+@_attention_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, alibi: Tensor | None, sinks: Tensor | None, seed: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_len, num_heads, _ = q.shape
     lse = q.new_empty(batch, num_heads, q_len, dtype=accumulation_dtype(q.dtype))
-    dropout_p = args[6]
-    return q.new_empty(q.shape), lse, q.new_empty(1 if dropout_p else 0, dtype=torch.int64)
+    return q.new_empty(q.shape), lse, q.new_empty(0 if seed is None else 1, dtype=torch.int64)
 
 
 @torch.library.custom_op("ring_core::attention_backward", mutates_args=())
-def attention_backward(
+def _attention_backward_op(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -91,45 +167,39 @@ def attention_backward(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     seed: Tensor,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    left: int,
-    right: int,
-    q_total: int,
-    k_total: int,
-    deterministic: bool,
+    numbers: Sequence[float],
+    integers: Sequence[int],
     layout: str,
     schedule: str,
     backend: str,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and this rank's part of dsinks ((0,) without sinks)."""
-    q, k, v, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, dout))
-    group = _group(group_name)
-    plan = _plan(q, k, left, right, q_total, k_total, layout, schedule, group)
-    name = _checked(q, k, backend, alibi_slopes, sinks, softcap, dropout_p, deterministic, left, right)
-    dq, dk, dv, dsinks = orchestration_backward.backward(
-        dout, dlse, q, k, v, out, lse,
-        plan=plan,
-        transport=transport(plan, group),
-        backend=accumulating(load_backend(name), q.device),
-        params=_params(scale, softcap, alibi_slopes, sinks, dropout_p, seed, deterministic),
-    )  # fmt: skip
+    call = Call.of(numbers, integers, layout, schedule, backend, group_name)
+    used = seed if seed.numel() else None
+    dq, dk, dv, dsinks = _backward(dout, dlse, q, k, v, out, lse, alibi_slopes, sinks, used, call)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-@attention_backward.register_fake
+@_attention_backward_op.register_fake
 def _(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    alibi_slopes: Tensor | None, sinks: Tensor | None, *args: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, alibi_slopes, sinks, _, _, *rest = inputs
+    q, k, v, alibi_slopes, sinks, _, *rest = inputs
     out, lse, seed = output
     ctx.save_for_backward(q, k, v, out, lse, alibi_slopes, sinks, seed)
     ctx.rest = rest
@@ -139,99 +209,140 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, alibi_slopes, sinks, seed = ctx.saved_tensors
-    if dout is None:  # only lse was used
+    if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv, dsinks = attention_backward(dout, dlse, q, k, v, out, lse, alibi_slopes, sinks, seed, *ctx.rest)
-    return dq, dk, dv, None, None if sinks is None else dsinks, *[None] * 14
+    dq, dk, dv, dsinks = _attention_backward_op(dout, dlse, q, k, v, out, lse, alibi_slopes, sinks, seed, *ctx.rest)
+    return dq, dk, dv, None, None if sinks is None else dsinks, *[None] * 7
 
 
-def _refuse(ctx: Any, *grads: Any) -> Any:
+def _refuse(*_: Any) -> Any:
     raise RuntimeError(
         "ring attention is differentiable once; its gradient is not differentiable again (gradients of gradients, "
         "as with create_graph=True, are not supported)"
     )
 
 
-attention.register_autograd(_differentiate, setup_context=_save)
-attention_backward.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+_attention_op.register_autograd(_differentiate, setup_context=_save)
+_attention_backward_op.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
 
 
-def _group(group_name: str) -> ProcessGroup | None:
-    return None if group_name == NO_GROUP else group_by_name(group_name)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out, lse and the seed that all ranks use."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    group, way = _prepare(q, k, alibi_slopes, sinks, call)
+    if seed is not None and group is not None and not call.shared_seed:
+        seed = seed.clone()
+        dist.broadcast(seed, src=dist.get_global_rank(group, 0), group=group)
+    out, lse = orchestration_forward.forward(
+        q,
+        k,
+        v,
+        plan=way.plan,
+        transport=transport(way.plan, group),
+        backend=way.backend,
+        params=_params(call, alibi_slopes, sinks, seed),
+    )
+    return out, lse, seed
 
 
-def _plan(
+def _backward(
+    dout: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
-    left: int,
-    right: int,
-    q_total: int,
-    k_total: int,
-    layout: str,
-    schedule: str,
-    group: ProcessGroup | None,
-) -> Plan:
-    rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    q_length, k_length = q.shape[1] * world_size, k.shape[1] * world_size
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, dsinks."""
+    q, k, v, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, dout))
+    group, way = _prepare(q, k, alibi_slopes, sinks, call)
+    return orchestration_backward.backward(
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        plan=way.plan,
+        transport=transport(way.plan, group),
+        backend=way.backend,
+        params=_params(call, alibi_slopes, sinks, seed),
+    )
+
+
+class _Way(NamedTuple):
+    """How a kind of call is computed."""
+
+    plan: Plan
+    backend: Backend
+
+
+def _prepare(
+    q: Tensor, k: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None, call: Call
+) -> tuple[ProcessGroup | None, _Way]:
+    group = None if call.group_name == NO_GROUP else group_by_name(call.group_name)
+    place = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    features = (alibi_slopes is not None, sinks is not None)
+    return group, _way(q.shape, k.shape, q.dtype, q.device, *features, *place, call)
+
+
+@lru_cache(maxsize=256)
+def _way(
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    alibi: bool,
+    sinks: bool,
+    rank: int,
+    world_size: int,
+    call: Call,
+) -> _Way:
+    asked = {
+        "alibi": alibi,
+        "band": call.left >= 0 or call.right > 0,
+        "deterministic": call.deterministic,
+        "dropout": call.dropout_p > 0,
+        "gqa": q_shape[2] != k_shape[2],
+        "sinks": sinks,
+        "softcap": call.softcap > 0,
+    }
+    features = frozenset(feature for feature, wanted in asked.items() if wanted)
+    head_dim = q_shape[3]
+    name = call.backend or choose_backend(device, dtype, head_dim, features)
+    check_supported(name, device, dtype, head_dim, features)
+
+    q_length, k_length = q_shape[1] * world_size, k_shape[1] * world_size
     problem = Problem(
         q_length,
         k_length,
-        q_length if q_total == UNPADDED else q_total,
-        k_length if k_total == UNPADDED else k_total,
-        None if left < 0 else left,
-        None if right < 0 else right,
-        layout,
+        q_length if call.q_total == UNPADDED else call.q_total,
+        k_length if call.k_total == UNPADDED else call.k_total,
+        None if call.left < 0 else call.left,
+        None if call.right < 0 else call.right,
+        call.layout,
         world_size,
     )
+    schedule = call.schedule
     if world_size == 1:
         schedule = "ring"  # of one step, on the keys as they lie
     elif schedule == "auto":
-        batch, _, num_kv_heads, head_dim = k.shape
+        batch, _, num_kv_heads, _ = k_shape
         gathered = message_bytes(
-            k_length, batch=batch, num_kv_heads=num_kv_heads, head_dim=head_dim, element_size=k.element_size()
+            k_length, batch=batch, num_kv_heads=num_kv_heads, head_dim=head_dim, element_size=dtype.itemsize
         )
         schedule = "gather" if gathered <= GATHER_BYTES else "ring"
-    return make_plan(problem, rank, schedule)
+    return _Way(make_plan(problem, rank, schedule), accumulating(load_backend(name), device))
 
 
-def _checked(
-    q: Tensor,
-    k: Tensor,
-    backend: str,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    softcap: float,
-    dropout_p: float,
-    deterministic: bool,
-    left: int,
-    right: int,
-) -> str:
-    """The backend's name, after making sure that it can do this call."""
-    asked = {
-        "alibi": alibi_slopes is not None,
-        "band": left >= 0 or right > 0,
-        "deterministic": deterministic,
-        "dropout": dropout_p > 0,
-        "gqa": q.shape[2] != k.shape[2],
-        "sinks": sinks is not None,
-        "softcap": softcap > 0,
-    }
-    features = frozenset(feature for feature, wanted in asked.items() if wanted)
-    head_dim = q.shape[3]
-    if not backend:
-        return choose_backend(q.device, q.dtype, head_dim, features)
-    check_supported(backend, q.device, q.dtype, head_dim, features)
-    return backend
-
-
-def _params(
-    scale: float,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    deterministic: bool,
-) -> Params:
-    dropout = Dropout(dropout_p, seed) if dropout_p and seed is not None else None
-    return Params(scale, softcap, alibi_slopes, sinks, dropout, deterministic)
+def _params(call: Call, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None) -> Params:
+    dropout = None if seed is None else Dropout(call.dropout_p, seed)
+    return Params(call.scale, call.softcap, alibi_slopes, sinks, dropout, call.deterministic)

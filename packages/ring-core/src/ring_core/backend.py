@@ -240,6 +240,7 @@ def register_backend(name: str, backend: Backend) -> None:
     _registered()[name] = Point()
     load_backend.cache_clear()
     check_supported.cache_clear()
+    choose_backend.cache_clear()
 
 
 AUTOMATIC = ("cute", "triton", "native", "reference")

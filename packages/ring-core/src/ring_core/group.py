@@ -26,7 +26,7 @@ def process_group(group: Group | None) -> ProcessGroup | None:
         group = group.get_group()
     if group is None:
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
+    if not isinstance(group, ProcessGroup) or dist.get_rank(group) < 0:  # new_group gives non-members a number
         raise ValueError(
             f"rank {dist.get_rank()} is not in the group it passed; only members may call ring attention on a group"
         )

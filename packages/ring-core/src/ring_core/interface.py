@@ -175,28 +175,23 @@ def attend(
     left, right = _check_window(window_size, causal)
     q_total, k_total = _check_total(total_length, q.shape[1] * world_size, k.shape[1] * world_size)
     _check_scores(q, softcap, alibi_slopes, sinks)
-    out, lse, _ = autograd.attention(
-        q,
-        k,
-        v,
-        alibi_slopes,
-        sinks,
-        _seed(q, dropout_p, dropout_seed),
-        dropout_seed is not None,
-        _scale(q, softmax_scale),
-        float(softcap),
-        float(dropout_p),
-        left,
-        right,
-        q_total,
-        k_total,
-        deterministic,
-        layout,
-        schedule,
-        "" if backend is None else backend,
-        autograd.NO_GROUP if members is None else members.group_name,
+    call = autograd.Call(
+        scale=_scale(q, softmax_scale),
+        softcap=float(softcap),
+        dropout_p=float(dropout_p),
+        left=left,
+        right=right,
+        q_total=q_total,
+        k_total=k_total,
+        deterministic=bool(deterministic),
+        shared_seed=dropout_seed is not None,
+        layout=layout,
+        schedule=schedule,
+        backend="" if backend is None else backend,
+        group_name=autograd.NO_GROUP if members is None else members.group_name,
     )
-    return out, lse
+    seed = _seed(q, dropout_p, dropout_seed)
+    return autograd.attention(q, k, v, alibi_slopes, sinks, seed, call)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

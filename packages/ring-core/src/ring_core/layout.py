@@ -132,7 +132,8 @@ def unshard_sequence(tensor: Tensor, *, layout: LayoutName, dim: int = 1, group:
     _, world_size = rank_and_size(group)
     if world_size == 1:
         return join_shards([tensor], layout=layout, dim=dim)
-    return join_shards(_AllGather.apply(tensor, group), layout=layout, dim=dim)
+    shards = _AllGather.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return join_shards(shards, layout=layout, dim=dim)
 
 
 def local_positions(

@@ -75,7 +75,8 @@ class Table:
 def count_pairs(q_len: Array, k_len: Array, lower: Array, upper: Array) -> Array:
     """Pairs with 0 <= i < q_len, 0 <= j < k_len, lower <= j - i <= upper, elementwise, in closed form."""
     q_len, k_len, lower, upper = (np.asarray(x, dtype=np.int64) for x in (q_len, k_len, lower, upper))
-    return np.maximum(_pairs_below(q_len, k_len, upper) - _pairs_below(q_len, k_len, lower - 1), 0)
+    below: Array = _pairs_below(q_len, k_len, upper) - _pairs_below(q_len, k_len, lower - 1)
+    return np.maximum(below, 0)
 
 
 def _pairs_below(q_len: Array, k_len: Array, upper: Array) -> Array:
@@ -86,4 +87,5 @@ def _pairs_below(q_len: Array, k_len: Array, upper: Array) -> Array:
         terms = np.clip(last, 0, q_len)
         return terms * (2 * last - terms + 1) // 2
 
-    return ramp(upper + 1) - ramp(upper + 1 - k_len)
+    found: Array = ramp(upper + 1) - ramp(upper + 1 - k_len)
+    return found
