@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there are GPUs")
     run.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: ./runs")
     run.add_argument("--seed", type=int, metavar="N", help="default: drawn afresh and recorded")
+    run.add_argument("--timeout", type=_positive, metavar="SECONDS", help="per cell; default: the suite's")
     run.add_argument("--list-cells", action="store_true", help="print the cells and stop")
     commands.add_parser("list", help="backends with what they can do, and suites")
     again = commands.add_parser("report", help="Markdown from record files of one machine, on standard output")
@@ -95,6 +97,8 @@ def _world_sizes(wanted: Sequence[int]) -> tuple[int, ...]:
 def _plan(options: argparse.Namespace) -> Plan:
     device = _device(options.device)
     suite: Suite = SUITES[options.suite or default_suite(device)]
+    if options.timeout is not None:
+        suite = dataclasses.replace(suite, timeout_s=options.timeout)
     overrides = Overrides(
         layouts=tuple(options.layout),
         schedules=tuple(options.schedule),

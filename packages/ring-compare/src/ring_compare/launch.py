@@ -59,7 +59,11 @@ def run_task(launcher: Launcher, task: Task, timeout_s: float, watch: Watch) -> 
     failed: list[Row] = []
     while names:
         pending = Task(task.cell, names, task.seed, task.timing, task.limits)
-        outcome = launcher.attempt(pending, timeout_s, watch)
+        try:
+            outcome = launcher.attempt(pending, timeout_s, watch)
+        except RanksLostError as lost:
+            reason = f"not run: {lost}"
+            return failed + [Row(n, n, "", phase, "skipped", reason) for n in names for phase in PHASES]
         if isinstance(outcome, Finished):
             return outcome.rows + failed
         blamed, stage = outcome.stage.name, outcome.stage
@@ -135,7 +139,7 @@ class _WorkerSet:
                 except (EOFError, ConnectionResetError, pickle.UnpicklingError):
                     return self._death(rank)
                 if isinstance(message, Failure):
-                    return Failure(message.stage, message.kind, f"rank {rank}: {message.text}")
+                    return Failure(message.stage, f"rank {rank}: {message.text}")
                 if isinstance(message, Stage):
                     self._stages[rank] = message
                     if rank == 0:
@@ -148,13 +152,13 @@ class _WorkerSet:
         rank = min(range(self.world_size), key=lambda r: self._stages[r].number)
         words = self._last_words(rank)
         text = f"no end after {timeout_s:g} s; rank {rank} was at: {self._stages[rank].step}"
-        return Failure(self._stages[rank], "Timeout", f"{text}; its stderr: {words}" if words else text)
+        return Failure(self._stages[rank], f"{text}; its stderr: {words}" if words else text)
 
     def _death(self, rank: int) -> Failure:
         self._processes[rank].join(_GRACE_S)
         text = f"rank {rank} ended with exit code {self._processes[rank].exitcode}"
         words = self._last_words(rank)
-        return Failure(self._stages[rank], "Death", f"{text}; its stderr: {words}" if words else text)
+        return Failure(self._stages[rank], f"{text}; its stderr: {words}" if words else text)
 
     def close(self, *, kill: bool) -> None:
         """End the processes: by closing their pipe, or at once when one of them hangs."""
@@ -249,16 +253,16 @@ class GivenRanks:
             except dist.DistStoreError:
                 stage = outcome.stage if isinstance(outcome, Failure) else STARTING
                 self._lost = f"rank {rank} gave no sign within {2 * timeout_s:g} s, and torchrun owns the ranks"
-                return Failure(stage, "Timeout", self._lost)
+                return Failure(stage, self._lost)
             outcomes.append(pickle.loads(self._store.get(f"{key}/{rank}")))
         failures = [(rank, o) for rank, o in enumerate(outcomes) if isinstance(o, Failure)]
         if not failures:
             return outcomes[0]
-        rank, first = min(failures, key=lambda pair: pair[1].stage.number)
-        same = len(failures) == self.world_size and len({(f.kind, f.stage.number) for _, f in failures}) == 1
+        rank, first = min(failures, key=lambda pair: pair[1].after_s)
+        same = len(failures) == self.world_size and len({(f.text, f.stage.number) for _, f in failures}) == 1
         if not same:  # some rank is out of step: whatever comes next on this group would meet its leftovers
-            self._lost = f"rank {rank} failed alone ({first.text}), and torchrun owns the ranks: no fresh set"
-        return Failure(first.stage, first.kind, f"rank {rank}: {first.text}")
+            self._lost = f"rank {rank} failed otherwise than the rest ({first.text}), and torchrun owns the ranks"
+        return Failure(first.stage, f"rank {rank}: {first.text}")
 
     def close(self) -> None:
         """Leave the group together; after a loss there is nothing to leave in order."""

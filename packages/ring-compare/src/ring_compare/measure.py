@@ -172,7 +172,7 @@ class CellRun:
             known = -1 if peak.bytes is None else peak.bytes
             worst = int(ranks.maximum([known])[0])
             row.peak_memory_bytes, row.memory_method = (None if worst < 0 else worst), peak.method
-        is_native = name == "native"
+        is_native = self._candidates[name].made.name == "native"
         heads = gather_results(results, cell, ranks, keep=is_native)
         errors = expected.errors(heads)
         apart = difference(heads, self._native, ranks) if self._native is not None else {}

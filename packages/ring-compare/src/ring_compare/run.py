@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ring_compare import records
-from ring_compare.launch import GivenRanks, Launcher, OwnRanks, RanksLostError, run_task, visible_ranks
+from ring_compare.launch import GivenRanks, Launcher, OwnRanks, run_task, visible_ranks
 from ring_compare.measure import PHASES, Row, Stage, Task
 from ring_compare.records import Records, Result
 from ring_compare.report import render
@@ -53,11 +53,8 @@ def _reason_to_skip(cell: Cell, device: str) -> str | None:
 def _cell_rows(launcher: Launcher, plan: Plan, cell: Cell, seed: int, watch: Callable[[Stage], None]) -> list[Row]:
     reason = _reason_to_skip(cell, plan.device)
     if reason is None:
-        try:
-            task = Task(cell, plan.names, seed, plan.suite.timing, plan.suite.limits)
-            return run_task(launcher, task, plan.suite.timeout_s, watch)
-        except RanksLostError as lost:
-            reason = f"not run: {lost}"
+        task = Task(cell, plan.names, seed, plan.suite.timing, plan.suite.limits)
+        return run_task(launcher, task, plan.suite.timeout_s, watch)
     return [Row(name, name, "", phase, status="skipped", reason=reason) for name in plan.names for phase in PHASES]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ class Failure:
     """An exception of this rank, in words, and the stage it happened in."""
 
     stage: Stage
-    kind: str
     text: str
+    after_s: float = 0.0  # from the beginning of the task: the earliest of several failures is the cause
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Seat:
 
 def perform(task: Task, ranks: Ranks, send: Callable[[Stage], None]) -> Finished | Failure:
     """Do a task; whatever goes wrong comes back as a `Failure`."""
-    last = STARTING
+    last, start = STARTING, time.monotonic()
 
     def report(stage: Stage) -> None:
         nonlocal last
@@ -69,7 +70,7 @@ def perform(task: Task, ranks: Ranks, send: Callable[[Stage], None]) -> Finished
     except Exception as error:  # the boundary: code under comparison may raise anything, and the run must go on
         traceback.print_exc()
         words = " ".join(str(error).split()) or "no message"
-        return Failure(last, type(error).__name__, f"{type(error).__name__}: {words}")
+        return Failure(last, f"{type(error).__name__}: {words}", time.monotonic() - start)
 
 
 def choose_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
