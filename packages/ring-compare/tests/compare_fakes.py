@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ring_compare.suites import Cell
-from ring_core import join_shards, local_positions
+from ring_core import UnsupportedError, join_shards, local_positions
 
 
 class _Gather(torch.autograd.Function):
@@ -106,6 +106,13 @@ class Dies(Plain):
     def call(self, q, k, v, cell, group):
         os.write(2, b"illegal instruction, or so\n")
         os._exit(7)
+
+
+class Unsupported(Plain):
+    name = "unsupported"
+
+    def call(self, q, k, v, cell, group):
+        raise UnsupportedError("no causal masks here; reference has them")
 
 
 class Picky(Plain):

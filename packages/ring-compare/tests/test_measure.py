@@ -71,7 +71,7 @@ def test_difference_of_infinities_and_nan():
 
 
 def test_rows_of_one_cell():
-    rows, stages = run("Native", "Plain", "Wrong", "NotANumber", "Picky")
+    rows, stages = run("Native", "Plain", "Wrong", "NotANumber", "Picky", "Unsupported")
     for phase, tensors in (("fwd", {"out", "lse"}), ("fwd+bwd", {"dq", "dk", "dv"})):
         native, plain = rows["native", phase], rows["plain[torch]", phase]
         assert (native.provider, native.status, native.native_errors) == ("flash-attn", "ok", {})
@@ -87,8 +87,17 @@ def test_rows_of_one_cell():
             "skipped",
             "only on Sundays",
         )
+        assert rows["unsupported[torch]", phase].status == "skipped"
+    assert rows["unsupported[torch]", "fwd"].reason.startswith("no causal masks here")
     assert "out relative error 0.01" in rows["wrong[torch]", "fwd"].reason
     assert [stage.number for stage in stages] == list(range(len(stages)))
+
+
+def test_missing_library_is_no_failure():
+    task = Task(cell(), ("no_such_module:Thing",), 7, TIMING, {})
+    rows = CellRun(task, ALONE, lambda stage: None).run()
+    assert [row.status for row in rows] == ["skipped"] * 2
+    assert "cannot be imported: No module named 'no_such_module'" in rows[0].reason
 
 
 def test_token_limit_of_a_suite():

@@ -57,13 +57,15 @@ class RingCoreBackend:
         return self._backend.capabilities(device).provider
 
     def supports(self, cell: Cell, device: torch.device) -> str | None:
-        """Availability and dtype from the capability table; ring_core itself refuses whatever else does not fit."""
+        """Availability, dtype and head dim; whatever else does not fit, ring_core refuses with an UnsupportedError."""
         capabilities = self._backend.capabilities(device)
         if not capabilities.available:
             return capabilities.reason or f"not available on {device.type}"
         if getattr(torch, cell.dtype) not in capabilities.dtypes:
             known = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in capabilities.dtypes))
             return f"no {cell.dtype} on {device.type}; it takes {known}"
+        if cell.D not in capabilities.head_dims:
+            return f"no head dim {cell.D} on {device.type}; it takes {capabilities.head_dims}"
         return None
 
     def call(

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from ring_compare.measure import PHASES, Row, Stage, Task
+from ring_compare.measure import Row, Stage, Task, both_phases
 from ring_compare.ranks import Ranks
 from ring_compare.worker import (
     STARTING,
@@ -63,14 +63,14 @@ def run_task(launcher: Launcher, task: Task, timeout_s: float, watch: Watch) -> 
             outcome = launcher.attempt(pending, timeout_s, watch)
         except RanksLostError as lost:
             reason = f"not run: {lost}"
-            return failed + [Row(n, n, "", phase, "skipped", reason) for n in names for phase in PHASES]
+            return failed + [row for name in names for row in both_phases(name, status="skipped", reason=reason)]
         if isinstance(outcome, Finished):
             return outcome.rows + failed
         blamed, stage = outcome.stage.name, outcome.stage
         for name in (blamed,) if blamed else names:
             label, provider = (stage.label, stage.provider) if blamed else (name, "")
             reason = f"{outcome.text} (while {stage.step})"
-            failed += [Row(name, label, provider, phase, status="failed", reason=reason) for phase in PHASES]
+            failed += both_phases(name, label, provider, status="failed", reason=reason)
         names = tuple(name for name in names if blamed and name != blamed)
     return failed
 

@@ -24,6 +24,7 @@ from ring_compare.memory import allocated, peak_memory
 from ring_compare.ranks import Ranks
 from ring_compare.suites import Cell, Limit, Timing
 from ring_compare.timing import sample_interleaved
+from ring_core import UnsupportedError
 
 PHASES = ("fwd", "fwd+bwd")
 
@@ -67,6 +68,11 @@ class Row:
     memory_method: str = ""
 
 
+def both_phases(name: str, label: str = "", provider: str = "", **fields: Any) -> list[Row]:
+    """A row per phase that say the same."""
+    return [Row(name, label or name, provider, phase, **fields) for phase in PHASES]
+
+
 Report = Callable[[Stage], None]
 
 
@@ -80,7 +86,7 @@ class _Candidate:
     provider: str
 
     def rows(self, **fields: Any) -> list[Row]:
-        return [Row(self.name, self.label, self.provider, phase, **fields) for phase in PHASES]
+        return both_phases(self.name, self.label, self.provider, **fields)
 
 
 class CellRun:
@@ -128,7 +134,10 @@ class CellRun:
         """Take the implementation in, or say in rows why not."""
         self._announce(name, "loading")
         cell, device = self.task.cell, self.ranks.device
-        made = implementations.load(name)
+        try:
+            made = implementations.load(name)
+        except ImportError as error:  # installed, but something that it needs is not: nothing of ours failed
+            return both_phases(name, status="skipped", reason=f"cannot be imported: {error}")
         provider = made.provider(device)
         candidate = _Candidate(made, name, implementations.display_name(made.name, provider), provider)
         limit = self.task.limits.get(made.name)
@@ -161,7 +170,10 @@ class CellRun:
         forward, both = self._candidates[name].rows()
         baseline = allocated(ranks.device)
         self._announce(name, "first call")
-        self._both(name, shards)
+        try:
+            self._both(name, shards)
+        except UnsupportedError as error:  # refused on the host, by all ranks alike, before anything was sent
+            return self._candidates[name].rows(status="skipped", reason=str(error))
         self._announce(name, "memory and accuracy")
         with peak_memory(ranks.device, baseline) as forward_peak:
             kept: object = self._forward(name, shards)

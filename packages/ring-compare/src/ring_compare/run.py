@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from ring_compare import records
 from ring_compare.launch import GivenRanks, Launcher, OwnRanks, run_task, visible_ranks
-from ring_compare.measure import PHASES, Row, Stage, Task
+from ring_compare.measure import Row, Stage, Task, both_phases
 from ring_compare.records import Records, Result
 from ring_compare.report import render
 from ring_compare.suites import Cell, Suite, check_cell
@@ -55,7 +55,7 @@ def _cell_rows(launcher: Launcher, plan: Plan, cell: Cell, seed: int, watch: Cal
     if reason is None:
         task = Task(cell, plan.names, seed, plan.suite.timing, plan.suite.limits)
         return run_task(launcher, task, plan.suite.timeout_s, watch)
-    return [Row(name, name, "", phase, status="skipped", reason=reason) for name in plan.names for phase in PHASES]
+    return [row for name in plan.names for row in both_phases(name, status="skipped", reason=reason)]
 
 
 def execute(

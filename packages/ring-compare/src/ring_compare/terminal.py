@@ -59,7 +59,11 @@ def backends_table(device: torch.device) -> Table:
         "backend", "available", "provider", "dtypes", "head dims", "features", title=f"backends on {device.type}"
     )
     for name in ring_backend.backend_names():
-        found = ring_backend.load_backend(name).capabilities(device)
+        try:
+            found = ring_backend.load_backend(name).capabilities(device)
+        except ImportError as error:
+            table.add_row(name, f"no: cannot be imported: {error}", "", "", "", "")
+            continue
         dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found.dtypes))
         available = "yes" if found.available else f"no: {found.reason}"
         features = ", ".join(sorted(found.features))
