@@ -1,0 +1,150 @@
+"""Records: JSON lines, the environment first, then one row per cell, implementation and phase."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from ring_compare.measure import PHASES, Row
+from ring_compare.suites import Cell
+
+SCHEMA = 1
+STATUSES = ("ok", "failed", "skipped")
+_ENVIRONMENT_KEYS = ("date", "revision", "device", "versions", "command")
+
+
+class RecordError(ValueError):
+    """A record file that cannot be read, with the line and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured (or failed, or skipped) implementation and phase of a cell."""
+
+    suite: str
+    cell: Cell
+    implementation: str
+    provider: str
+    phase: str
+    status: str
+    reason: str = ""
+    seed: int = 0
+    samples_ms: list[float] = field(default_factory=list)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    native_errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    memory_method: str = ""
+
+    @classmethod
+    def from_row(cls, row: Row, *, suite: str, cell: Cell, seed: int) -> Result:
+        """A rank's row with what the rank does not know."""
+        fields = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name not in ("name", "label")}
+        return cls(suite=suite, cell=cell, seed=seed, implementation=row.label, **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields, schema included."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"schema": SCHEMA, "kind": "result", **fields, "cell": self.cell.to_dict()}
+
+
+@dataclass(frozen=True)
+class Records:
+    """A whole file."""
+
+    environment: dict[str, Any]
+    results: list[Result]
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become strings, which float() reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def write_row(file: TextIO, row: dict[str, Any]) -> None:
+    """One line, flushed: a run that is killed keeps what it had."""
+    file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
+    file.flush()
+
+
+def environment_row(environment: dict[str, Any]) -> dict[str, Any]:
+    """The first row of a file."""
+    return {"schema": SCHEMA, "kind": "environment", **environment}
+
+
+def _floats(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    return {name: {key: float(value) for key, value in table.items()} for name, table in tables.items()}
+
+
+def parse_result(row: dict[str, Any]) -> Result:
+    """Result of a decoded row; raises RecordError saying what does not fit."""
+    known = {f.name for f in dataclasses.fields(Result)}
+    missing = sorted(known - row.keys())
+    unknown = sorted(row.keys() - known - {"schema", "kind"})
+    if missing or unknown:
+        raise RecordError(f"missing fields {missing}, unknown fields {unknown}")
+    if row["status"] not in STATUSES:
+        raise RecordError(f"status {row['status']!r} is none of {', '.join(STATUSES)}")
+    if row["phase"] not in PHASES:
+        raise RecordError(f"phase {row['phase']!r} is none of {', '.join(PHASES)}")
+    fields = {name: row[name] for name in known}
+    try:
+        fields["cell"] = Cell.from_dict(row["cell"])
+        fields["samples_ms"] = [float(x) for x in row["samples_ms"]]
+        fields["errors"], fields["native_errors"] = _floats(row["errors"]), _floats(row["native_errors"])
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise RecordError(f"a field does not fit: {error}") from error
+    if fields["status"] == "ok" and not fields["samples_ms"]:
+        raise RecordError("status ok without samples")
+    return Result(**fields)
+
+
+def _decode(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{path.name}:{number}: not JSON: {error}") from error
+    if not isinstance(row, dict) or row.get("schema") != SCHEMA:
+        found = row.get("schema") if isinstance(row, dict) else type(row).__name__
+        raise RecordError(f"{path.name}:{number}: schema {found!r}; this version reads schema {SCHEMA}")
+    return row
+
+
+def load(path: Path) -> Records:
+    """Read and check a file; RecordError names the line."""
+    lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    if not lines:
+        raise RecordError(f"{path.name}: empty")
+    environment, *rows = (_decode(path, number, line) for number, line in lines)
+    absent = [key for key in _ENVIRONMENT_KEYS if key not in environment]
+    if environment.get("kind") != "environment" or absent:
+        raise RecordError(f"{path.name}:1: the first row must be the environment; missing {absent}")
+    results = []
+    for (number, _), row in zip(lines[1:], rows, strict=True):
+        try:
+            results.append(parse_result(row))
+        except RecordError as error:
+            raise RecordError(f"{path.name}:{number}: {error}") from error
+    return Records(environment, results)
+
+
+def record_path(root: Path, suite: str, environment: dict[str, Any], world_size: int) -> Path:
+    """`<suite>/<date>_<gpu>x<n>_<rev7>.jsonl` under root; a second run of a day gets `.2` after the date."""
+    device = environment["device"]
+    revision = str(environment["revision"])[:7]
+    date = str(environment["date"])[:10]
+    for count in range(1, 1000):
+        stamp = date if count == 1 else f"{date}.{count}"
+        path = root / suite / f"{stamp}_{device['slug']}x{world_size}_{revision}.jsonl"
+        if not path.exists():
+            return path
+    raise FileExistsError(f"a thousand runs of suite {suite} on {date} under {root}")

@@ -1,0 +1,212 @@
+"""Markdown from records: accuracy and speed of every cell, what failed or was skipped and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ring_compare.flops import Summary, summarise
+from ring_compare.measure import PHASES
+from ring_compare.records import RecordError, Records, Result
+from ring_compare.suites import Cell
+
+COLUMNS = (
+    "implementation",
+    "out max err",
+    "out RMSE",
+    "lse max err",
+    "grad max err",
+    "fwd iter/s",
+    "fwd+bwd iter/s",
+    "vs native %",
+    "peak memory",
+)
+SPEED_COLUMNS = (
+    "implementation",
+    "fwd TFLOP/s per GPU",
+    "fwd ms [p20-p80]",
+    "fwd tokens/s",
+    "fwd+bwd TFLOP/s per GPU",
+    "fwd+bwd ms [p20-p80]",
+    "fwd+bwd tokens/s",
+)
+NATIVE = "native"  # the one name that flash-attn alone may bear
+_GRADIENTS = ("dq", "dk", "dv")
+
+Pair = dict[str, Result]  # by phase
+
+
+def by_cell(results: Iterable[Result]) -> dict[Cell, dict[str, Pair]]:
+    """Results by cell, implementation and phase, in the order they were measured."""
+    cells: dict[Cell, dict[str, Pair]] = {}
+    for result in results:
+        cells.setdefault(result.cell, {}).setdefault(result.implementation, {})[result.phase] = result
+    return cells
+
+
+def check_names(results: Iterable[Result]) -> None:
+    """Refuse records in which something other than flash-attn bears the name `native`."""
+    for result in results:
+        if result.implementation == NATIVE and result.provider != "flash-attn" and result.status == "ok":
+            raise RecordError(f"a row is called native, yet its provider is {result.provider or 'not named'!r}")
+
+
+def summary(pair: Pair, phase: str) -> Summary | None:
+    """Statistics of a phase, None unless it was measured."""
+    result = pair.get(phase)
+    if result is None or result.status != "ok":
+        return None
+    return summarise(result.cell, phase, result.samples_ms)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _rate(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "n/a"
+    size = float(value)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.3f} GiB"
+
+
+def _error(pair: Pair, phase: str, tensors: Sequence[str], measure: str) -> float | None:
+    result = pair.get(phase)
+    values = [result.errors[tensor][measure] for tensor in tensors if tensor in result.errors] if result else []
+    nan = [value for value in values if value != value]
+    return nan[0] if nan else max(values, default=None)
+
+
+def _versus_native(pair: Pair, native: Pair | None) -> str:
+    """`fwd / fwd+bwd` in percent of flash-attn's rate on the same cell; blank where flash-attn did not run."""
+    parts = []
+    for phase in PHASES:
+        mine = summary(pair, phase)
+        theirs = summary(native, phase) if native else None
+        if mine and theirs:
+            parts.append(f"{100 * mine.iterations_per_s / theirs.iterations_per_s:.0f}")
+        else:
+            parts.append("")
+    return " / ".join(parts) if any(parts) else ""
+
+
+def main_row(name: str, pair: Pair, native: Pair | None) -> list[str]:
+    """One line of the first table, in the order of COLUMNS."""
+    rates = [found.iterations_per_s if (found := summary(pair, phase)) else None for phase in PHASES]
+    memory = [result.peak_memory_bytes for result in pair.values() if result.peak_memory_bytes is not None]
+    return [
+        name,
+        _number(_error(pair, "fwd", ("out",), "max_abs")),
+        _number(_error(pair, "fwd", ("out",), "rmse")),
+        _number(_error(pair, "fwd", ("lse",), "max_abs")),
+        _number(_error(pair, "fwd+bwd", _GRADIENTS, "max_abs")),
+        *(_rate(rate) for rate in rates),
+        _versus_native(pair, native),
+        _bytes(max(memory, default=None)),
+    ]
+
+
+def _speed_row(name: str, pair: Pair) -> list[str]:
+    row = [name]
+    for phase in PHASES:
+        found = summary(pair, phase)
+        if found is None:
+            row += ["", "", ""]
+            continue
+        spread = f"{found.median_ms:.3f} [{found.p20_ms:.3f}-{found.p80_ms:.3f}]"
+        row += [_number(found.tflops_per_gpu), spread, _rate(found.tokens_per_s)]
+    return row
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    # A bar inside a cell would end it.
+    lines += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
+    return [*lines, ""]
+
+
+def _machine(environment: dict[str, Any]) -> list[str]:
+    device, cpu = environment["device"], environment.get("cpu", {})
+    names = device["names"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    lines = [
+        f"- date: {environment['date']}, revision: {environment['revision'][:7]}",
+        f"- device: {len(names)} × {names[0]} ({device['type']})",
+        f"- CPU: {cpu.get('name', 'unknown')}, {cpu.get('count', '?')} cores",
+        f"- versions: {versions}",
+    ]
+    for gpu in environment.get("nvidia_smi", ()):
+        clocks = f"SM {gpu.get('clocks.sm')} of {gpu.get('clocks.max.sm')} MHz, limit {gpu.get('power.limit')} W"
+        lines.append(f"- GPU {gpu.get('index')}: driver {gpu.get('driver_version')}, {clocks}")
+    return [*lines, f"- command: `{environment['command']}`", ""]
+
+
+def _device_key(environment: dict[str, Any]) -> tuple[str, ...]:
+    """What must agree before numbers may stand in one report."""
+    device = environment["device"]
+    limits = sorted({gpu.get("power.limit", "") for gpu in environment.get("nvidia_smi", ())})
+    return (device["type"], *device["names"], *limits)
+
+
+def merge(files: Sequence[Records]) -> Records:
+    """Several files as one; RecordError when they come from different devices."""
+    first = files[0]
+    for other in files[1:]:
+        if _device_key(other.environment) != _device_key(first.environment):
+            names = [records.environment["device"]["names"][0] for records in (first, other)]
+            raise RecordError(f"these records come from different devices ({names[0]}; {names[1]}): report them apart")
+    return Records(first.environment, [result for records in files for result in records.results])
+
+
+def _apart(result: Result) -> str:
+    worst = max(result.native_errors.items(), key=lambda item: item[1]["relative"])
+    return f"{worst[0]} {worst[1]['relative']:.2g}"
+
+
+def render(records: Records) -> str:
+    """The whole report."""
+    check_names(records.results)
+    suites = ", ".join(dict.fromkeys(result.suite for result in records.results)) or "nothing"
+    lines = [f"# ring-compare: {suites}", "", *_machine(records.environment)]
+    lines += [
+        "Errors are against float64, over all ranks; grad: the worst of dq, dk, dv. Rates: median of the slowest rank.",
+        "`vs native %` is fwd / fwd+bwd relative to flash-attn on the same cell, blank where flash-attn did not run.",
+        "TFLOP/s count 4·B·H·S²·D forward (half when causal, exact pairs in windows) and 2.5 times that backward.",
+        "Peak memory is one rank's, beyond its inputs; on a CPU the growth of the resident set, a rough figure.",
+        "",
+    ]
+    for cell, pairs in by_cell(records.results).items():
+        lines += [f"## {cell.title}", ""]
+        shown = {name: pair for name, pair in pairs.items() if any(r.status != "skipped" for r in pair.values())}
+        native = pairs.get(NATIVE)
+        if shown:
+            lines += _table(COLUMNS, (main_row(name, pair, native) for name, pair in shown.items()))
+        timed = {name: pair for name, pair in shown.items() if any(summary(pair, phase) for phase in PHASES)}
+        if timed:
+            lines += _table(SPEED_COLUMNS, (_speed_row(name, pair) for name, pair in timed.items()))
+        compared = [f"{n}: {_apart(r)}" for n, pair in shown.items() for r in pair.values() if r.native_errors]
+        if compared:
+            lines += [f"Largest relative difference from native's results: {'; '.join(compared)}.", ""]
+        lines += _troubles(pairs)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _troubles(pairs: dict[str, Pair]) -> list[str]:
+    """One line per failed or skipped implementation; both phases share one when the reason is the same."""
+    lines = []
+    for name, pair in pairs.items():
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for phase, result in pair.items():
+            if result.status != "ok":
+                reasons.setdefault((result.status, result.reason), []).append(phase)
+        for (status, reason), phases in reasons.items():
+            lines.append(f"- {name} ({', '.join(phases)}): **{status}**: {' '.join(reason.split())}")
+    return [*lines, ""] if lines else []

@@ -1,0 +1,99 @@
+"""A run: every cell of a suite on its ranks, each row written as soon as it is there."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from ring_compare import records
+from ring_compare.launch import GivenRanks, Launcher, OwnRanks, run_task, visible_ranks
+from ring_compare.measure import Row, Stage, Task, both_phases
+from ring_compare.records import Records, Result
+from ring_compare.report import render
+from ring_compare.suites import Cell, Suite, check_cell
+
+Progress = Callable[[int, Cell, Stage | None], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, settled before any rank starts."""
+
+    suite: Suite
+    cells: Sequence[Cell]
+    names: tuple[str, ...]
+    device: str
+    seed: int | None = None
+
+
+@dataclass
+class Outcome:
+    """What a run left: nothing but `results` on ranks other than the first."""
+
+    results: list[Result] = field(default_factory=list)
+    record_file: Path | None = None
+    report_file: Path | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """1 when something failed or nothing was measured, else 0."""
+        statuses = {result.status for result in self.results}
+        return 1 if "failed" in statuses or "ok" not in statuses else 0
+
+
+def _reason_to_skip(cell: Cell, device: str) -> str | None:
+    if device == "cuda" and cell.world_size > visible_ranks(device):
+        return f"{cell.world_size} ranks, but {visible_ranks(device)} visible GPUs"
+    return check_cell(cell)
+
+
+def _cell_rows(launcher: Launcher, plan: Plan, cell: Cell, seed: int, watch: Callable[[Stage], None]) -> list[Row]:
+    reason = _reason_to_skip(cell, plan.device)
+    if reason is None:
+        task = Task(cell, plan.names, seed, plan.suite.timing, plan.suite.limits)
+        return run_task(launcher, task, plan.suite.timeout_s, watch)
+    return [row for name in plan.names for row in both_phases(name, status="skipped", reason=reason)]
+
+
+def execute(
+    plan: Plan, environment: dict[str, Any], out: Path, progress: Progress, *, given: GivenRanks | None
+) -> Outcome:
+    """Run the plan on our own ranks, or on `given` ones. Only the first rank writes files."""
+    seed = secrets.randbelow(2**31) if plan.seed is None else plan.seed
+    if given is not None:
+        seed = given.share_seed(seed)
+    outcome = Outcome()
+    if given is not None and given.rank > 0:
+        _all_cells(given, plan, seed, outcome, None, progress)
+        return outcome
+    largest = max(cell.world_size for cell in plan.cells)
+    outcome.record_file = records.record_path(out, plan.suite.name, environment, largest)
+    outcome.report_file = outcome.record_file.with_suffix(".md")
+    outcome.record_file.parent.mkdir(parents=True, exist_ok=True)
+    launcher: Launcher = given if given is not None else OwnRanks(plan.device)
+    with outcome.record_file.open("w", encoding="utf-8") as file:
+        records.write_row(file, records.environment_row({**environment, "seed": seed}))
+        try:
+            _all_cells(launcher, plan, seed, outcome, file, progress)
+        finally:
+            # Also after Ctrl-C: what was measured until then is worth a report.
+            launcher.close()
+            outcome.report_file.write_text(render(Records(environment, outcome.results)), encoding="utf-8")
+    return outcome
+
+
+def _all_cells(
+    launcher: Launcher, plan: Plan, seed: int, outcome: Outcome, file: TextIO | None, progress: Progress
+) -> None:
+    for index, cell in enumerate(plan.cells):
+        progress(index, cell, None)
+        cell_seed = seed + index  # recorded in the row: `--seed` gives the whole run again
+        rows = _cell_rows(launcher, plan, cell, cell_seed, lambda stage, i=index, c=cell: progress(i, c, stage))  # type: ignore[misc]
+        for row in rows:
+            result = Result.from_row(row, suite=plan.suite.name, cell=cell, seed=cell_seed)
+            outcome.results.append(result)
+            if file is not None:
+                records.write_row(file, result.to_dict())

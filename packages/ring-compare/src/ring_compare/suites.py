@@ -1,0 +1,251 @@
+"""What is compared: cells (one problem each) and the suites that list them. Data only, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+Layout = Literal["contiguous", "zigzag", "stripe"]
+Schedule = Literal["ring", "gather", "auto"]
+
+T = TypeVar("T")
+
+MASKS = ("full", "causal", "window")
+LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag", "stripe")
+SCHEDULES: tuple[Schedule, ...] = ("ring", "gather", "auto")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+NO_WINDOW = (-1, -1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One problem. Lengths are those of the whole sequence, over all ranks; names as in the record schema."""
+
+    B: int
+    Sq: int
+    Sk: int
+    Hq: int
+    Hkv: int
+    D: int
+    dtype: str
+    mask: str
+    window_size: tuple[int, int]
+    layout: Layout
+    schedule: Schedule
+    world_size: int
+
+    @property
+    def causal(self) -> bool:
+        """Whether `causal=True` is passed on; a window cell says everything in `window_size`."""
+        return self.mask == "causal"
+
+    @property
+    def title(self) -> str:
+        """One line that names the cell in reports and progress."""
+        length = str(self.Sq) if self.Sq == self.Sk else f"{self.Sq}/{self.Sk}"
+        mask = self.mask if self.mask != "window" else f"window {self.window_size[0]},{self.window_size[1]}"
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        heads = f"{self.Hq}/{self.Hkv}"
+        parts = (
+            f"B {self.B}",
+            f"S {length}",
+            f"H {heads}",
+            f"D {self.D}",
+            self.dtype,
+            mask,
+            self.layout,
+            self.schedule,
+        )
+        return " · ".join((*parts, ranks))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return {**dataclasses.asdict(self), "window_size": list(self.window_size)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Cell:
+        """Inverse of `to_dict`; raises TypeError or KeyError when fields do not fit."""
+        left, right = fields["window_size"]
+        return cls(**{**fields, "window_size": (int(left), int(right))})
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything about the tensors except the sequence length and dtype."""
+
+    B: int
+    Hq: int
+    Hkv: int
+    D: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A product of axes. Suites are a few grids, since not every combination is worth its time."""
+
+    shapes: tuple[Shape, ...]
+    seqlens: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    masks: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    schedules: tuple[Schedule, ...]
+    world_sizes: tuple[int, ...]
+    window_size: tuple[int, int] = (1023, 0)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The longest sequence an implementation is asked to do in a suite, and why."""
+
+    tokens: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long to measure. Counts follow from times, so that fast and slow implementations cost the same."""
+
+    warmup_s: float
+    measure_s: float
+    min_samples: int = 5
+    max_samples: int = 200
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named set of cells with its measurement settings."""
+
+    name: str
+    description: str
+    grids: tuple[Grid, ...]
+    timing: Timing
+    timeout_s: float
+    limits: dict[str, Limit] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Axes given on the command line; an empty one leaves the suite's own values."""
+
+    layouts: tuple[Layout, ...] = ()
+    schedules: tuple[Schedule, ...] = ()
+    masks: tuple[str, ...] = ()
+    world_sizes: tuple[int, ...] = ()
+    seqlens: tuple[int, ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+
+_INTERPRETED = "Triton's interpreter runs this on the CPU, far too slowly for more tokens"
+_SMALL = Shape(B=1, Hq=4, Hkv=2, D=32)
+_LLAMA = Shape(B=1, Hq=32, Hkv=8, D=128)
+
+_SUITES = (
+    Suite(
+        name="smoke",
+        description="seconds: does everything run and agree; its timings mean nothing",
+        grids=(Grid((_SMALL,), (128,), ("float32",), ("causal",), ("contiguous", "zigzag"), ("ring", "gather"), (2,)),),
+        timing=Timing(warmup_s=0.02, measure_s=0.05, min_samples=3, max_samples=10),
+        timeout_s=60,
+        limits={"triton": Limit(128, _INTERPRETED)},
+    ),
+    Suite(
+        name="cpu",
+        description="minutes without a GPU: gloo processes, small shapes, all layouts and schedules",
+        grids=(
+            Grid(
+                shapes=(Shape(B=1, Hq=6, Hkv=2, D=64),),
+                seqlens=(512,),
+                dtypes=("float32",),
+                masks=MASKS,
+                layouts=LAYOUTS,
+                schedules=("ring", "gather"),
+                world_sizes=(1, 2, 4),
+                window_size=(80, 0),
+            ),
+            Grid((Shape(B=2, Hq=4, Hkv=4, D=40),), (256,), ("float32",), ("causal",), ("zigzag",), ("ring",), (1, 2)),
+        ),
+        timing=Timing(warmup_s=0.1, measure_s=0.3, min_samples=5, max_samples=40),
+        timeout_s=120,
+        limits={"triton": Limit(128, _INTERPRETED)},
+    ),
+    Suite(
+        name="gpu",
+        description="all visible GPUs over NCCL, real shapes; world sizes 1 and all",
+        grids=(
+            Grid(
+                shapes=(_LLAMA,),
+                seqlens=(8192, 32768),
+                dtypes=("bfloat16",),
+                masks=("causal", "full"),
+                layouts=LAYOUTS,
+                schedules=("ring", "gather"),
+                world_sizes=(1, 0),  # 0: all visible GPUs
+                window_size=(4095, 0),
+            ),
+        ),
+        timing=Timing(warmup_s=0.5, measure_s=1.0, min_samples=10, max_samples=200),
+        timeout_s=300,
+        limits={
+            # Scores of one rank in fp32 at 8192 tokens and world size 1 are 8 GiB, and autograd keeps several of them.
+            "reference": Limit(
+                8192, "the plain PyTorch backend materialises scores: too slow and too large beyond this"
+            ),
+        },
+    ),
+)
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in _SUITES}
+
+
+def default_suite(device: str) -> str:
+    """The suite that `ring-compare run` takes when none is named."""
+    return "gpu" if device == "cuda" else "cpu"
+
+
+def _one_rank(values: Sequence[T], world_size: int) -> Sequence[T]:
+    """On one rank every layout is the identity and every schedule sends nothing: measure one of them."""
+    return values[:1] if world_size == 1 else values
+
+
+def _grid_cells(grid: Grid, overrides: Overrides, all_ranks: int) -> list[Cell]:
+    world_sizes = overrides.world_sizes or tuple(size or all_ranks for size in grid.world_sizes)
+    cells = []
+    # World size outermost: one set of worker processes serves all cells of a size.
+    for world_size, shape, seqlen, dtype, mask in itertools.product(
+        dict.fromkeys(world_sizes),
+        grid.shapes,
+        overrides.seqlens or grid.seqlens,
+        overrides.dtypes or grid.dtypes,
+        overrides.masks or grid.masks,
+    ):
+        for layout, schedule in itertools.product(
+            _one_rank(overrides.layouts or grid.layouts, world_size),
+            _one_rank(overrides.schedules or grid.schedules, world_size),
+        ):
+            window = grid.window_size if mask == "window" else NO_WINDOW
+            size = (shape.B, seqlen, seqlen, shape.Hq, shape.Hkv, shape.D)
+            cells.append(Cell(*size, dtype, mask, window, layout, schedule, world_size))
+    return cells
+
+
+def suite_cells(suite: Suite, overrides: Overrides, *, all_ranks: int) -> list[Cell]:
+    """The cells of a suite, without repetitions, ordered by world size.
+
+    An axis in `overrides` replaces the suite's values on that axis; `all_ranks` stands for world size 0 in suite data.
+    """
+    cells = [cell for grid in suite.grids for cell in _grid_cells(grid, overrides, all_ranks)]
+    return sorted(dict.fromkeys(cells), key=lambda cell: cell.world_size)  # sorted() is stable
+
+
+def check_cell(cell: Cell) -> str | None:
+    """Why this cell cannot be cut into equal shards, or None."""
+    pieces = cell.world_size * (2 if cell.layout == "zigzag" else 1)
+    for name, length in (("Sq", cell.Sq), ("Sk", cell.Sk)):
+        if length % pieces:
+            return (
+                f"{name} = {length} does not divide into {pieces} equal pieces ({cell.layout}, {cell.world_size} ranks)"
+            )
+    return None

@@ -1,0 +1,77 @@
+"""Time per call: warm-up by time, ranks lined up before each sample, variants interleaved, raw samples kept."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from ring_compare.ranks import Ranks
+from ring_compare.suites import Timing
+
+Call = Callable[[], object]
+_FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
+_ESTIMATE = 5
+
+
+class Timer:
+    """One sample at a time; every sample is the slowest rank's, hence all ranks take the same decisions from it."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._gpu = ranks.device.type == "cuda"
+        self._flush = torch.empty(_FLUSH_BYTES if self._gpu else 0, dtype=torch.int8, device=ranks.device)
+
+    def sample(self, call: Call) -> float:
+        """Milliseconds of one call, maximum over ranks."""
+        return self._ranks.maximum([self._on_gpu(call) if self._gpu else self._on_cpu(call)])[0]
+
+    def _on_cpu(self, call: Call) -> float:
+        self._ranks.barrier()
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+
+    def _on_gpu(self, call: Call) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._flush.zero_()  # a cold L2 for everyone; it also gives the host a head start on launches
+        self._ranks.barrier()
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop))
+
+
+def _warm_up(timer: Timer, call: Call, timing: Timing) -> float:
+    """Call for `warmup_s`; returns the expected milliseconds per call. The first may compile: not counted."""
+    timer.sample(call)
+    samples: list[float] = []
+    while not samples or sum(samples) < timing.warmup_s * 1e3:
+        samples.append(timer.sample(call))
+    return statistics.median(samples[-_ESTIMATE:])
+
+
+def sample_interleaved(
+    calls: Mapping[str, Call], timing: Timing, ranks: Ranks, announce: Callable[[str, str], None]
+) -> dict[str, list[float]]:
+    """Raw samples per name. Rounds take one sample of each call, so that clocks and neighbours hit all alike.
+
+    `announce(name, step)` is told what runs next: whoever watches can then say who hung.
+    """
+    timer = Timer(ranks)
+    counts: dict[str, int] = {}
+    for name, call in calls.items():
+        announce(name, "warm-up")
+        expected = max(_warm_up(timer, call, timing), 1e-6)
+        wanted = int(timing.measure_s * 1e3 / expected)
+        counts[name] = min(max(wanted, timing.min_samples), timing.max_samples)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(max(counts.values(), default=0)):
+        for name, call in calls.items():
+            if turn < counts[name]:
+                announce(name, "timing")
+                samples[name].append(timer.sample(call))
+    return samples

@@ -1,0 +1,148 @@
+import dataclasses
+import importlib.util
+import sys
+
+import pytest
+
+from ring_compare import plots
+from ring_compare.cli import main
+from ring_compare.records import RecordError, Records, Result, environment_row, write_row
+from ring_compare.report import COLUMNS, merge, render
+from ring_compare.suites import Cell
+
+CELL = Cell(1, 8192, 8192, 32, 8, 128, "bfloat16", "causal", (-1, -1), "zigzag", "gather", 4)
+ENVIRONMENT = {
+    "date": "2026-11-21T10:00:00+00:00",
+    "revision": "0123456789",
+    "command": "ring-compare run",
+    "device": {"type": "cuda", "slug": "h200", "names": ["NVIDIA H200"] * 4},
+    "cpu": {"name": "some CPU", "count": 64},
+    "versions": {"torch": "2.11.0"},
+    "nvidia_smi": [{"index": "0", "driver_version": "580", "clocks.sm": "1980", "power.limit": "700.00"}],
+}
+
+
+def error(value):
+    return {"max_abs": value, "relative": value / 10, "rmse": value / 100, "tolerance": 1.0}
+
+
+def rows(implementation, provider, milliseconds, **changes):
+    """Forward and forward-and-backward of one implementation."""
+    common = {"suite": "gpu", "cell": CELL, "implementation": implementation, "provider": provider, "status": "ok"}
+    pair = [
+        Result(**common, phase="fwd", samples_ms=[milliseconds], errors={"out": error(0.01), "lse": error(0.002)}),
+        Result(
+            **common,
+            phase="fwd+bwd",
+            samples_ms=[4 * milliseconds],
+            errors={"dq": error(0.03), "dk": error(0.05), "dv": error(0.04)},
+            peak_memory_bytes=3 * 2**29,
+        ),
+    ]
+    return [dataclasses.replace(row, **changes) for row in pair]
+
+
+def table_row(text, name):
+    """The cells of the first line that belongs to an implementation."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_columns_are_those_of_the_issue():
+    text = render(Records(ENVIRONMENT, rows("triton", "", 0.5)))
+    header = (
+        "| implementation | out max err | out RMSE | lse max err | grad max err | fwd iter/s | fwd+bwd iter/s "
+        "| vs native % | peak memory |"
+    )
+    assert header in text.splitlines()
+    assert len(COLUMNS) == 9
+
+
+def test_numbers():
+    text = render(Records(ENVIRONMENT, [*rows("native", "flash-attn", 0.5), *rows("triton", "", 0.25)]))
+    expected = ["triton", "0.01", "0.0001", "0.002", "0.05", "4,000", "1,000", "200 / 200", "1.500 GiB"]
+    assert table_row(text, "triton") == expected
+    assert table_row(text, "native")[7] == "100 / 100"
+    assert "4 × NVIDIA H200" in text
+    assert "driver 580" in text
+    # 4·B·H·S²·D / 2 over 4 ranks in 0.25 ms
+    assert "| triton | 550 | 0.250 [0.250-0.250] | 32,768,000 |" in text
+
+
+@pytest.mark.parametrize("changes", [{}, {"status": "failed", "reason": "no"}])
+def test_versus_native_is_blank_without_flash_attn(changes):
+    measured = [*rows("triton", "", 0.25), *rows("native[aten]", "aten", 0.5)]
+    if changes:
+        measured += rows("native", "flash-attn", 0.5, **changes)
+    text = render(Records(ENVIRONMENT, measured))
+    assert table_row(text, "triton")[7] == ""
+    assert table_row(text, "native[aten]")[7] == ""
+
+
+def test_only_flash_attn_may_be_called_native():
+    with pytest.raises(RecordError, match="its provider is 'aten'"):
+        render(Records(ENVIRONMENT, rows("native", "aten", 0.5)))
+
+
+def test_skipped_and_failed_are_listed_with_reasons():
+    skipped = rows("reference", "", 1.0, status="skipped", reason="too\nlarge", samples_ms=[], errors={})
+    failed = rows("cute", "", 1.0, status="failed", reason="rank 1: RuntimeError", samples_ms=[], errors={})
+    text = render(Records(ENVIRONMENT, [*rows("triton", "", 0.5), *skipped, *failed]))
+    assert "- reference (fwd, fwd+bwd): **skipped**: too large" in text
+    assert "- cute (fwd, fwd+bwd): **failed**: rank 1: RuntimeError" in text
+    assert "| reference |" not in text
+    assert table_row(text, "cute")[5:8] == ["", "", ""]
+
+
+def test_nan_is_shown():
+    measured = rows("triton", "", 0.5)
+    measured[1].errors["dk"] = dict.fromkeys(error(1.0), float("nan"))
+    assert table_row(render(Records(ENVIRONMENT, measured)), "triton")[4] == "nan"
+
+
+def test_difference_from_native_is_told():
+    text = render(Records(ENVIRONMENT, rows("triton", "", 0.5, native_errors={"out": error(0.5), "lse": error(0.1)})))
+    assert "triton: out 0.05" in text
+
+
+def test_devices_are_never_mixed():
+    other = {**ENVIRONMENT, "device": {"type": "cuda", "slug": "h100", "names": ["NVIDIA H100"] * 4}}
+    throttled = {**ENVIRONMENT, "nvidia_smi": [{"index": "0", "power.limit": "350.00"}]}
+    records = Records(ENVIRONMENT, rows("triton", "", 0.5))
+    assert len(merge([records, records]).results) == 4
+    for environment in (other, throttled):
+        with pytest.raises(RecordError, match="different devices"):
+            merge([records, Records(environment, [])])
+
+
+@pytest.fixture
+def record_file(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with path.open("w") as file:
+        write_row(file, environment_row(ENVIRONMENT))
+        for result in rows("triton", "", 0.5):
+            write_row(file, result.to_dict())
+    return path
+
+
+def test_report_command(record_file, capsys):
+    assert main(["report", str(record_file)]) == 0
+    assert "| triton |" in capsys.readouterr().out
+    assert main(["report", str(record_file.with_name("absent"))]) == 2
+
+
+def test_plots(record_file, tmp_path, capsys):
+    code = main(["report", str(record_file), "--plots", str(tmp_path / "plots")])
+    if importlib.util.find_spec("matplotlib") is None:
+        assert code == 2
+        assert "pip install 'ring-compare[plots]'" in capsys.readouterr().err
+    else:
+        assert code == 0
+        names = {path.name for path in (tmp_path / "plots").iterdir()}
+        assert names == {"tflops_fwd.svg", "tflops_fwd_bwd.svg", "errors.svg"}
+
+
+def test_message_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(plots.PlotsUnavailableError, match="ring-compare\\[plots\\]"):
+        plots.draw(Records(ENVIRONMENT, rows("triton", "", 0.5)), None)
