@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from ring_core.testing import (
     INPUT_KINDS,
     InputKind,
@@ -25,7 +27,6 @@ from ring_core.testing import (
     tolerances,
 )
 from ring_core.testing.oracle import dropout_kept
-from torch import Tensor
 
 INF = math.inf
 TINY = 1e-12

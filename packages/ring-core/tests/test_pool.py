@@ -16,13 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+
 from ring_core.testing import RankDied, RankError, RankTimeout, WorkerPool, get_pool, pool
 
-pytest_plugins = ["ring_core.testing.plugin"]
 
 SOURCE = Path(pool.__file__).parents[2]
 
@@ -83,8 +82,8 @@ def die_on(rank: int, how: str) -> int:
     return dist.get_rank()
 
 
-def draw() -> tuple[float, float, float]:
-    return torch.rand(()).item(), float(np.random.rand()), random.random()
+def draw() -> tuple[float, float]:
+    return torch.rand(()).item(), random.random()
 
 
 def variable(name: str) -> str | None:

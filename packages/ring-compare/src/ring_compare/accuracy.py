@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ring_core.testing.measure import BASELINE_FACTOR, baseline
-from ring_core.testing.oracle import OracleResult, attention_oracle
 
 from ring_compare.ranks import Ranks
 from ring_compare.suites import Cell
 from ring_core import shard_sequence
+from ring_core.testing.measure import BASELINE_FACTOR, baseline
+from ring_core.testing.oracle import OracleResult, attention_oracle
 
 TENSORS = ("out", "lse", "dq", "dk", "dv")
 PHASE_TENSORS = {"fwd": ("out", "lse"), "fwd+bwd": ("dq", "dk", "dv")}

@@ -35,7 +35,7 @@ class Timer:
         return (time.perf_counter() - start) * 1e3
 
     def _on_gpu(self, call: Call) -> float:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()  # a cold L2 for everyone; it also gives the host a head start on launches
         self._ranks.barrier()
         start.record()

@@ -85,7 +85,8 @@ def _pairs_below(q_len: Array, k_len: Array, upper: Array) -> Array:
     def ramp(stop: Array) -> Array:  # sum over i < q_len of max(i + stop, 0)
         last = q_len - 1 + stop
         terms = np.clip(last, 0, q_len)
-        return terms * (2 * last - terms + 1) // 2
+        total: Array = terms * (2 * last - terms + 1) // 2
+        return total
 
     found: Array = ramp(upper + 1) - ramp(upper + 1 - k_len)
     return found

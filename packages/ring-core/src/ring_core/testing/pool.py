@@ -240,7 +240,7 @@ class WorkerPool:
 
         function: module-level; it, the arguments and the results travel pickled, tensors as CPU copies.
         timeout: seconds, instead of the pool's. may_die: ranks whose death is no failure; their result is None.
-        seed: seeds `random`, `numpy.random` and `torch`, the same on every rank; fresh per run if None. A failure's
+        seed: seeds `random` and `torch`, the same on every rank; fresh per run if None. A failure's
             message names it. env: variables set for the duration of this run.
 
         Raises RankError, RankTimeout or RankDied; TypeError for what cannot be pickled.

@@ -25,7 +25,6 @@ from multiprocessing import connection as mp_connection
 from multiprocessing import parent_process
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -180,7 +179,6 @@ def _run(request: Request, device: str) -> bytes:
     function: Callable[..., Any]
     function, args, kwargs = pickle.loads(request.call)
     random.seed(request.seed)
-    np.random.seed(request.seed % 2**32)
     torch.manual_seed(request.seed)
     with _environment(request.environment):
         result = function(*args, **kwargs)
