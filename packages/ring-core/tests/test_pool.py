@@ -22,7 +22,6 @@ import torch.distributed as dist
 
 from ring_core.testing import RankDied, RankError, RankTimeout, WorkerPool, get_pool, pool
 
-
 SOURCE = Path(pool.__file__).parents[2]
 
 
