@@ -11,7 +11,7 @@ Plans are made (and cached) inside, from true sizes, so that dynamic shapes need
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ring_core import agreement
 from ring_core import backward as orchestration_backward
 from ring_core import forward as orchestration_forward
 from ring_core._torch import dispatch_mode_active, group_by_name
@@ -232,6 +233,9 @@ def _forward(
     """out, lse and the seed that all ranks use."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     group, way = _prepare(q, k, alibi_slopes, sinks, call)
+    if group is not None and agreement.wanted():
+        described = {"q.shape": tuple(q.shape), "k.shape": tuple(k.shape), "dtype": q.dtype}
+        agreement.check_agreement(group, described | asdict(call) | {"group_name": ""})  # whose names may differ
     if seed is not None and group is not None and not call.shared_seed:
         seed = seed.clone()
         dist.broadcast(seed, src=dist.get_global_rank(group, 0), group=group)

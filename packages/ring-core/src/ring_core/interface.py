@@ -84,8 +84,9 @@ def ring_attention(
     """Softmax attention of a sequence dealt out over the ranks of a group: each passes its own part and gets its own
     rows back.
 
-    Every rank must call it, with equal shapes and arguments. Gradients flow to q, k, v and sinks (of the latter each
-    rank gets its part: sum them over the group, as data-parallel training does with any replicated parameter).
+    Every rank must call it, with equal shapes and arguments (RING_CHECK=1 in the environment makes sure of that).
+    Gradients flow to q, k, v and sinks (of the latter each rank gets its part: sum them over the group, as data-parallel
+    training does with any replicated parameter).
 
     Args:
         q: (B, Sq, Hq, D) local queries. fp16, bf16, fp32 or fp64, as the backend allows; any strides with the last
