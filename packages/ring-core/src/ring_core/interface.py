@@ -85,8 +85,8 @@ def ring_attention(
     rows back.
 
     Every rank must call it, with equal shapes and arguments (RING_CHECK=1 in the environment makes sure of that).
-    Gradients flow to q, k, v and sinks (of the latter each rank gets its part: sum them over the group, as data-parallel
-    training does with any replicated parameter).
+    Gradients flow to q, k, v and sinks (of the latter each rank gets its part: sum them over the group, as one does
+    with any replicated parameter).
 
     Args:
         q: (B, Sq, Hq, D) local queries. fp16, bf16, fp32 or fp64, as the backend allows; any strides with the last
