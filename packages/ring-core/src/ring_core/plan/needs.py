@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ring_core.layout import Run, local_runs
+from ring_core.layout import local_runs
 from ring_core.plan.problem import UNBOUNDED, Problem
 from ring_core.ranges import Ranges
 from ring_core.segment import Array
@@ -37,15 +37,6 @@ class Keys:
         true = -(-(problem.k_total - index) // stride)
         length = np.clip(true, 0, np.array([run.length for run in zero]))
         return Keys(sources, start, length, index, stride)
-
-
-def query_runs(problem: Problem, rank: int) -> list[Run]:
-    """The rank's runs of queries without padding."""
-    runs = local_runs(problem.layout, rank, problem.world_size, problem.q_length)
-    return [
-        Run(run.start, max(0, min(run.length, -(-(problem.q_total - run.index) // run.stride))), run.index, run.stride)
-        for run in runs
-    ]
 
 
 def needed(problem: Problem, keys: Keys, first: Array, last: Array) -> tuple[Array, Array]:

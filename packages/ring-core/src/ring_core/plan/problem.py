@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ring_core.layout import local_runs, multiple
+from ring_core.layout import Run, local_runs, multiple
 
 UNBOUNDED = 1 << 40
 
@@ -52,13 +52,20 @@ class Problem:
             UNBOUNDED if self.right is None else self.right,
         )
 
+    def query_runs(self, rank: int) -> list[Run]:
+        """A rank's runs of queries, without the padding at their ends."""
+        runs = local_runs(self.layout, rank, self.world_size, self.q_length)
+        true = [-(-(self.q_total - run.index) // run.stride) for run in runs]
+        return [replace(run, length=max(0, min(run.length, n))) for run, n in zip(runs, true, strict=True)]
+
     def padding_rows(self, rank: int) -> list[tuple[int, int]]:
         """Local rows (start, stop) of a rank that are padding."""
-        if self.q_total == self.q_length:
-            return []
-        runs = local_runs(self.layout, rank, self.world_size, self.q_length)
-        true = [max(0, min(run.length, -(-(self.q_total - run.index) // run.stride))) for run in runs]
-        return [(run.start + n, run.start + run.length) for run, n in zip(runs, true, strict=True) if n < run.length]
+        whole = local_runs(self.layout, rank, self.world_size, self.q_length)
+        ends = [
+            (run.start + run.length, padded.start + padded.length)
+            for run, padded in zip(self.query_runs(rank), whole, strict=True)
+        ]
+        return [(start, stop) for start, stop in ends if start < stop]
 
     def visible_pairs(self) -> int:
         """(query, key) pairs that see each other, by counting rows: independent of any plan."""

@@ -149,14 +149,13 @@ def _ring_plan(problem: Problem, rank: int) -> RingPlan:
     world_size = problem.world_size
     distance = np.arange(world_size)
     keys = Keys.of(problem, (rank - distance) % world_size)
-    incoming = needed_by(
-        problem, keys, np.full(world_size, rank), world_size - distance
-    )  # by this rank and those behind
+    here, there = np.full(world_size, rank), keys.source + 1  # the ranks that a chunk has yet to see, and has seen
+    incoming = needed_by(problem, keys, here, world_size - distance)
     incoming[0] = ()
-    own = needed_by(problem, keys, np.full(world_size, rank), np.ones_like(distance))
-    onward = needed_by(problem, keys, np.full(world_size, rank + 1), world_size - 1 - distance)
-    arrived = needed_by(problem, keys, keys.source + 1, np.maximum(distance - 1, 0))
-    holding = needed_by(problem, keys, keys.source + 1, distance)
+    own = needed_by(problem, keys, here, np.ones_like(distance))
+    onward = needed_by(problem, keys, here + 1, world_size - 1 - distance)
+    arrived = needed_by(problem, keys, there, np.maximum(distance - 1, 0))
+    holding = needed_by(problem, keys, there, distance)
 
     gradient_hops = [GradientHop((), own[0], (), None)]
     for h in range(1, world_size):
@@ -223,8 +222,8 @@ def _gather_plan(problem: Problem, rank: int) -> GatherPlan:
     wanted = needed_by(problem, own, distance, np.ones_like(distance))
 
     whole = local_runs(problem.layout, rank, world_size, problem.k_length)
-    everywhere = np.full(world_size, rank)
-    low, high = needed(problem, keys, everywhere, everywhere)
+    here = np.full(world_size, rank)
+    low, high = needed(problem, keys, here, here)
     read = np.argwhere((high > low).any(axis=-1))
     read = read[np.argsort(keys.index[tuple(read.T)], kind="stable")]
     number = np.zeros(keys.index.shape, np.int64)

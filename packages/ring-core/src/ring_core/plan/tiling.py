@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from ring_core.layout import Run, local_runs
-from ring_core.plan.needs import Keys, query_runs
+from ring_core.plan.needs import Keys
 from ring_core.plan.problem import Problem
 from ring_core.segment import COLUMNS, FIRST, LAST, Array, Table
 
@@ -61,7 +61,7 @@ def query_major(problem: Problem, rank: int, keys: Keys) -> tuple[Array, Array]:
     strips: list[Array] = []
     count = 0
     padded = local_runs(problem.layout, rank, problem.world_size, problem.q_length)
-    for run, whole in zip(query_runs(problem, rank), padded, strict=True):
+    for run, whole in zip(problem.query_runs(rank), padded, strict=True):
         lower, upper = _bands(problem, run, keys)
         seen = (keys.length > 0) & (np.minimum(run.length, keys.length - lower) > np.maximum(0, -upper))
         first, stop = np.maximum(0, -upper), np.minimum(run.length, keys.length - lower)
@@ -90,7 +90,7 @@ def query_major(problem: Problem, rank: int, keys: Keys) -> tuple[Array, Array]:
 
 def key_major(problem: Problem, rank: int, keys: Keys) -> tuple[Array, Array]:
     """All segments of a rank by step, then strip of keys: rows (N, 14) as in `_columns`, and the strip of each."""
-    queries = [run for run in query_runs(problem, rank) if run.length]
+    queries = [run for run in problem.query_runs(rank) if run.length]
     bands = [_bands(problem, run, keys) for run in queries]
     visible = []
     for run, (lower, upper) in zip(queries, bands, strict=True):
