@@ -178,7 +178,8 @@ def many_calls(transport: str, seed: int) -> float:
     dawdling = torch.Generator().manual_seed(seed + rank)
     worst = 0.0
     for number, length in enumerate((12, 24, 6, 48, 12, 96, 6, 96, 24, 12)):
-        q, k, v, dout = (torch.randn(1, length, heads, 8, generator=generator, dtype=torch.float64) for heads in (2, 1, 1, 2))
+        shapes = [(1, length, heads, 8) for heads in (2, 1, 1, 2)]
+        q, k, v, dout = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
         expected = attention_oracle(q, k, v, dout=dout, causal=number % 2 == 0)
         layout: Any = LAYOUTS[number % 3]
         a, b, c, d = (shard_sequence(x, layout=layout).requires_grad_() for x in (q, k, v, dout))

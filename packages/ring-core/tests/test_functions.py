@@ -112,7 +112,8 @@ def layouts_differ(seed: int) -> list[list[float]]:
     """On each rank: the distance of every plain function from the oracle, and of packed ones from the plain ones."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v, dout = (torch.randn(2, 8, heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 4, 4, 4))
-    expected = attention_oracle(q, k, v, dout=dout, **{("scale" if n == "softmax_scale" else n): x for n, x in OPTIONS.items()})
+    options = {("scale" if name == "softmax_scale" else name): value for name, value in OPTIONS.items()}
+    expected = attention_oracle(q, k, v, dout=dout, **options)
     truth = (expected.out, expected.dq, expected.dk, expected.dv)
     errors = []
     for name, function in zip(NAMES, FUNCTIONS, strict=True):
@@ -144,13 +145,12 @@ def test_packed_forms_are_the_plain_one(family: int) -> None:
     plain, kvpacked, qkvpacked = (FUNCTIONS[family + i] for i in range(3))
     qkv = torch.randn(2, 8, 3, 4, 8, requires_grad=True)
     dout = torch.randn(2, 8, 4, 8)
-    results = []
-    for out in (
+    outs: list[Any] = [
         plain(*qkv.unbind(2), causal=True),
         kvpacked(qkv[:, :, 0], qkv[:, :, 1:], causal=True),
         qkvpacked(qkv, causal=True),
-    ):
-        results.append((out, *torch.autograd.grad(out, qkv, dout)))
+    ]
+    results = [(out, *torch.autograd.grad(out, qkv, dout)) for out in outs]
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
 

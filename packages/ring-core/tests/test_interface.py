@@ -121,6 +121,7 @@ def test_tensors(tensors: tuple[Any, Any, Any], error: type[Exception], message:
         ring_attention(*tensors)
 
 
+WINDOW = "window_size must be (left, right), two ints, each >= 0 or -1 for unbounded, got "
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "layout": (
         {"layout": "spiral"},
@@ -128,10 +129,10 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "schedule": ({"schedule": "star"}, "unknown schedule 'star'; there are 'auto', 'ring', 'gather'"),
     "backend": ({"backend": "cuda"}, "there is no backend 'cuda' here; installed: reference"),
-    "window of one": ({"window_size": (3,)}, "window_size must be (left, right), two ints, each >= 0 or -1 for unbounded, got (3,)"),
-    "negative window": ({"window_size": (-2, 0)}, "window_size must be (left, right), two ints, each >= 0 or -1 for unbounded, got (-2, 0)"),
-    "window as a number": ({"window_size": 128}, "window_size must be (left, right), two ints, each >= 0 or -1 for unbounded, got 128"),
-    "window of floats": ({"window_size": (0.5, 1.0)}, "window_size must be (left, right), two ints, each >= 0 or -1 for unbounded, got (0.5, 1.0)"),
+    "window of one": ({"window_size": (3,)}, WINDOW + "(3,)"),
+    "negative window": ({"window_size": (-2, 0)}, WINDOW + "(-2, 0)"),
+    "window as a number": ({"window_size": 128}, WINDOW + "128"),
+    "window of floats": ({"window_size": (0.5, 1.0)}, WINDOW + "(0.5, 1.0)"),
     "total too long": (
         {"total_length": 9},
         "total_length says 9 queries, but the ranks hold 8 together",
@@ -170,7 +171,10 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         {"dropout_p": 0.1, "dropout_seed": 1 << 63},
         "dropout_seed must be an int that fits into 64 bits, with its sign, got 9223372036854775808",
     ),
-    "seed a float": ({"dropout_p": 0.1, "dropout_seed": 1.5}, "dropout_seed must be an int or one int64 on cpu, got float"),
+    "seed a float": (
+        {"dropout_p": 0.1, "dropout_seed": 1.5},
+        "dropout_seed must be an int or one int64 on cpu, got float",
+    ),
 }
 
 
@@ -181,13 +185,13 @@ def test_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_total_length_of_unequal_lengths() -> None:
-    with pytest.raises(ValueError, match=r"must be a pair \(of q, of k\) where the global lengths differ, got 3 for 4 queries and 8"):
+    with pytest.raises(ValueError, match=r"must be a pair \(of q, of k\) .*, got 3 for 4 queries and 8"):
         ring_attention(X[:, :4], KV, KV, total_length=3)
 
 
 def test_odd_local_length() -> None:
     """Zigzag deals out two half-chunks."""
-    with pytest.raises(ValueError, match="local length of k is 5, which is odd: pad the whole sequence with ring_core.pad_sequence"):
+    with pytest.raises(ValueError, match=r"length of k is 5, which is odd: pad the whole sequence with ring_core.pad"):
         ring_attention(X[:, :4], KV[:, :5], KV[:, :5], layout="zigzag")
     with pytest.raises(ValueError, match="local length of q is 7, which is odd"):
         ring_attention(X[:, :7], KV[:, :7], KV[:, :7], layout="zigzag")
@@ -195,7 +199,7 @@ def test_odd_local_length() -> None:
 
 
 def test_a_world_size_that_does_not_divide() -> None:
-    with pytest.raises(ValueError, match="10 tokens cannot be dealt out evenly to 3 ranks .* needs a multiple of 3: pad it"):
+    with pytest.raises(ValueError, match=r"10 tokens cannot be dealt .* to 3 ranks .* needs a multiple of 3: pad it"):
         shard_sequence(torch.zeros(1, 10), layout="contiguous", rank=0, world_size=3)
 
 
@@ -214,7 +218,9 @@ def test_float64_on_a_backend_without_it(single_precision: str) -> None:
 
 
 def test_everything_wrong_is_named(single_precision: str) -> None:
-    with pytest.raises(ValueError, match=r"torch.float64.*; the head dim is 12, it takes 8-64 \(multiples of 8\); softcap is not"):
+    with pytest.raises(
+        ValueError, match=r"float64.*; the head dim is 12, it takes 8-64 \(multiples of 8\); softcap is not"
+    ):
         ring_attention(*(randn(1, 4, 1, 12) for _ in range(3)), softcap=2.0, backend=single_precision)
 
 
@@ -317,7 +323,8 @@ def test_results_are_fresh_and_contiguous() -> None:
 
 
 def empty(q_length: int, k_length: int, layout: str, schedule: str) -> list[bool]:
-    q, k, v = randn(2, q_length, 4, 8, grad=True), randn(2, k_length, 2, 8, grad=True), randn(2, k_length, 2, 8, grad=True)
+    q = randn(2, q_length, 4, 8, grad=True)
+    k, v = (randn(2, k_length, 2, 8, grad=True) for _ in range(2))
     out, lse = ring_attention(q, k, v, layout=layout, schedule=schedule, return_lse=True)  # type: ignore[call-overload]
     out.sum().backward()
     grads = [x.grad for x in (q, k, v)]
@@ -384,17 +391,17 @@ def infected(x: Tensor) -> Tensor:
 
 
 def in_reach(layout: Any, schedule: str, where: str) -> tuple[Tensor, Tensor]:
-    """bool (32,) each: rows that share a segment with the poisoned key (or are the poisoned row), keys that share one with those."""
+    """bool (32,) each: rows that share a segment with the poisoned key (or are it), keys that share one with those."""
     rows, keys = torch.arange(32) == POSITION, torch.zeros(32, dtype=torch.bool)
     segments = []  # (query positions, key positions) of all ranks
     for rank in range(4):
         plan = make_plan(Problem(32, 32, 32, 32, None, 0, layout, 4), rank, schedule)
         local = local_positions(32, layout=layout, rank=rank, world_size=4)
         for step in plan.steps:
-            for s in step.forward.segments + step.backward.segments:
-                segments.append(
-                    (local[s.q_start : s.q_start + s.q_len], s.k_position + s.stride * torch.arange(s.k_len))
-                )
+            segments += [
+                (local[s.q_start : s.q_start + s.q_len], s.k_position + s.stride * torch.arange(s.k_len))
+                for s in step.forward.segments + step.backward.segments
+            ]
     if where != "q":
         for seen_by, seen in segments:
             if POSITION in seen:
@@ -411,9 +418,9 @@ def in_reach(layout: Any, schedule: str, where: str) -> tuple[Tensor, Tensor]:
 def test_nan_and_inf_stay_where_they_are_seen(
     ranks: RunRanks, where: str, value: float, layout: Any, schedule: str
 ) -> None:
-    """As in flash-attn: nan reaches every row that sees it, in its head and batch entry. Rows that do not see it stay clean where
-    they share no segment with it; inside one a masked weight of 0 still meets nan in the product. inf in a value is inf or nan
-    in the output; inf in a key or query makes scores of +inf (nan) or -inf (no weight), as in a softmax written out."""
+    """As in flash-attn: nan reaches every row that sees it, in its head and batch entry. Rows that do not see it stay
+    clean where they share no segment with it; inside one a masked weight of 0 still meets nan in the product. inf in a
+    value is inf or nan in the output; inf in a key or query makes scores of +inf (nan) or -inf (no weight)."""
     parts = ranks(4, poisoned, value, layout, schedule, where)
     out, dq, dk, dv = (join_shards([part[i] for part in parts], layout=layout) for i in (0, 2, 3, 4))
     lse = join_shards([part[1] for part in parts], layout=layout, dim=2).transpose(1, 2)
@@ -484,9 +491,9 @@ def test_seeds_of_any_kind() -> None:
 
 def test_packed_functions_check_their_shapes() -> None:
     functions = flash_attn_functions("reference")
-    with pytest.raises(ValueError, match=re.escape("kv must be (batch, sequence, 2, heads, head_dim), got shape (2, 8, 4, 8)")):
+    with pytest.raises(ValueError, match=r"kv must be \(batch, sequence, 2, heads, .*, got shape \(2, 8, 4, 8\)"):
         functions.ring_flash_attn_kvpacked_func(X, X)
-    with pytest.raises(ValueError, match=re.escape("qkv must be (batch, sequence, 3, heads, head_dim), got shape (2, 8, 2, 4, 8)")):
+    with pytest.raises(ValueError, match=r"qkv must be \(batch, sequence, 3, heads, .*, got shape \(2, 8, 2, 4, 8\)"):
         functions.zigzag_ring_flash_attn_qkvpacked_func(torch.stack([X, X], dim=2))
     with pytest.raises(TypeError, match="qkv must be a tensor, got tuple"):
         functions.stripe_flash_attn_qkvpacked_func((X, X, X))  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path) -> list[tuple[str, int, bool]]:
-    """(absolute name, line, at import time) of everything a file imports, names taken from ring_core itself resolved."""
+    """(absolute name, line, at import time) of all that a file imports; names taken from ring_core itself resolved."""
     tree = ast.parse(path.read_text())
     late = {
         id(node)
@@ -105,7 +105,8 @@ def test_private_names_of_torch_live_in_one_file(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
         elif isinstance(node, ast.Import):
-            names = [part for alias in node.names if alias.name.split(".")[0] == "torch" for part in alias.name.split(".")]
+            modules = [alias.name.split(".") for alias in node.names]
+            names = [part for parts in modules if parts[0] == "torch" for part in parts]
         elif isinstance(node, ast.Attribute) and ast.unparse(node).split(".")[0] in ("torch", "dist", "F"):
             names = ast.unparse(node).split(".")
         else:

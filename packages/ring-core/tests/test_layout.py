@@ -211,12 +211,12 @@ def test_padding_changes_nothing_for_any_mask(ranks: RunRanks, layout: LayoutNam
 
 def test_lengths_that_do_not_divide() -> None:
     message = (
-        r"a sequence of 12 tokens cannot be dealt out evenly to 4 ranks in the zigzag layout, which needs a multiple of 8: "
-        r"pad it with ring_core.pad_sequence and pass the true length as total_length"
+        r"a sequence of 12 tokens cannot be dealt out evenly to 4 ranks in the zigzag layout, which needs a "
+        r"multiple of 8: pad it with ring_core.pad_sequence and pass the true length as total_length"
     )
     with pytest.raises(ValueError, match=message):
         shard_sequence(torch.zeros(1, 12), layout="zigzag", rank=0, world_size=4)
-    with pytest.raises(ValueError, match="13 tokens .* multiple of 4"):
+    with pytest.raises(ValueError, match=r"13 tokens .* multiple of 4"):
         local_positions(13, layout="stripe", rank=0, world_size=4)
 
 

@@ -1,9 +1,10 @@
-"""Plans against brute force: every visible pair once, nothing else; every message sent is received; and at 1,024 ranks by counting."""
+"""Plans against brute force: every visible pair once, nothing else; messages meet. At 1,024 ranks: by counting."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,7 @@ def check_segment(problem: Problem, segment: Segment, query: Array, key: Array) 
 
 
 def check_groups(table: Table, query_major: bool) -> None:
-    """Groups tile the table; rows of one share their strip; no two groups share a row (or key), or two CTAs would write it."""
+    """Groups tile the table; rows of one share their strip; no row (or key) is in two, or two CTAs would write it."""
     assert table.groups[0] == 0 and table.groups[-1] == len(table) and (np.diff(table.groups) > 0).all()
     assert [segment for group in table.grouped for segment in group] == list(table.segments)
     spans = []
@@ -137,7 +138,7 @@ def check_groups(table: Table, query_major: bool) -> None:
         assert len(strips) == 1, group
         spans.append(strips.pop())
     spans.sort()
-    for (piece, start, length), (next_piece, next_start, _) in zip(spans, spans[1:], strict=False):
+    for (piece, start, length), (next_piece, next_start, _) in pairwise(spans):
         assert piece != next_piece or start + length <= next_start, spans
 
 
@@ -257,7 +258,8 @@ def check_messages(problem: Problem, schedule: str) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 @given(problems(), st.sampled_from([1, 4, 128]))
-@example(Problem(24, 24, 24, 24, 0, 0, "stripe", 4), 4)  # a window narrower than the stripe: most ranks see nothing of each other
+# A window narrower than the stripe: most ranks see nothing of each other.
+@example(Problem(24, 24, 24, 24, 0, 0, "stripe", 4), 4)
 @example(Problem(0, 0, 0, 0, None, 0, "zigzag", 3), 4)
 @example(Problem(16, 48, 13, 41, 5, 3, "zigzag", 4), 4)
 def test_every_visible_pair_is_covered_exactly_once(problem: Problem, strip: int) -> None:
@@ -484,7 +486,7 @@ def test_merged_ranges(pairs: list[tuple[int, int]]) -> None:
     merged = ranges.merge(pairs)
     assert tokens(merged) == tokens(tuple(pairs))
     assert ranges.count(merged) == len(tokens(merged))
-    assert all(stop < start for (_, stop), (start, _) in zip(merged, merged[1:], strict=False))
+    assert all(stop < start for (_, stop), (start, _) in pairwise(merged))
 
 
 @given(RANGES, RANGES)

@@ -58,7 +58,8 @@ def attend_and_count(transport: str, layout: Any, mask: dict[str, Any], dtype: t
         *lengths, *totals, None if left < 0 else left, None if right < 0 else right, layout, world_size
     )  # fmt: skip
     plan = make_plan(problem, rank, schedule)
-    with gather_through("shared_memory") if transport == "shared_memory" else nullcontext(), record_traffic() as traffic:
+    way = gather_through("shared_memory") if transport == "shared_memory" else nullcontext()
+    with way, record_traffic() as traffic:
         out = ring_attention(q, k, v, layout=layout, schedule=schedule, total_length=(totals[0], totals[1]), **options)
         forward = dict(traffic.sent)
         out.backward(torch.randn_like(out))

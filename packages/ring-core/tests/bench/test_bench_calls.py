@@ -1,4 +1,4 @@
-"""What a call costs besides its kernels: the Python path at world size 1, and a small ring of two processes end to end. Recorded."""
+"""What a call costs besides its kernels: the Python path at world size 1, a small ring of two processes. Recorded."""
 
 from __future__ import annotations
 

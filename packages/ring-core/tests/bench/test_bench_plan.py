@@ -1,4 +1,4 @@
-"""One rank's plan, tables included: 1,024 ranks, 1M tokens. It is made once per shape, on the host, while the GPU waits."""
+"""One rank's plan, tables included: 1,024 ranks, 1M tokens. Made once per shape, on the host, while the GPU waits."""
 
 from __future__ import annotations
 
