@@ -16,10 +16,12 @@ import torch.distributed as dist
 from ring_core import RingCommError, local_positions, ring_attention, shard_sequence, unshard_sequence
 from ring_core.comm import channel as channels
 from ring_core.comm import gather_through
+from ring_core.comm.gather import sum_in_rank_order
 from ring_core.comm.peer import GENERATIONS, PUBLISHED, READ
 from ring_core.comm.shared_memory import SharedMemory, shared_memory
 from ring_core.group import rank_and_size
 from ring_core.layout import LAYOUTS
+from ring_core.plan import GatherPlan, Problem, make_plan
 from ring_core.testing import attention_oracle, compare
 from ring_core.testing.plugin import RunRanks
 from torch import Tensor
@@ -198,6 +200,25 @@ def test_buffers_are_reused_over_calls_of_changing_size(ranks: RunRanks, transpo
     assert max(ranks(3, many_calls, transport, seed)) < 1e-12
 
 
+def slow_reader(transport: str) -> float:
+    """Under a causal mask rank 0 waits for nobody's keys: only the two generations keep it from running away."""
+    generator = torch.Generator().manual_seed(4)
+    worst = 0.0
+    for number in range(6):
+        if number == 1 and dist.get_rank() == 1:  # not before the first: that makes the arena, together
+            time.sleep(0.5)
+        q, k, v = (torch.randn(1, 16, 1, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+        parts = [shard_sequence(x, layout="contiguous") for x in (q, k, v)]
+        expected = shard_sequence(attention_oracle(q, k, v, causal=True).out, layout="contiguous")
+        worst = max(worst, compare(attend(transport, *parts, causal=True), expected).max_abs)
+    return worst
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_nothing_is_overwritten_before_it_is_read(ranks: RunRanks, transport: str) -> None:
+    assert max(ranks(2, slow_reader, transport)) < 1e-12
+
+
 def left_behind() -> list[str]:
     q = local(1, 8, 2, 8)
     for length in (8, 64):
@@ -260,6 +281,19 @@ def test_results_repeat_to_the_bit(ranks: RunRanks, layout: str, seed: int) -> N
     for results in ranks(4, all_results, seed, transports, layout):
         for first, other in ((0, 1), (0, 2), (0, 3), (4, 5), (4, 6)):
             assert all(torch.equal(a, b) for a, b in zip(results[first], results[other], strict=True)), (first, other)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_contributions_are_summed_in_rank_order(rank: int) -> None:
+    """1e8 + 1 - 1e8 is 0 in fp32 from left to right, and 1 if the outer two meet first."""
+    plan = make_plan(Problem(6, 6, 6, 6, None, None, "contiguous", 3), rank, "gather")
+    assert isinstance(plan, GatherPlan)
+    values = (1e8, 1.0, -1e8)
+    k = torch.zeros(1, 2, 1, 4)
+    parts = torch.full((2, 3, 1, 2, 1, 4), values[rank])
+    arrived = {peer: torch.full((2, 1, 2, 1, 4), values[peer]) for peer in reversed(range(3)) if peer != rank}
+    for total in sum_in_rank_order(plan, k, parts, arrived):
+        assert not total.any()
 
 
 # --- groups
