@@ -238,9 +238,8 @@ def register_backend(name: str, backend: Backend) -> None:
             return lambda: backend
 
     _registered()[name] = Point()
-    load_backend.cache_clear()
-    check_supported.cache_clear()
-    choose_backend.cache_clear()
+    for known in (load_backend, check_supported, choose_backend):
+        known.cache_clear()
 
 
 AUTOMATIC = ("cute", "triton", "native", "reference")

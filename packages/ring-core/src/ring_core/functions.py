@@ -222,6 +222,8 @@ def _with_tail(function: Any, plain: Any, *heads: str) -> Any:
 
 
 def _unpack(packed: Tensor, count: int, name: str) -> tuple[Tensor, ...]:
+    if not isinstance(packed, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(packed).__name__}")
     if packed.dim() != 5 or packed.shape[2] != count:
         raise ValueError(f"{name} must be (batch, sequence, {count}, heads, head_dim), got shape {tuple(packed.shape)}")
     return packed.unbind(dim=2)

@@ -240,16 +240,25 @@ def _check_layout(q: Tensor, k: Tensor, layout: str, schedule: str, world_size: 
 
 def _check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
     """left and right, -1 for unbounded, with the causal mask in `right`."""
-    if len(window_size) != 2 or window_size[0] < -1 or window_size[1] < -1:
-        raise ValueError(f"window_size must be (left, right), each >= 0 or -1 for unbounded, got {window_size!r}")
+    message = f"window_size must be (left, right), two ints, each >= 0 or -1 for unbounded, got {window_size!r}"
+    if not isinstance(window_size, (tuple, list)):
+        raise TypeError(message)
+    if len(window_size) != 2:
+        raise ValueError(message)
     left, right = window_size
+    if not isinstance(left, int) or not isinstance(right, int):
+        raise TypeError(message)
+    if left < -1 or right < -1:
+        raise ValueError(message)
     return left, 0 if causal else right
 
 
 def _check_total(total_length: int | tuple[int, int] | None, q_length: int, k_length: int) -> tuple[int, int]:
     if total_length is None:
         return autograd.UNPADDED, autograd.UNPADDED
-    if isinstance(total_length, tuple):
+    if isinstance(total_length, (tuple, list)):
+        if len(total_length) != 2:
+            raise ValueError(f"total_length must be one length or a pair (of q, of k), got {total_length!r}")
         q_total, k_total = total_length
     elif q_length != k_length:
         raise ValueError(
@@ -305,4 +314,8 @@ def _seed(q: Tensor, dropout_p: float, dropout_seed: int | Tensor | None) -> Ten
                 f"{dropout_seed.dtype} on {dropout_seed.device}"
             )
         return dropout_seed.reshape(1)
+    if not isinstance(dropout_seed, int):
+        raise TypeError(f"dropout_seed must be an int or one int64 on {q.device}, got {type(dropout_seed).__name__}")
+    if not -(2**63) <= dropout_seed < 2**63:
+        raise ValueError(f"dropout_seed must be an int that fits into 64 bits, with its sign, got {dropout_seed}")
     return torch.full((1,), dropout_seed, dtype=torch.int64, device=q.device)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_core.group import Group, rank_and_size
+from ring_core.group import Group, process_group, rank_and_size
 
 LayoutName = Literal["contiguous", "zigzag", "stripe"]
 LAYOUTS: tuple[str, ...] = get_args(LayoutName)
@@ -132,7 +132,7 @@ def unshard_sequence(tensor: Tensor, *, layout: LayoutName, dim: int = 1, group:
     _, world_size = rank_and_size(group)
     if world_size == 1:
         return join_shards([tensor], layout=layout, dim=dim)
-    shards = _AllGather.apply(tensor, group)  # type: ignore[no-untyped-call]
+    shards = _AllGather.apply(tensor, process_group(group))  # type: ignore[no-untyped-call]
     return join_shards(shards, layout=layout, dim=dim)
 
 
@@ -163,7 +163,7 @@ class _AllGather(torch.autograd.Function):
     """All shards of a group; backward sums each rank's gradients home."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
         ctx.group = group
         _, world_size = rank_and_size(group)
         shards = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size)]

@@ -55,11 +55,17 @@ def needed(problem: Problem, keys: Keys, first: Array, last: Array) -> tuple[Arr
         near, far = (first, last) if pace >= 0 else (last, first)
         begin = a.index + pace * near
         end = np.minimum(a.index + pace * far + a.stride * (a.length - 1), problem.q_total - 1)
+        if a.stride > 1:  # the last true query may be another rank's: go back to the last of these ranks'
+            residue = end % a.stride
+            end = end - np.where(residue > far, residue - far, np.where(residue < near, residue + a.stride - far, 0))
         nobody = (end < begin) | (first > last) | (a.length == 0)
         begin, end = (begin + problem.offset)[:, None], (end + problem.offset)[:, None]
         start = np.maximum(-((left - begin + keys.index) // stride), 0)
         stop = np.minimum((end + right - keys.index) // stride + 1, keys.length)
-        stop = np.where(nobody[:, None] | (stop <= start), start, stop)
+        # Of a stripe's keys a narrow window may fall between two: seen by nobody, however long the sequence.
+        near, far = (a.index + pace * rank + problem.offset for rank in (near, far))
+        between = (far[:, None] + right - keys.index) // stride < -((left - near[:, None] + keys.index) // stride)
+        stop = np.where(nobody[:, None] | between | (stop <= start), start, stop)
         low.append(start)
         high.append(stop)
     return np.stack(low, -1), np.stack(high, -1)

@@ -63,8 +63,9 @@ def query_major(problem: Problem, rank: int, keys: Keys) -> tuple[Array, Array]:
     padded = local_runs(problem.layout, rank, problem.world_size, problem.q_length)
     for run, whole in zip(problem.query_runs(rank), padded, strict=True):
         lower, upper = _bands(problem, run, keys)
-        seen = (keys.length > 0) & (np.minimum(run.length, keys.length - lower) > np.maximum(0, -upper))
         first, stop = np.maximum(0, -upper), np.minimum(run.length, keys.length - lower)
+        # An empty band is a window that falls between two tokens of a stripe.
+        seen = (keys.length > 0) & (stop > first) & (lower <= upper)
         first, stop = _outward(np.where(seen, first, 0), np.where(seen, stop, 0), run.length)
         edges = _strips(run.length, np.concatenate([first[seen], stop[seen]]))
         if whole.length > run.length:  # padding rows: strips that see nothing
@@ -95,7 +96,7 @@ def key_major(problem: Problem, rank: int, keys: Keys) -> tuple[Array, Array]:
     visible = []
     for run, (lower, upper) in zip(queries, bands, strict=True):
         first, stop = np.maximum(0, lower), np.minimum(keys.length, run.length + upper)
-        seen = stop > first
+        seen = (stop > first) & (lower <= upper)
         visible.append((seen, np.where(seen, first, 0), np.where(seen, stop, 0)))
     if not visible:
         return np.zeros((0, 14), np.int64), np.zeros(0, np.int64)

@@ -305,8 +305,9 @@ class WorkerPool:
 
     def _start(self) -> _Workers:
         context = multiprocessing.get_context("forkserver")
+        # A first custom op imports torch._dynamo: seconds in every rank, unless it is forked with it.
         # Ignored if a fork server is already running; then each worker imports torch for itself.
-        context.set_forkserver_preload(["torch", "torch.distributed", worker.__name__])
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", worker.__name__])
         folder = tempfile.mkdtemp(prefix="ring-core-pool-")
         # The store lives here rather than in rank 0, and picks its own port: no clash, and it outlives any rank.
         store = dist.TCPStore(  # type: ignore[attr-defined]

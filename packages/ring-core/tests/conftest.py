@@ -1,0 +1,3 @@
+"""Ranks, seeds and markers for the tests of ring-core."""
+
+pytest_plugins = ["ring_core.testing.plugin"]
