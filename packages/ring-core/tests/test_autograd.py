@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
 from ring_core import autograd, join_shards, ring_attention, shard_sequence
 from ring_core.layout import LAYOUTS
 from ring_core.testing import attention_oracle, compare
 from ring_core.testing.plugin import RunRanks
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 def leaves(length: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,30 +188,50 @@ def test_changing_an_input_before_backward_is_noticed() -> None:
 
 # --- the ops as torch sees them
 
-OPTIONS: tuple[Any, ...] = (0.25, 0.0, 0.0, -1, 0, -1, -1, False, "contiguous", "auto", "reference", "")
+OP = torch.ops.ring_core.attention.default
+BACKWARD_OP = torch.ops.ring_core.attention_backward.default
+CALL = autograd.Call(
+    scale=0.25,
+    softcap=0.0,
+    dropout_p=0.0,
+    left=-1,
+    right=0,
+    q_total=-1,
+    k_total=-1,
+    deterministic=False,
+    shared_seed=True,
+    layout="contiguous",
+    schedule="auto",
+    backend="reference",
+    group_name="",
+)
+OPTIONS = (CALL.numbers, CALL.integers, *CALL.names)
 
 
 def test_opcheck_forward() -> None:
     q, k, v = leaves()
-    torch.library.opcheck(autograd.attention, (q, k, v, None, None, None, False, *OPTIONS))
+    torch.library.opcheck(OP, (q, k, v, None, None, None, *OPTIONS))
     sinks, slopes = torch.randn(4, requires_grad=True), torch.rand(4)
     seed = torch.tensor([5])
-    dropout = (0.25, 3.0, 0.2, 6, 2, 13, 14, True, "zigzag", "auto", "reference", "")
-    torch.library.opcheck(autograd.attention, (q, k, v, slopes, sinks, seed, True, *dropout))
+    everything = replace(
+        CALL, softcap=3.0, dropout_p=0.2, left=6, right=2, q_total=13, k_total=14, deterministic=True, layout="zigzag"
+    )
+    options = (everything.numbers, everything.integers, *everything.names)
+    torch.library.opcheck(OP, (q, k, v, slopes, sinks, seed, *options))
     # bf16: lse stays in fp32; strided inputs: contiguous outputs
     bf16 = [x.detach().bfloat16().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(autograd.attention, (*bf16, None, None, None, False, *OPTIONS))
+    torch.library.opcheck(OP, (*bf16, None, None, None, *OPTIONS))
 
 
 def test_opcheck_backward() -> None:
     q, k, v = (x.detach() for x in leaves())
-    out, lse, seed = autograd.attention(q, k, v, None, None, None, False, *OPTIONS)
+    out, lse, seed = OP(q, k, v, None, None, None, *OPTIONS)
     sinks = torch.randn(4)
     # Not "test_autograd_registration": that this op refuses to be differentiated is its purpose.
     tests = ("test_schema", "test_faketensor")
     for dlse, sink in ((None, None), (torch.randn_like(lse), sinks)):
         args = (torch.randn_like(out), dlse, q, k, v, out, lse, None, sink, seed, *OPTIONS)
-        torch.library.opcheck(autograd.attention_backward, args, test_utils=tests)
+        torch.library.opcheck(BACKWARD_OP, args, test_utils=tests)
 
 
 def test_outputs_alias_nothing() -> None:

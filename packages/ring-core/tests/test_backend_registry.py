@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from ring_core import Backend, Capabilities, UnsupportedError, backend, backend_names, load_backend, ring_attention
 from ring_core.backend import HeadDims, choose_backend, register_backend
 from ring_core.reference import ReferenceBackend
@@ -100,7 +101,7 @@ def test_a_backend_whose_library_is_missing(installed: Path) -> None:
 
 def test_unknown_backend() -> None:
     register_backend("other", ReferenceBackend())
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="triton-nightly") as caught:
         load_backend("triton-nightly")
     message = str(caught.value)
     assert "there is no backend 'triton-nightly' here; installed: " in message and "pip install" in message
@@ -119,7 +120,7 @@ def test_reference_is_there_without_installation(monkeypatch: pytest.MonkeyPatch
     [
         ({"dtypes": frozenset({torch.bfloat16})}, "q, k, v are torch.float32, it takes torch.bfloat16"),
         ({"head_dims": HeadDims(16, 128, 8)}, r"the head dim is 8, it takes 16-128 \(multiples of 8\)"),
-        ({"features": frozenset()}, "alibi is not among its features; band is not .*; deterministic is not"),
+        ({"features": frozenset()}, "alibi is not among its features; deterministic is not .*; window is not"),
         ({"available": False, "reason": "it needs an H100"}, "cannot do this call: it needs an H100; backends"),
         ({"available": False}, "it does not run on cpu"),
     ],
@@ -138,8 +139,8 @@ def test_unsupported_names_the_argument_and_the_alternatives(limits: dict[str, A
 @pytest.mark.parametrize(
     ("options", "feature"),
     [
-        ({"window_size": (2, -1)}, "band"),
-        ({"window_size": (-1, 2)}, "band"),
+        ({"window_size": (2, -1)}, "window"),
+        ({"window_size": (-1, 2)}, "window"),
         ({"softcap": 1.0}, "softcap"),
         ({"sinks": torch.zeros(2)}, "sinks"),
         ({"alibi_slopes": torch.ones(2)}, "alibi"),

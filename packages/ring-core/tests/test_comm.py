@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
 from ring_core import RingCommError, local_positions, ring_attention, shard_sequence, unshard_sequence
 from ring_core.comm import channel as channels
 from ring_core.comm import gather_through
@@ -24,8 +27,6 @@ from ring_core.layout import LAYOUTS
 from ring_core.plan import GatherPlan, Problem, make_plan
 from ring_core.testing import attention_oracle, compare
 from ring_core.testing.plugin import RunRanks
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 TRANSPORTS = ["ring", "gather", "shared_memory"]
 PATIENCE = 3.0  # seconds of RING_TIMEOUT

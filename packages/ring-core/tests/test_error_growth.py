@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from ring_core import join_shards, ring_attention, shard_sequence
 from ring_core.testing import attention_oracle, compare, get_pool
-from torch import Tensor
 
 LENGTH = 256
 WORLD_SIZES = (1, 2, 4, 8, 16)

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from ring_core import AttentionFunctions, flash_attn_functions, ring_attention, shard_sequence
 from ring_core.testing import attention_oracle, compare
 from ring_core.testing.plugin import RunRanks
-from torch import Tensor
 
 NAMES = [
     f"{family}_{kind}func"

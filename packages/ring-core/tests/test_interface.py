@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from ring_core import (
     UnsupportedError,
     flash_attn_functions,
@@ -25,7 +27,6 @@ from ring_core.plan import Problem, make_plan
 from ring_core.reference import ReferenceBackend
 from ring_core.testing import attention_oracle, compare
 from ring_core.testing.plugin import RunRanks
-from torch import Tensor
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:

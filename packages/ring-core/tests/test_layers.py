@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 import ring_core
 
 ROOT = Path(ring_core.__file__).parent
@@ -16,6 +17,7 @@ LAYERS: dict[str, int] = {
     "philox": 0,
     "_torch": 0,
     "group": 0,
+    "agreement": 0,
     "layout": 1,
     "plan": 2,
     "backend": 3,
@@ -30,7 +32,7 @@ LAYERS: dict[str, int] = {
     "functions": 9,
     "__init__": 10,
 }
-BOTTOM = {"segment", "ranges", "philox", "merge"}  # import nothing of ring_core
+BOTTOM = {"segment", "ranges", "philox", "merge", "agreement"}  # import nothing of ring_core
 EXTERNAL = {"torch", "numpy"}
 BACKEND_PACKAGES = {"ring_native", "ring_triton", "ring_cute", "ring_compare", "flash_attn", "cutlass"}
 

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from ring_core import (
     join_shards,
     local_positions,
@@ -21,7 +23,6 @@ from ring_core import (
 from ring_core.layout import LAYOUTS, LayoutName, multiple
 from ring_core.testing import attention_oracle, compare
 from ring_core.testing.plugin import RunRanks
-from torch import Tensor
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
 from ring_core import ranges
 from ring_core.layout import LAYOUTS, local_runs, multiple
 from ring_core.plan import (

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
 from ring_core import ring_attention
 from ring_core.comm import gather_through, record_traffic
 from ring_core.layout import LAYOUTS, multiple

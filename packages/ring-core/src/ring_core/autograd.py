@@ -117,13 +117,26 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            _refuse()
         q, k, v, out, lse, alibi_slopes, sinks, seed = ctx.saved_tensors
         if dout is None:  # only lse was used
             dout = torch.zeros_like(out)
-        dq, dk, dv, dsinks = _backward(dout, dlse, q, k, v, out, lse, alibi_slopes, sinks, seed, ctx.call)
+        with torch.no_grad():
+            dq, dk, dv, dsinks = _backward(dout, dlse, q, k, v, out, lse, alibi_slopes, sinks, seed, ctx.call)
+        if torch.is_grad_enabled():  # create_graph=True
+            dq, dk, dv = _Once.apply(dq, dk, dv, q, k, v, dout)  # type: ignore[no-untyped-call]
         return dq, dk, dv, None, dsinks, None, None
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that depend on q, k, v and dout, but refuse to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
+        return dq.view_as(dq), dk.view_as(dk), dv.view_as(dv)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _refuse()
 
 
 @torch.library.custom_op("ring_core::attention", mutates_args=())
@@ -312,7 +325,7 @@ def _way(
 ) -> _Way:
     asked = {
         "alibi": alibi,
-        "band": call.left >= 0 or call.right > 0,
+        "window": call.left >= 0 or call.right > 0,
         "deterministic": call.deterministic,
         "dropout": call.dropout_p > 0,
         "gqa": q_shape[2] != k_shape[2],

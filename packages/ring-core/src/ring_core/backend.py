@@ -19,8 +19,8 @@ from ring_core.segment import Table
 ENTRY_POINTS = "ring_core.backends"
 _log = logging.getLogger(__name__)
 
-FEATURES = ("alibi", "band", "deterministic", "dropout", "gqa", "lse_grad", "packed", "sinks", "softcap")
-"""What a call may ask of a backend; "band" is any mask but full and causal over whole blocks."""
+FEATURES = ("alibi", "deterministic", "dropout", "gqa", "lse_grad", "packed", "sinks", "softcap", "window")
+"""What a call may ask of a backend. Bands at any offset are not among them: every layout needs those."""
 
 
 class UnsupportedError(ValueError):

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from ring_core import backend, ring_attention
 from ring_core.comm import gather_through
 from ring_core.reference import ReferenceBackend
 from ring_core.testing import get_pool
-from torch import Tensor
 
 
 class NoOp(ReferenceBackend):

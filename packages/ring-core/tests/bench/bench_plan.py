@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from ring_core.layout import LAYOUTS
 from ring_core.plan import SCHEDULES, Problem, make_plan
 
@@ -15,10 +15,9 @@ LIMIT = 50e-3  # seconds
 
 
 @pytest.fixture(autouse=True)
-def collected() -> Iterator[None]:
+def collected() -> None:
     """Leftovers of other tests are collected before, not during; what a plan itself costs the collector is measured."""
     gc.collect()
-    yield
 
 
 @pytest.mark.parametrize("window", [None, 4096], ids=["causal", "window"])
