@@ -1,4 +1,5 @@
-"""What kernel cases and ring cases have in common: one attention problem as data, its inputs, its truth, and how exact is exact."""
+"""What kernel cases and ring cases have in common: one attention problem as data, its inputs, its truth, and how exact
+is exact."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ Case = TypeVar("Case", bound="AttentionCase")
 class AttentionCase:
     """One attention call over whole sequences; lengths are global and include padding.
 
-    dtype: None is the finest that the backend has. q_total, k_total: true lengths, None without padding. alibi: slopes (Hq,) for
-    "head", (B, Hq) for "batch". dlse: whether lse has a gradient (where the backend can do that).
+    dtype: None is the finest that the backend has. q_total, k_total: true lengths, None without padding. alibi: slopes
+    (Hq,) for "head", (B, Hq) for "batch". dlse: whether lse has a gradient (where the backend can do that).
     """
 
     name: str
@@ -85,7 +86,8 @@ class AttentionCase:
         return None if left < 0 else left, None if right < 0 else right
 
     def resolved(self: Case, can: Capabilities) -> Case:
-        """The case with what depends on the backend filled in: the finest dtype, and no gradient of lse where it has none."""
+        """The case with what depends on the backend filled in: the finest dtype, and no gradient of lse where it has
+        none."""
         dtype = self.dtype or next((dtype for dtype in FINEST_FIRST if dtype in can.dtypes), torch.float32)
         return replace(self, dtype=dtype, dlse=self.dlse and "lse_grad" in can.features)
 
@@ -101,8 +103,8 @@ class AttentionCase:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Global inputs: q, dout (B, Sq, Hq, D), k, v (B, Sk, Hkv, D) in the case's dtype; dlse (B, Hq, Sq) or None, sinks (Hq,) or
-    None in the accumulation dtype; alibi_slopes fp32 (Hq,), (B, Hq) or None."""
+    """Global inputs: q, dout (B, Sq, Hq, D), k, v (B, Sk, Hkv, D) in the case's dtype; dlse (B, Hq, Sq) or None, sinks
+    (Hq,) or None in the accumulation dtype; alibi_slopes fp32 (Hq,), (B, Hq) or None."""
 
     q: Tensor
     k: Tensor
@@ -184,10 +186,11 @@ def check_results(
 
 
 def check_refused(case: AttentionCase, backend: Backend, device: torch.device | str = "cpu") -> None:
-    """Raises AssertionError unless `ring_attention(..., backend=its name)` refuses the (resolved) case in words that help.
+    """Raises AssertionError unless `ring_attention(..., backend=its name)` refuses the (resolved) case in words that
+    help.
 
-    Nothing is ignored and nothing falls back in silence: what a backend cannot do is an error that names the backend, each thing
-    that it cannot do, and who can.
+    Nothing is ignored and nothing falls back in silence: what a backend cannot do is an error that names the backend,
+    each thing that it cannot do, and who can.
     """
     missing = case.missing(backend.capabilities(torch.device(device)))
     tensors = make_tensors(case, 0, device)

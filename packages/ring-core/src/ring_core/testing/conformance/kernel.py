@@ -28,12 +28,13 @@ EPOCH = 7
 
 @dataclass(frozen=True, kw_only=True)
 class KernelCase(AttentionCase):
-    """A case of one process. World size, layout and schedule are those of simulated ranks, all of which are computed in turn.
+    """A case of one process. World size, layout and schedule are those of simulated ranks, all of which are computed in
+    turn.
 
-    hand_made: tables that no plan makes, of `strip` rows by `block` keys in `calls` calls over `pieces` pieces of keys; cu_q, cu_k
-    pack documents; per_entry: rows of the table for each batch entry by itself. strided: q, k, v, dout are views whose last
-    dimension alone is dense. flags: pieces come with arrival flags where the backend reads them. reveal: v is one-hot, so that out
-    is the matrix of probabilities and its zeros are the dropout mask.
+    hand_made: tables that no plan makes, of `strip` rows by `block` keys in `calls` calls over `pieces` pieces of keys;
+    cu_q, cu_k pack documents; per_entry: rows of the table for each batch entry by itself. strided: q, k, v, dout are
+    views whose last dimension alone is dense. flags: pieces come with arrival flags where the backend reads them.
+    reveal: v is one-hot, so that out is the matrix of probabilities and its zeros are the dropout mask.
     """
 
     hand_made: bool = False
@@ -65,13 +66,11 @@ class KernelCase(AttentionCase):
         return list(zip(self.cu_q, self.cu_q[1:], self.cu_k, self.cu_k[1:], strict=False))
 
 
-def check_kernel_case(
-    case: KernelCase, backend: Backend, device: torch.device | str = "cpu", *, seed: int = 0
-) -> None:
+def check_kernel_case(case: KernelCase, backend: Backend, device: torch.device | str = "cpu", *, seed: int = 0) -> None:
     """Raises AssertionError unless the backend fulfils the contract on this case.
 
-    What its Capabilities lack is not run: `ring_attention` must refuse it by name. A backend that cannot accumulate is run the way
-    ring-core runs it, inside `Accumulating`.
+    What its Capabilities lack is not run: `ring_attention` must refuse it by name. A backend that cannot accumulate is
+    run the way ring-core runs it, inside `Accumulating`.
     """
     device = torch.device(device)
     can = backend.capabilities(device)
@@ -79,7 +78,7 @@ def check_kernel_case(
         pytest.skip(f"backend {backend.name!r} is not available on {device}: {can.reason}")
     case = case.resolved(can)
     if missing := case.missing(can):
-        if missing <= {"packed", "band"}:  # tables that ring_attention has no words for
+        if case.hand_made and missing <= {"packed", "band"}:  # tables that ring_attention has no words for
             pytest.skip(f"backend {backend.name!r} cannot do {', '.join(sorted(missing))}")
         check_refused(case, backend, device)
         return
@@ -107,29 +106,28 @@ def check_kernel_case(
 class _Run:
     """All shares of one case through one backend; everything that the contract says is not read holds NaN."""
 
-    def __init__(
-        self, case: KernelCase, backend: Backend, device: torch.device, tensors: Tensors, flags: bool
-    ) -> None:
+    def __init__(self, case: KernelCase, backend: Backend, device: torch.device, tensors: Tensors, flags: bool) -> None:
         self.case, self.backend, self.device, self.tensors = case, backend, device, tensors
         self.sums = accumulation_dtype(tensors.q.dtype)
         scale = 1 / math.sqrt(case.head_dim) if case.scale is None else case.scale
         seed = torch.tensor([tensors.dropout_seed], device=device)
         dropout = Dropout(case.dropout_p, seed) if case.dropout_p else None
-        self.params = Params(
-            scale, case.softcap, tensors.alibi_slopes, tensors.sinks, dropout, case.deterministic
-        )
+        self.params = Params(scale, case.softcap, tensors.alibi_slopes, tensors.sinks, dropout, case.deterministic)
         self.flagged = case.flags and flags
 
     def all_shares(self) -> dict[str, Tensor]:
         """Global out, lse, dq, dk, dv and dsinks, from the parts of all simulated ranks."""
         x = self.tensors
-        wide = {"dtype": torch.float64, "device": self.device}
+
+        def wide_zeros(x: Tensor) -> Tensor:
+            return torch.zeros(x.shape, dtype=torch.float64, device=self.device)
+
         out, dq = torch.zeros_like(x.q), torch.zeros_like(x.q)
         lse = torch.empty(x.q.shape[0], x.q.shape[2], x.q.shape[1], dtype=self.sums, device=self.device)
         results = {"out": out, "lse": lse, "dq": dq}
-        results |= {"dk": torch.zeros(x.k.shape, **wide), "dv": torch.zeros(x.v.shape, **wide)}
+        results |= {"dk": wide_zeros(x.k), "dv": wide_zeros(x.v)}
         if x.sinks is not None:
-            results["dsinks"] = torch.zeros(x.sinks.shape, **wide)
+            results["dsinks"] = wide_zeros(x.sinks)
         for share in shares(self.case):
             self._share(share, results)
         return results
@@ -147,7 +145,7 @@ class _Run:
         lse = lse.masked_fill(hidden[:, None], -torch.inf)
         results["out"][:, rows], results["lse"][:, :, rows] = out, lse
         dq, dsinks = self._backward(share, q, pieces, out, dout, lse, dlse, results)
-        assert dq.dtype == q.dtype and dq.shape == q.shape, f"{self.case}: dq is {dq.dtype} {tuple(dq.shape)}"
+        assert (dq.dtype, dq.shape) == (q.dtype, q.shape), f"{self.case}: dq is {dq.dtype} {tuple(dq.shape)}"
         results["dq"][:, rows] = dq
         assert (dsinks is None) == (x.sinks is None), f"{self.case}: dsinks and sinks must come together"
         if dsinks is not None:
@@ -253,7 +251,8 @@ def _nan_where(x: Tensor, where: Tensor) -> Tensor:
 
 
 def check_late_piece(backend: Backend, device: torch.device | str = "cpu") -> None:
-    """Raises AssertionError if a backend that reads flags touches a piece that has not arrived, in forward or in backward.
+    """Raises AssertionError if a backend that reads flags touches a piece that has not arrived, in forward or in
+    backward.
 
     On the CPU nobody could make the piece arrive while the backend waits: it must raise.
     """

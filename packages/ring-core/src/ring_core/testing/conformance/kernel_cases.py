@@ -1,8 +1,9 @@
 """The cases that every backend must pass in one process.
 
-Not the full product: geometry (which segments), features (what happens to a score) and numerics (dtypes, inputs, head dims) are varied
-one at a time around a common middle, because a kernel handles them in different places; then the pairs that do meet in a kernel's code
-are combined by hand (a feature with a state that travels, with bands, with grouped heads, with rows that see nothing).
+Not the full product: geometry (which segments), features (what happens to a score) and numerics (dtypes, inputs, head
+dims) are varied one at a time around a common middle, because a kernel handles them in different places; then the pairs
+that do meet in a kernel's code are combined by hand (a feature with a state that travels, with bands, with grouped
+heads, with rows that see nothing).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def kernel_cases(scale: int = 1) -> list[KernelCase]:
     """All kernel-level cases; `str(case)` is a test id.
 
-    scale: lengths, windows and blocks are multiplied by it. 1 suits interpreters (tens of tokens); use an odd number on a GPU, so
-    that lengths stay multiples of nothing (31: about 2,000 tokens).
+    scale: lengths, windows and blocks are multiplied by it. 1 suits interpreters (tens of tokens); use an odd number on
+    a GPU, so that lengths stay multiples of nothing (31: about 2,000 tokens).
     """
     cases = [*_geometry(), *_hand_made(), *_heads(), *_features(), *_numerics()]
     return [case if scale == 1 else _scaled(case, scale) for case in cases]
@@ -43,7 +44,8 @@ def _planned(name: str, layout: str, schedule: str, world_size: int, **options: 
 
 
 def _geometry() -> Iterator[KernelCase]:
-    """Every kind of segment that plans make. Three ranks: first, last and one between; four give zigzag halves that touch."""
+    """Every kind of segment that plans make. Three ranks: first, last and one between; four give zigzag halves that
+    touch."""
     masks: dict[str, dict[str, Any]] = {
         "full": {},
         "causal": {"causal": True},
@@ -85,10 +87,23 @@ def _hand_made() -> Iterator[KernelCase]:
     # A row of the table for each batch entry, cut at places of its own.
     yield KernelCase(name="entries", strip=17, block=13, per_entry=True, batch=3, **shape)
     yield KernelCase(
-        name="entries-everything", strip=11, block=13, calls=3, pieces=2, per_entry=True, batch=3, causal=True, window=(19, 0),
-        alibi="batch", dropout_p=0.2, sinks=True, softcap=3.0, **shape,
-    )  # fmt: skip
-    # Documents: an empty one, one of one token, without keys, without queries; q and k of different lengths; rows of nobody around.
+        name="entries-everything",
+        strip=11,
+        block=13,
+        calls=3,
+        pieces=2,
+        per_entry=True,
+        batch=3,
+        causal=True,
+        window=(19, 0),
+        alibi="batch",
+        dropout_p=0.2,
+        sinks=True,
+        softcap=3.0,
+        **shape,
+    )
+    # Documents: an empty one, one of one token, one without keys, one without queries, q and k of different lengths;
+    # before the first and after the last are rows of nobody.
     packed: dict[str, Any] = {
         "hand_made": True,
         "batch": 1,
@@ -101,8 +116,16 @@ def _hand_made() -> Iterator[KernelCase]:
     yield KernelCase(name="packed-causal-sinks", causal=True, sinks=True, **packed)
     yield KernelCase(name="packed-window-cuts", window=(4, 6), strip=9, block=7, calls=3, **packed)
     yield KernelCase(
-        name="packed-alibi-dropout", causal=True, alibi="head", dropout_p=0.15, strip=16, block=16, pieces=2, calls=2, **packed
-    )  # fmt: skip
+        name="packed-alibi-dropout",
+        causal=True,
+        alibi="head",
+        dropout_p=0.15,
+        strip=16,
+        block=16,
+        pieces=2,
+        calls=2,
+        **packed,
+    )
 
 
 def _heads() -> Iterator[KernelCase]:
@@ -133,7 +156,7 @@ def _features() -> Iterator[KernelCase]:
     yield _planned("sinks-unseen-rows", "contiguous", "ring", 2, causal=True, sinks=True, q_length=40, k_length=20)
     yield _planned("alibi-window", "zigzag", "ring", 2, alibi="head", window=(9, 9))
     yield _planned("no-lse-gradient", "contiguous", "ring", 2, dlse=False, sinks=True, causal=True)
-    # v one-hot and small scores: every probability is in out, so the mask is seen bit by bit, at negative positions as well.
+    # v one-hot and small scores: every probability is in out, so the mask is seen bit by bit. Negative positions as well.
     mask: dict[str, Any] = {"reveal": True, "dropout_p": 0.5, "scale": 0.01, "inputs": "randn"}
     yield _planned("dropout-mask", "contiguous", "gather", 1, q_length=90, k_length=60, **mask)
     yield _planned("dropout-mask", "stripe", "ring", 3, q_length=60, k_length=60, causal=True, **mask)
@@ -152,13 +175,22 @@ def _features() -> Iterator[KernelCase]:
 
 
 def _numerics() -> Iterator[KernelCase]:
-    """Every dtype with every kind of input, the state crossing calls; and a one-call case a dtype with the features that scale."""
+    """Every dtype with every kind of input, the state crossing calls; and a one-call case a dtype with the features
+    that scale."""
     for dtype in DTYPES:
         short = str(dtype).removeprefix("torch.")
         for kind in INPUT_KINDS:
             yield _planned(
-                f"{short}-{kind}", "contiguous", "ring", 2, dtype=dtype, inputs=kind, causal=True, q_length=58, k_length=58
-            )  # fmt: skip
+                f"{short}-{kind}",
+                "contiguous",
+                "ring",
+                2,
+                dtype=dtype,
+                inputs=kind,
+                causal=True,
+                q_length=58,
+                k_length=58,
+            )
         yield _planned(f"{short}-features", "zigzag", "gather", 2, dtype=dtype, sinks=True, softcap=5.0, alibi="head")
 
 

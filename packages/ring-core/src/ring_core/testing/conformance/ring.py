@@ -26,7 +26,8 @@ LAYOUTS: tuple[LayoutName, ...] = ("contiguous", "zigzag", "stripe")
 
 @dataclass(frozen=True, kw_only=True)
 class RingCase(AttentionCase):
-    """A case of `world_size` ranks. through: what the schedule "gather" goes through, see `ring_core.comm.gather_through`."""
+    """A case of `world_size` ranks. through: what the schedule "gather" goes through, see
+    `ring_core.comm.gather_through`."""
 
     through: str = "collectives"
 
@@ -94,14 +95,16 @@ def run_ring_case(case: RingCase, backend: str, seed: int, device: str = "cpu") 
     if sinks is not None:
         found["dsinks"] = sinks.grad
     for name, leaf in (("dq", q), ("dk", k), ("dv", v)):
-        assert leaf.grad is not None and leaf.grad.dtype == leaf.dtype, f"{case}: {name} is not {leaf.dtype}"
+        assert leaf.grad is not None, f"{case}: no {name}"
+        assert leaf.grad.dtype == leaf.dtype, f"{case}: {name} is {leaf.grad.dtype}"
     return {name: value.detach().cpu() for name, value in found.items() if value is not None}
 
 
 def check_ring_case(
     case: RingCase, backend: str, results: Sequence[dict[str, Tensor] | None], seed: int, device: str = "cpu"
 ) -> None:
-    """Raises AssertionError unless the ranks' results, by rank, are together what the oracle says of the whole sequence."""
+    """Raises AssertionError unless the ranks' results, by rank, are together what the oracle says of the whole
+    sequence."""
     if all(part is None for part in results):
         return  # refused on every rank
     parts = [part for part in results if part is not None]
@@ -130,9 +133,9 @@ def ring_cases(
 
 
 def _cases(world_size: int, ways: Sequence[tuple[str, str]]) -> list[RingCase]:
-    """Every layout by every mask by every way, as those three decide together what travels where; what a kernel does with it
-    (features, head dims, dtypes, inputs, shapes) is dealt out over that grid in turn: each appears with several layouts and ways.
-    A rank alone has no layout and no way: one of each."""
+    """Every layout by every mask by every way, as those three decide together what travels where; what a kernel does
+    with it (features, head dims, dtypes, inputs, shapes) is dealt out over that grid in turn: each appears with several
+    layouts and ways. A rank alone has no layout and no way: one of each."""
     masks: list[tuple[str, dict[str, Any]]] = [
         ("full", {}),
         ("causal", {"causal": True}),
@@ -154,7 +157,8 @@ def _cases(world_size: int, ways: Sequence[tuple[str, str]]) -> list[RingCase]:
         ("padded-longer-k-sinks", {"pad": 5, "k_chunks": 2, "sinks": True}),
         ("deterministic", {"deterministic": True}),
     ]
-    grid = list(product(LAYOUTS, masks, ways)) if world_size > 1 else list(product(LAYOUTS[:1], masks, ways[:1] * 3))
+    layouts, ways = (LAYOUTS, list(ways)) if world_size > 1 else (LAYOUTS[:1], [ways[0]] * 3)
+    grid = list(product(layouts, masks, ways))
     cases = []
     for number, (layout, (mask, mask_options), (schedule, through)) in enumerate(grid):
         # 13 extras and a grid of 36 (24 without the double): coprime steps, other pairs for each world size.

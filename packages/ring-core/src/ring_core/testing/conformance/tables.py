@@ -1,7 +1,7 @@
 """Segment tables for one process: those of simulated ranks, from their plans, and hand-made ones that no plan makes.
 
-A `Share` is what one rank would be given: its queries, and for each call of the backend the keys and the two tables. Keys are named by
-their global index, so that the same code fills pieces from whole sequences and brings gradients back.
+A `Share` is what one rank would be given: its queries, and for each call of the backend the keys and the two tables.
+Keys are named by their global index, so that the same code fills pieces from whole sequences and brings gradients back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ WIDE = 1 << 30  # no bound; clamped to the segment like any other
 
 @dataclass(frozen=True)
 class Call:
-    """One call of forward and one of backward. keys: int64 (C, S_piece), global index of what lies there, -1 for nothing."""
+    """One call of forward and one of backward. keys: int64 (C, S_piece), global index of what lies there, -1 for
+    nothing."""
 
     keys: Tensor
     forward: Table
@@ -36,8 +37,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Share:
-    """queries: int64 (Sq,), global index of the local rows. padding: local rows (start, stop) beyond the true length. spans_calls:
-    some strip begins in one call and ends in another, so there is a state."""
+    """queries: int64 (Sq,), global index of the local rows. padding: local rows (start, stop) beyond the true length.
+    spans_calls: some strip begins in one call and ends in another, so there is a state."""
 
     queries: Tensor
     calls: tuple[Call, ...]
@@ -50,9 +51,7 @@ def shares(case: KernelCase) -> Iterator[Share]:
     if case.hand_made:
         yield _hand_made(case)
         return
-    problem = Problem(
-        case.q_length, case.k_length, *case.total_length, *case.bounds, case.layout, case.world_size
-    )
+    problem = Problem(case.q_length, case.k_length, *case.total_length, *case.bounds, case.layout, case.world_size)
     for rank in range(case.world_size):
         plan = make_plan(problem, rank, case.schedule)
         queries = _positions(case.q_length, problem, rank)
@@ -85,7 +84,8 @@ def _stored(plan: Plan) -> Iterator[Tensor]:
 
 
 def _hand_made(case: KernelCase) -> Share:
-    """Documents cut into strips of `case.strip` rows and blocks of `case.block` keys, the blocks dealt out over `case.calls` calls.
+    """Documents cut into strips of `case.strip` rows and blocks of `case.block` keys, the blocks dealt out over
+    `case.calls` calls.
 
     With `per_entry` each batch entry has rows of its own (batch >= 0), cut at places of its own.
     """
@@ -102,7 +102,9 @@ def _hand_made(case: KernelCase) -> Share:
             strips = list(pairwise(_cuts(q0, q1, case.strip + 3 * shift)))
             inside = [start for start in range(length, k1, length) if start > k0]  # no block lies in two pieces
             edges = sorted({*_cuts(k0, k1, case.block + 5 * shift), *inside})
-            blocks = list(pairwise(edges)) or [(k0, k0)]  # no keys at all: rows that see nothing are written all the same
+            blocks = list(pairwise(edges)) or [
+                (k0, k0)
+            ]  # no keys at all: rows that see nothing are written all the same
             if not strips:
                 continue
             calls = [number * case.calls // len(blocks) for number in range(len(blocks))]
@@ -140,9 +142,7 @@ def _segment(
     lower, upper = (max(-q_len, min(k_len, bound)) for bound in (distance - left, distance + right))
     piece = columns[0] // piece_length if k_len else 0
     k_start = columns[0] - piece * piece_length if k_len else 0
-    return Segment(
-        rows[0], q_len, piece, k_start, k_len, lower, upper, q_position, k_position, 1, entry, 0
-    )  # fmt: skip
+    return Segment(rows[0], q_len, piece, k_start, k_len, lower, upper, q_position, k_position, 1, entry, 0)
 
 
 def _cuts(start: int, stop: int, step: int) -> list[int]:
