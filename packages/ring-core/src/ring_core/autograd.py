@@ -106,7 +106,8 @@ def attention_backward(
     q, k, v, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, dout))
     group = _group(group_name)
     plan = _plan(q, k, left, right, q_total, k_total, layout, schedule, group)
-    name = _checked(q, k, backend, alibi_slopes, sinks, softcap, dropout_p, deterministic, left, right)
+    lse_grad = dlse is not None
+    name = _checked(q, k, backend, alibi_slopes, sinks, softcap, dropout_p, deterministic, left, right, lse_grad)
     dq, dk, dv, dsinks = orchestration_backward.backward(
         dout, dlse, q, k, v, out, lse,
         plan=plan,
@@ -203,6 +204,7 @@ def _checked(
     deterministic: bool,
     left: int,
     right: int,
+    lse_grad: bool = False,
 ) -> str:
     """The backend's name, after making sure that it can do this call."""
     asked = {
@@ -211,6 +213,7 @@ def _checked(
         "deterministic": deterministic,
         "dropout": dropout_p > 0,
         "gqa": q.shape[2] != k.shape[2],
+        "lse_grad": lse_grad,
         "sinks": sinks is not None,
         "softcap": softcap > 0,
     }
