@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ring_core.backend import Capabilities, HeadDims, _registered, load_backend, register_backend
+from ring_core import ring_attention
+from ring_core.backend import Capabilities, HeadDims, UnsupportedError, _registered, load_backend, register_backend
 from ring_core.reference import ReferenceBackend
 from ring_core.testing.conformance import (
     KernelCase,
@@ -88,6 +89,15 @@ def modest() -> Iterator[Modest]:
 @pytest.mark.parametrize("case", [case for case in kernel_cases() if not case.hand_made], ids=str)
 def test_what_a_backend_lacks_is_refused(case: KernelCase, modest: Modest, seed: int) -> None:
     check_kernel_case(case, modest, seed=seed)
+
+
+def test_a_gradient_of_lse_is_refused(modest: Modest) -> None:
+    """Known only in backward, where lse turns out to have been used."""
+    q = torch.randn(1, 4, 2, 32, requires_grad=True)
+    out, lse = ring_attention(q, q, q, backend="modest", return_lse=True)
+    torch.autograd.backward(out.sum(), retain_graph=True)
+    with pytest.raises(UnsupportedError, match=r"'modest'.*lse_grad.*reference"):
+        torch.autograd.backward(lse.sum())
 
 
 def test_a_refusal_must_come(modest: Modest, seed: int) -> None:
