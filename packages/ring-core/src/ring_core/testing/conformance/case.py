@@ -18,6 +18,8 @@ FINEST_FIRST = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EXACT = Tolerance(1e-10, 1e-12)
 """For float64: what any correct order of summation stays within, and no float32 intermediate does."""
 
+REDRAWS = 4
+
 Case = TypeVar("Case", bound="AttentionCase")
 
 
@@ -179,10 +181,49 @@ def check_results(
     assert set(results) == set(expected), f"{case}: got {sorted(results)}, should be {sorted(expected)}"
     exact = case.dtype == torch.float64
     allowed = dict.fromkeys(expected, EXACT) if exact else tolerances(*x, reference=truth, **options)
+    if case.inputs == "outlier" and not exact:
+        allowed = _at_least(allowed, tensors, options)
+    granted = {} if exact else _rounded_out(case, tensors, truth, options)
     for name, value in expected.items():
-        limit = replace(allowed[name], rms=allowed[name].rms + (slack or {}).get(name, 0.0))
+        more = granted.get(name, 0.0) + (slack or {}).get(name, 0.0)
+        limit = replace(allowed[name], rms=allowed[name].rms + more)
         assert_close_to_oracle(f"{case}: {name}", results[name], value, limit)
     return truth
+
+
+def _at_least(allowed: dict[str, Tolerance], tensors: Tensors, options: dict[str, Any]) -> dict[str, Tolerance]:
+    """The tolerances, or those of the same problem with its products summed in another order where they are larger.
+
+    A few scores of an outlier decide the error of the whole tensor, so that a single baseline may be exact by luck.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(REDRAWS):
+        order = torch.randperm(tensors.q.shape[3], generator=generator).to(tensors.q.device)
+        drawn = tolerances(tensors.q[..., order], tensors.k[..., order], tensors.v, **options)
+        allowed = {
+            name: Tolerance(max(limit.relative, drawn[name].relative), max(limit.rms, drawn[name].rms))
+            for name, limit in allowed.items()
+        }
+    return allowed
+
+
+def _rounded_out(
+    case: AttentionCase, tensors: Tensors, truth: OracleResult, options: dict[str, Any]
+) -> dict[str, float]:
+    """What it costs, by name, that delta is made from the out that is handed over, rounded to its dtype, as the
+    contract has it; the baseline never rounds there. It shows where nothing else is wrong: in a sum over all rows, and
+    where one key has all the weight, so that truth cancels, and is 64 times the others."""
+    q, k, v, dout = (float(x.double().square().mean().sqrt()) for x in (tensors.q, tensors.k, tensors.v, tensors.dout))
+    delta = torch.finfo(tensors.q.dtype).eps / 4 * dout * v * case.head_dim**0.5
+    costs = {}
+    if tensors.sinks is not None:
+        share = torch.exp(tensors.sinks.double()[:, None] - truth.lse)
+        share = share.masked_fill(truth.lse == -torch.inf, 0.0)  # (B, Hq, Sq)
+        costs["dsinks"] = delta * float(share.square().sum(dim=(0, 2)).mean().sqrt())
+    if case.inputs == "outlier":
+        scale = case.head_dim**-0.5 if options["scale"] is None else options["scale"]
+        costs |= {"dq": scale * delta * k, "dk": scale * delta * q}
+    return costs
 
 
 def check_refused(case: AttentionCase, backend: Backend, device: torch.device | str = "cpu") -> None:

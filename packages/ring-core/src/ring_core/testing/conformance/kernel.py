@@ -204,6 +204,8 @@ class _Run:
             self._untouched("lse", lse.transpose(1, 2), before[1].transpose(1, 2), others)
             if state is not None and before[2] is not None:
                 self._untouched("state", state, before[2], others)
+                # A row that has seen nothing so far has no state, whatever the backend wrote there.
+                state.masked_fill_((lse == -torch.inf).transpose(1, 2)[..., None], torch.nan)
         return out, lse
 
     def _backward(

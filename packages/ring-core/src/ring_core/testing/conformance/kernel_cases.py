@@ -156,7 +156,7 @@ def _features() -> Iterator[KernelCase]:
     yield _planned("sinks-unseen-rows", "contiguous", "ring", 2, causal=True, sinks=True, q_length=40, k_length=20)
     yield _planned("alibi-window", "zigzag", "ring", 2, alibi="head", window=(9, 9))
     yield _planned("no-lse-gradient", "contiguous", "ring", 2, dlse=False, sinks=True, causal=True)
-    # v one-hot and small scores: every probability is in out, so the mask is seen bit by bit. Negative positions as well.
+    # v one-hot and small scores: every probability is in out, so the mask is seen bit by bit.
     mask: dict[str, Any] = {"reveal": True, "dropout_p": 0.5, "scale": 0.01, "inputs": "randn"}
     yield _planned("dropout-mask", "contiguous", "gather", 1, q_length=90, k_length=60, **mask)
     yield _planned("dropout-mask", "stripe", "ring", 3, q_length=60, k_length=60, causal=True, **mask)
