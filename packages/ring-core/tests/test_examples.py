@@ -42,6 +42,6 @@ def test_the_example_agrees_with_one_device(world_size: int) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    errors = [float(x) for x in re.findall(r"one device (\S+)", done.stdout)]
+    errors = [float(x) for x in re.findall(r"one device (\d\.\de-\d\d)", done.stdout)]
     assert len(errors) == world_size
     assert max(errors) < 2e-6

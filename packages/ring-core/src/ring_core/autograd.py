@@ -245,7 +245,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out, lse and the seed that all ranks use."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    group, way = _prepare(q, k, alibi_slopes, sinks, call)
+    group, way = _prepare(q, k, call, alibi=alibi_slopes is not None, sinks=sinks is not None)
     if group is not None and agreement.wanted():
         described = {"q.shape": tuple(q.shape), "k.shape": tuple(k.shape), "dtype": q.dtype}
         agreement.check_agreement(group, described | asdict(call) | {"group_name": ""})  # whose names may differ
@@ -279,7 +279,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dsinks."""
     q, k, v, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, dout))
-    group, way = _prepare(q, k, alibi_slopes, sinks, call)
+    asked = {"alibi": alibi_slopes is not None, "sinks": sinks is not None, "lse_grad": dlse is not None}
+    group, way = _prepare(q, k, call, **asked)
     return orchestration_backward.backward(
         dout,
         dlse,
@@ -303,12 +304,11 @@ class _Way(NamedTuple):
 
 
 def _prepare(
-    q: Tensor, k: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None, call: Call
+    q: Tensor, k: Tensor, call: Call, *, alibi: bool, sinks: bool, lse_grad: bool = False
 ) -> tuple[ProcessGroup | None, _Way]:
     group = None if call.group_name == NO_GROUP else group_by_name(call.group_name)
     place = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    features = (alibi_slopes is not None, sinks is not None)
-    return group, _way(q.shape, k.shape, q.dtype, q.device, *features, *place, call)
+    return group, _way(q.shape, k.shape, q.dtype, q.device, alibi, sinks, lse_grad, *place, call)
 
 
 @lru_cache(maxsize=256)
@@ -319,6 +319,7 @@ def _way(
     device: torch.device,
     alibi: bool,
     sinks: bool,
+    lse_grad: bool,
     rank: int,
     world_size: int,
     call: Call,
@@ -329,6 +330,7 @@ def _way(
         "deterministic": call.deterministic,
         "dropout": call.dropout_p > 0,
         "gqa": q_shape[2] != k_shape[2],
+        "lse_grad": lse_grad,
         "sinks": sinks,
         "softcap": call.softcap > 0,
     }
