@@ -37,7 +37,8 @@ def test_hang_and_death_end_in_rows(ranks):
     start = time.monotonic()
     rows = run(ranks, 1, "Hangs", "Dies", "Plain", timeout_s=6.0)
     assert rows["Hangs"].status == rows["Dies"].status == "failed"
-    assert "no end after 6 s; rank 0 was at: first call" in rows["Hangs"].reason
+    # Where Python was is for a debugger, not for a table.
+    assert rows["Hangs"].reason == "no end after 6 s; rank 0 was at: first call (while first call)"
     assert "rank 0 ended with exit code 7; its stderr: illegal instruction, or so" in rows["Dies"].reason
     assert rows["Plain"].status == "ok"
     assert time.monotonic() - start < 60

@@ -51,6 +51,9 @@ class Stage:
     step: str
 
 
+STARTING = Stage(-1, "", "", "", "starting")
+
+
 @dataclass
 class Row:
     """One implementation and phase of a cell."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ring_compare import records
 from ring_compare.launch import GivenRanks, Launcher, OwnRanks, run_task, visible_ranks
@@ -65,19 +66,22 @@ def execute(
     seed = secrets.randbelow(2**31) if plan.seed is None else plan.seed
     if given is not None:
         seed = given.share_seed(seed)
+    launcher: Launcher = OwnRanks(plan.device) if given is None else given
     outcome = Outcome()
     if given is not None and given.rank > 0:
-        _all_cells(given, plan, seed, outcome, None, progress)
+        outcome.results = list(_measure(launcher, plan, seed, progress))
+        launcher.close()
         return outcome
     largest = max(cell.world_size for cell in plan.cells)
     outcome.record_file = records.record_path(out, plan.suite.name, environment, largest)
     outcome.report_file = outcome.record_file.with_suffix(".md")
     outcome.record_file.parent.mkdir(parents=True, exist_ok=True)
-    launcher: Launcher = given if given is not None else OwnRanks(plan.device)
     with outcome.record_file.open("w", encoding="utf-8") as file:
         records.write_row(file, records.environment_row({**environment, "seed": seed}))
         try:
-            _all_cells(launcher, plan, seed, outcome, file, progress)
+            for result in _measure(launcher, plan, seed, progress):
+                outcome.results.append(result)
+                records.write_row(file, result.to_dict())
         finally:
             # Also after Ctrl-C: what was measured until then is worth a report.
             launcher.close()
@@ -85,15 +89,9 @@ def execute(
     return outcome
 
 
-def _all_cells(
-    launcher: Launcher, plan: Plan, seed: int, outcome: Outcome, file: TextIO | None, progress: Progress
-) -> None:
+def _measure(launcher: Launcher, plan: Plan, seed: int, progress: Progress) -> Iterator[Result]:
     for index, cell in enumerate(plan.cells):
         progress(index, cell, None)
         cell_seed = seed + index  # recorded in the row: `--seed` gives the whole run again
-        rows = _cell_rows(launcher, plan, cell, cell_seed, lambda stage, i=index, c=cell: progress(i, c, stage))  # type: ignore[misc]
-        for row in rows:
-            result = Result.from_row(row, suite=plan.suite.name, cell=cell, seed=cell_seed)
-            outcome.results.append(result)
-            if file is not None:
-                records.write_row(file, result.to_dict())
+        for row in _cell_rows(launcher, plan, cell, cell_seed, functools.partial(progress, index, cell)):
+            yield Result.from_row(row, suite=plan.suite.name, cell=cell, seed=cell_seed)
