@@ -135,6 +135,14 @@ def test_difference_from_native_is_told():
     assert "triton · zigzag · gather: out 0.05" in text
 
 
+def test_what_the_host_and_the_clocks_did_is_told():
+    after = [{"index": "0", "clocks.sm": "1500", "temperature.gpu": "81", "throttle_reasons": "0x4"}]
+    measured = [*rows("triton", "", 0.5, host_ms=[1.0]), *rows("cute", "", 0.5, host_ms=[0.1])]
+    text = render(Records({**ENVIRONMENT, "nvidia_smi_after": after}, measured))
+    assert "as long as the GPU: triton · zigzag · gather (fwd)." in text  # both: 2 ms against 1
+    assert "- GPU 0 after: driver None, SM 1500 of None MHz, limit None W, 81 °C, throttle reasons 0x4" in text
+
+
 def test_devices_are_never_mixed():
     other = {**ENVIRONMENT, "device": {"type": "cuda", "slug": "h100", "names": ["NVIDIA H100"] * 4}}
     throttled = {**ENVIRONMENT, "nvidia_smi": [{"index": "0", "power.limit": "350.00"}]}

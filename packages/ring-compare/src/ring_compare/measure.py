@@ -65,6 +65,7 @@ class Row:
     status: str = "ok"
     reason: str = ""
     samples_ms: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)
     errors: ErrorTable = field(default_factory=dict)
     native_errors: ErrorTable = field(default_factory=dict)
     peak_memory_bytes: int | None = None
@@ -121,7 +122,10 @@ class CellRun:
             calls = {name: self._timed_call(name, phase, shards) for name in sound}
             samples = sample_interleaved(calls, self.task.timing, self.ranks, self._announcer(phase))
             for name in sound:
-                checked[name][index].samples_ms = samples[name]
+                row = checked[name][index]
+                row.samples_ms = [sample.ms for sample in samples[name]]
+                if self.ranks.device.type == "cuda":
+                    row.host_ms = [sample.host_ms for sample in samples[name]]
         return rows + [row for pair in checked.values() for row in pair]
 
     def _announcer(self, phase: str) -> Callable[[str, str], None]:

@@ -34,6 +34,7 @@ class Result:
     reason: str = ""
     seed: int = 0
     samples_ms: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)  # of each sample on a GPU: until the call returned on the host
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     native_errors: dict[str, dict[str, float]] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
@@ -79,6 +80,11 @@ def write_row(file: TextIO, row: dict[str, Any]) -> None:
 def environment_row(environment: dict[str, Any]) -> dict[str, Any]:
     """The first row of a file."""
     return {"schema": SCHEMA, "kind": "environment", **environment}
+
+
+def closing_row(gpus: list[dict[str, str]]) -> dict[str, Any]:
+    """The last row of a file from GPUs: what nvidia-smi says after the run, which `load` adds to the environment."""
+    return {"schema": SCHEMA, "kind": "closing", "nvidia_smi_after": gpus}
 
 
 def _floats(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -130,6 +136,9 @@ def load(path: Path) -> Records:
         raise RecordError(f"{path.name}:1: the first row must be the environment; missing {absent}")
     results = []
     for (number, _), row in zip(lines[1:], rows, strict=True):
+        if row.get("kind") == "closing":
+            environment["nvidia_smi_after"] = row.get("nvidia_smi_after", [])
+            continue
         try:
             results.append(parse_result(row))
         except RecordError as error:

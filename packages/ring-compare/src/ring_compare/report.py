@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -175,9 +176,11 @@ def _machine(environment: dict[str, Any]) -> list[str]:
         f"- CPU: {cpu.get('name', 'unknown')}, {cpu.get('count', '?')} cores",
         f"- versions: {versions}",
     ]
-    for gpu in environment.get("nvidia_smi", ()):
-        clocks = f"SM {gpu.get('clocks.sm')} of {gpu.get('clocks.max.sm')} MHz, limit {gpu.get('power.limit')} W"
-        lines.append(f"- GPU {gpu.get('index')}: driver {gpu.get('driver_version')}, {clocks}")
+    for key, when in (("nvidia_smi", "before"), ("nvidia_smi_after", "after")):
+        for gpu in environment.get(key, ()):
+            clocks = f"SM {gpu.get('clocks.sm')} of {gpu.get('clocks.max.sm')} MHz, limit {gpu.get('power.limit')} W"
+            state = f"{gpu.get('temperature.gpu')} °C, throttle reasons {gpu.get('throttle_reasons')}"
+            lines.append(f"- GPU {gpu.get('index')} {when}: driver {gpu.get('driver_version')}, {clocks}, {state}")
     return [*lines, f"- command: `{environment['command']}`", ""]
 
 
@@ -203,6 +206,10 @@ def _apart(result: Result) -> str:
     return f"{worst[0]} {worst[1]['relative']:.2g}"
 
 
+def _host_bound(result: Result) -> bool:
+    return bool(result.host_ms) and statistics.median(result.host_ms) >= statistics.median(result.samples_ms)
+
+
 def render(records: Records) -> str:
     """The whole report."""
     check_names(records.results)
@@ -226,6 +233,9 @@ def render(records: Records) -> str:
         compared = [f"{x.name}: {_apart(r)}" for x in shown for r in x.pair.values() if r.native_errors]
         if compared:
             lines += [f"Largest relative difference from native's results: {'; '.join(compared)}.", ""]
+        bound = [f"{line.name} ({phase})" for line in timed for phase, r in line.pair.items() if _host_bound(r)]
+        if bound:
+            lines += [f"Bound by the host, which the call keeps as long as the GPU: {'; '.join(bound)}.", ""]
         lines += _troubles(found)
     return "\n".join(lines).rstrip() + "\n"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ring_compare import records
+from ring_compare.environment import gpus
 from ring_compare.launch import GivenRanks, Launcher, OwnRanks, run_task, visible_ranks
 from ring_compare.measure import Row, Stage, Task, both_phases
 from ring_compare.records import Records, Result
@@ -84,7 +85,11 @@ def execute(
                 records.write_row(file, result.to_dict())
         finally:
             # Also after Ctrl-C: what was measured until then is worth a report.
+            after = gpus() if plan.device == "cuda" else []
             launcher.close()
+            if after:
+                environment = {**environment, "nvidia_smi_after": after}
+                records.write_row(file, records.closing_row(after))
             outcome.report_file.write_text(render(Records(environment, outcome.results)), encoding="utf-8")
     return outcome
 
