@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import pickle
@@ -17,8 +18,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ring_compare.measure import STARTING, CellRun, Row, Stage, Task, both_phases
+from ring_compare.measure import STARTING, CellRun, Stage, Task
 from ring_compare.ranks import Ranks
+from ring_compare.records import Result
 from ring_core.testing import RankDied, RankError, RankFailure, WorkerPool, report
 
 START_TIMEOUT_S = 180.0  # importing torch on a busy machine, NCCL on a cold one
@@ -40,7 +42,7 @@ class Failure:
 class Launcher(Protocol):
     """Something that runs tasks on ranks."""
 
-    def attempt(self, task: Task, timeout_s: float, watch: Watch) -> list[Row] | Failure:
+    def attempt(self, task: Task, watch: Watch) -> list[Result] | Failure:
         """Run once. After a Failure the next attempt starts on sound ranks, or raises `RanksLostError`."""
 
     def close(self) -> None:
@@ -51,24 +53,23 @@ class RanksLostError(RuntimeError):
     """Ranks that were given to us broke, and we cannot start new ones."""
 
 
-def run_task(launcher: Launcher, task: Task, timeout_s: float, watch: Watch) -> list[Row]:
-    """Rows of every implementation of the task: a failed one is left out and the rest run again."""
+def run_task(launcher: Launcher, task: Task, watch: Watch) -> list[Result]:
+    """Results of every implementation of the task: a failed one is left out and the rest run again."""
     names = task.names
-    failed: list[Row] = []
+    failed: list[Result] = []
     while names:
-        pending = Task(task.cell, names, task.seed, task.timing, task.limits)
         try:
-            outcome = launcher.attempt(pending, timeout_s, watch)
+            outcome = launcher.attempt(dataclasses.replace(task, names=names), watch)
         except RanksLostError as lost:
             reason = f"not run: {lost}"
-            return failed + [row for name in names for row in both_phases(name, status="skipped", reason=reason)]
+            return failed + [r for name in names for r in task.results(name, status="skipped", reason=reason)]
         if not isinstance(outcome, Failure):
             return outcome + failed
         blamed, stage = outcome.stage.name, outcome.stage
         for name in (blamed,) if blamed else names:
             label, provider = (stage.label, stage.provider) if blamed else (name, "")
             reason = f"{outcome.text} (while {stage.step})"
-            failed += both_phases(name, label, provider, status="failed", reason=reason)
+            failed += task.results(label, provider, status="failed", reason=reason)
         names = tuple(name for name in names if blamed and name != blamed)
     return failed
 
@@ -86,7 +87,7 @@ def take_place(device: str) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), place, dist.group.WORLD)
 
 
-def run_in_pool(task: Task, device: str) -> list[Row]:
+def run_in_pool(task: Task, device: str) -> list[Result]:
     """What every worker of `OwnRanks` does."""
     rank, world_size = str(dist.get_rank()), str(dist.get_world_size())
     # As under torchrun: libraries of peers look there.
@@ -101,7 +102,7 @@ class OwnRanks:
         self._device = device
         self._pool: WorkerPool | None = None
 
-    def attempt(self, task: Task, timeout_s: float, watch: Watch) -> list[Row] | Failure:
+    def attempt(self, task: Task, watch: Watch) -> list[Result] | Failure:
         """Run the task on a pool of its world size; after a failure the pool starts fresh workers by itself."""
         if self._pool is None or self._pool.world_size != task.cell.world_size:
             self.close()
@@ -112,12 +113,12 @@ class OwnRanks:
                 watch(stage)
 
         try:
-            rows: list[list[Row]] = self._pool.run(
-                run_in_pool, task, self._device, timeout=timeout_s, watch=first_rank, seed=task.seed
+            results: list[list[Result]] = self._pool.run(
+                run_in_pool, task, self._device, timeout=task.suite.timeout_s, watch=first_rank, seed=task.seed
             )
         except RankFailure as failure:
-            return _blame(failure, timeout_s)
-        return rows[0]
+            return _blame(failure, task.suite.timeout_s)
+        return results[0]
 
     def close(self) -> None:
         """End the workers."""
@@ -188,28 +189,28 @@ class GivenRanks:
             self._store.set("ring_compare/seed", str(seed))
         return int(self._store.get("ring_compare/seed"))  # waits until it is there
 
-    def attempt(self, task: Task, timeout_s: float, watch: Watch) -> list[Row] | Failure:
+    def attempt(self, task: Task, watch: Watch) -> list[Result] | Failure:
         """Run the task here; then ranks tell each other how it went, through the store: the group may be broken."""
         if self._lost:
             raise RanksLostError(self._lost)
-        rows, mine = self._perform(task, watch)
+        results, mine = self._perform(task, watch)
         key = f"ring_compare/failure/{self._attempts}"
         self._attempts += 1
         self._store.set(f"{key}/{self.rank}", pickle.dumps(mine))
         # A rank that waits for a dead peer finds out when the group's timeout ends, hence twice.
-        patience = datetime.timedelta(seconds=2 * timeout_s)
+        seconds = 2 * task.suite.timeout_s
         failures: dict[int, Failure] = {}
         for rank in range(self.world_size):
             try:
-                self._store.wait([f"{key}/{rank}"], patience)
+                self._store.wait([f"{key}/{rank}"], datetime.timedelta(seconds=seconds))
             except dist.DistStoreError:
-                self._lost = f"rank {rank} gave no sign within {2 * timeout_s:g} s, and torchrun owns the ranks"
+                self._lost = f"rank {rank} gave no sign within {seconds:g} s, and torchrun owns the ranks"
                 return Failure(mine.stage if mine else STARTING, self._lost)
             theirs: Failure | None = pickle.loads(self._store.get(f"{key}/{rank}"))
             if theirs is not None:
                 failures[rank] = theirs
         if not failures:
-            return rows
+            return results
         if len(failures) == self.world_size and len({(f.text, f.stage.number) for f in failures.values()}) == 1:
             rank = 0  # all refused alike and are still in step
         else:  # whatever comes next on this group would meet the leftovers of ranks that are out of step
@@ -218,7 +219,7 @@ class GivenRanks:
             self._lost = f"{why}, and torchrun owns the ranks"
         return Failure(failures[rank].stage, f"rank {rank}: {failures[rank].text}")
 
-    def _perform(self, task: Task, watch: Watch) -> tuple[list[Row], Failure | None]:
+    def _perform(self, task: Task, watch: Watch) -> tuple[list[Result], Failure | None]:
         last, start = STARTING, time.monotonic()
 
         def note(stage: Stage) -> None:

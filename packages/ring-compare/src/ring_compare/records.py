@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from ring_compare.measure import PHASES, Row
-from ring_compare.suites import Cell
+from ring_compare.suites import PHASES, Cell
 
 SCHEMA = 1
 STATUSES = ("ok", "failed", "skipped")
@@ -21,16 +20,16 @@ class RecordError(ValueError):
     """A record file that cannot be read, with the line and what is wrong with it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
-    """One measured (or failed, or skipped) implementation and phase of a cell."""
+    """One measured (or failed, or skipped) implementation and phase of a cell; a row of the file."""
 
     suite: str
     cell: Cell
     implementation: str
     provider: str
     phase: str
-    status: str
+    status: str = "ok"
     reason: str = ""
     seed: int = 0
     samples_ms: list[float] = field(default_factory=list)
@@ -39,12 +38,6 @@ class Result:
     native_errors: dict[str, dict[str, float]] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     memory_method: str = ""
-
-    @classmethod
-    def from_row(cls, row: Row, *, suite: str, cell: Cell, seed: int) -> Result:
-        """A rank's row with what the rank does not know."""
-        fields = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name not in ("name", "label")}
-        return cls(suite=suite, cell=cell, seed=seed, implementation=row.label, **fields)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, schema included."""

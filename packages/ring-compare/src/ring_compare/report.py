@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ring_compare.flops import Summary, summarise
-from ring_compare.measure import PHASES
 from ring_compare.records import RecordError, Records, Result
-from ring_compare.suites import Cell
+from ring_compare.suites import PHASES, Cell
 
 COLUMNS = (
     "implementation",

@@ -12,7 +12,7 @@ from typing import Any
 from ring_compare import records
 from ring_compare.environment import gpus
 from ring_compare.launch import GivenRanks, Launcher, OwnRanks, run_task, visible_ranks
-from ring_compare.measure import Row, Stage, Task, both_phases
+from ring_compare.measure import Stage, Task
 from ring_compare.records import Records, Result
 from ring_compare.report import render
 from ring_compare.suites import Cell, Suite, check_cell
@@ -52,14 +52,6 @@ def _reason_to_skip(cell: Cell, device: str) -> str | None:
     return check_cell(cell)
 
 
-def _cell_rows(launcher: Launcher, plan: Plan, cell: Cell, seed: int, watch: Callable[[Stage], None]) -> list[Row]:
-    reason = _reason_to_skip(cell, plan.device)
-    if reason is None:
-        task = Task(cell, plan.names, seed, plan.suite.timing, plan.suite.limits)
-        return run_task(launcher, task, plan.suite.timeout_s, watch)
-    return [row for name in plan.names for row in both_phases(name, status="skipped", reason=reason)]
-
-
 def execute(
     plan: Plan, environment: dict[str, Any], out: Path, progress: Progress, *, given: GivenRanks | None
 ) -> Outcome:
@@ -97,6 +89,10 @@ def execute(
 def _measure(launcher: Launcher, plan: Plan, seed: int, progress: Progress) -> Iterator[Result]:
     for index, cell in enumerate(plan.cells):
         progress(index, cell, None)
-        cell_seed = seed + index  # recorded in the row: `--seed` gives the whole run again
-        for row in _cell_rows(launcher, plan, cell, cell_seed, functools.partial(progress, index, cell)):
-            yield Result.from_row(row, suite=plan.suite.name, cell=cell, seed=cell_seed)
+        task = Task(plan.suite, cell, plan.names, seed + index)  # recorded: `--seed` gives the whole run again
+        reason = _reason_to_skip(cell, plan.device)
+        if reason is None:
+            yield from run_task(launcher, task, functools.partial(progress, index, cell))
+        else:
+            for name in plan.names:
+                yield from task.results(name, status="skipped", reason=reason)

@@ -13,6 +13,7 @@ Schedule = Literal["ring", "gather", "auto"]
 
 T = TypeVar("T")
 
+PHASES = ("fwd", "fwd+bwd")
 MASKS = ("full", "causal", "window")
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag", "stripe")
 SCHEDULES: tuple[Schedule, ...] = ("ring", "gather", "auto")
