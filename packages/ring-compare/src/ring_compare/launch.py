@@ -9,7 +9,6 @@ import pickle
 import re
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ring_compare.measure import STARTING, CellRun, Stage, Task
+from ring_compare.measure import STARTING, CellRun, Stage, Task, Watch
 from ring_compare.ranks import Ranks
 from ring_compare.records import Result
 from ring_core.testing import RankDied, RankError, RankFailure, WorkerPool, report
@@ -26,8 +25,6 @@ from ring_core.testing import RankDied, RankError, RankFailure, WorkerPool, repo
 START_TIMEOUT_S = 180.0  # importing torch on a busy machine, NCCL on a cold one
 _LOG_LINES = 6
 _STACK_LINE = re.compile(r'\s*File "|\s*<no Python frame>|(Current thread|Thread) 0x|Extension modules: |$')
-
-Watch = Callable[[Stage], None]
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,7 @@ class Stage:
 
 
 STARTING = Stage(-1, "", "", "", "starting")
-
-
-Report = Callable[[Stage], None]
+Watch = Callable[[Stage], None]
 
 
 @dataclass
@@ -71,8 +69,8 @@ class _Candidate:
 class CellRun:
     """One task on one rank."""
 
-    def __init__(self, task: Task, ranks: Ranks, report: Report) -> None:
-        self.task, self.ranks, self._report = task, ranks, report
+    def __init__(self, task: Task, ranks: Ranks, watch: Watch) -> None:
+        self.task, self.ranks, self._watch = task, ranks, watch
         self._stages = 0
         self._candidates: dict[str, _Candidate] = {}
         self._native: list[HeadResults] | None = None
@@ -109,7 +107,7 @@ class CellRun:
     def _announce(self, name: str, step: str) -> None:
         candidate = self._candidates.get(name)
         label, provider = (candidate.label, candidate.provider) if candidate else (name, "")
-        self._report(Stage(self._stages, name, label, provider, step))
+        self._watch(Stage(self._stages, name, label, provider, step))
         self._stages += 1
 
     def _load(self, name: str) -> list[Result]:

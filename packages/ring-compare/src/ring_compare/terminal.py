@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from ring_compare.measure import Stage
 from ring_compare.records import Result
@@ -43,7 +43,7 @@ def progress_bar(total: int, *, show: bool) -> Iterator[ProgressCall]:
 
 def results_table(results: Sequence[Result]) -> Table:
     """Every implementation, layout and schedule that was tried, one line each, in a section per problem."""
-    table = Table("problem", *COLUMNS, "status")
+    table = Table("problem", Column(COLUMNS[0], no_wrap=True), *COLUMNS[1:], "status")
     for problem, lines in by_problem(results).items():
         for index, line in enumerate(lines):
             statuses = dict.fromkeys(result.status for result in line.pair.values())
