@@ -42,7 +42,7 @@ def test_smoke_suite_on_two_ranks(tmp_path, capsys):
     for line in ("records: ", "report:  "):
         assert line + str(tmp_path) in output
     report = record_file(tmp_path).with_suffix(".md").read_text()
-    assert "| reference |" in report
+    assert "| reference · zigzag · ring |" in report
     assert "x2_" in record_file(tmp_path).name
 
 

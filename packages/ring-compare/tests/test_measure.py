@@ -9,7 +9,7 @@ from ring_compare.accuracy import Expectation, complaint, difference, gather_res
 from ring_compare.measure import CellRun, Task
 from ring_compare.memory import peak_memory
 from ring_compare.ranks import Ranks
-from ring_compare.suites import Cell, Limit, Timing
+from ring_compare.suites import Cell, Limit, Suite, Timing
 from ring_compare.timing import sample_interleaved
 
 CPU = torch.device("cpu")
@@ -24,9 +24,10 @@ def cell(mask="causal", window_size=(-1, -1), dtype="float32"):
 
 def run(*names, limits=None):
     stages = []
-    task = Task(cell(), tuple(f"compare_fakes:{name}" for name in names), 7, TIMING, limits or {})
+    suite = Suite("test", "", (), TIMING, 60.0, limits or {})
+    task = Task(suite, cell(), tuple(f"compare_fakes:{name}" for name in names), 7)
     rows = CellRun(task, ALONE, stages.append).run()
-    return {(row.label, row.phase): row for row in rows}, stages
+    return {(row.implementation, row.phase): row for row in rows}, stages
 
 
 @pytest.mark.parametrize("mask, window_size", MASKS)
@@ -94,7 +95,7 @@ def test_rows_of_one_cell():
 
 
 def test_missing_library_is_no_failure():
-    task = Task(cell(), ("no_such_module:Thing",), 7, TIMING, {})
+    task = Task(Suite("test", "", (), TIMING, 60.0), cell(), ("no_such_module:Thing",), 7)
     rows = CellRun(task, ALONE, lambda stage: None).run()
     assert [row.status for row in rows] == ["skipped"] * 2
     assert "cannot be imported: No module named 'no_such_module'" in rows[0].reason

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ring_compare import environment
-from ring_compare.records import RecordError, Result, environment_row, load, record_path, write_row
+from ring_compare.records import RecordError, Result, closing_row, environment_row, load, record_path, write_row
 from ring_compare.suites import Cell
 
 CELL = Cell(1, 64, 64, 4, 2, 32, "float32", "window", (7, 0), "zigzag", "ring", 2)
@@ -74,6 +74,13 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, where, change, message):
     path = write(tmp_path / "r.jsonl", environment_row(where), RESULT.to_dict(), row)
     with pytest.raises(RecordError, match=rf"r\.jsonl:3: .*{message}"):
         load(path)
+
+
+def test_closing_row_goes_to_the_environment(tmp_path, where):
+    gpus = [{"index": "0", "throttle_reasons": "0x0"}]
+    path = write(tmp_path / "r.jsonl", environment_row(where), RESULT.to_dict(), closing_row(gpus))
+    assert load(path).environment["nvidia_smi_after"] == gpus
+    assert len(load(path).results) == 1
 
 
 def test_files_that_are_no_records(tmp_path, where):

@@ -43,8 +43,8 @@ def rows(implementation, provider, milliseconds, **changes):
 
 
 def table_row(text, name):
-    """The cells of the first line that belongs to an implementation."""
-    line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    """The cells of the first line that belongs to an implementation on CELL."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {name} · zigzag · gather |"))
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
@@ -60,13 +60,43 @@ def test_columns_are_those_of_the_issue():
 
 def test_numbers():
     text = render(Records(ENVIRONMENT, [*rows("native", "flash-attn", 0.5), *rows("triton", "", 0.25)]))
-    expected = ["triton", "0.01", "0.0001", "0.002", "0.05", "4,000", "1,000", "200 / 200", "1.500 GiB"]
-    assert table_row(text, "triton") == expected
+    expected = ["0.01", "0.0001", "0.002", "0.05", "4,000", "1,000", "200 / 200", "1.500 GiB"]
+    assert table_row(text, "triton") == ["triton · zigzag · gather", *expected]
     assert table_row(text, "native")[7] == "100 / 100"
     assert "4 × NVIDIA H200" in text
     assert "driver 580" in text
     # 4·B·H·S²·D / 2 over 4 ranks in 0.25 ms
-    assert "| triton | 550 | 0.250 [0.250-0.250] | 32,768,000 |" in text
+    assert "| triton · zigzag · gather | 550 | 0.250 [0.250-0.250] | 32,768,000 |" in text
+
+
+def test_layouts_and_schedules_share_a_table_with_the_fastest_first():
+    ring = dataclasses.replace(CELL, schedule="ring")
+    stripe = dataclasses.replace(CELL, layout="stripe")
+    alone = dataclasses.replace(CELL, world_size=1)
+    measured = [
+        *rows("triton", "", 0.5, cell=ring),
+        *rows("native", "flash-attn", 0.4, cell=ring),
+        *rows("triton", "", 0.25),
+        *rows("reference", "", 1.0, cell=stripe, status="failed", reason="boom"),
+        *rows("reference", "", 9.0),
+        *rows("triton", "", 0.5, cell=alone),
+    ]
+    text = render(Records(ENVIRONMENT, measured))
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == [
+        "## B 1 · S 8192 · H 32/8 · D 128 · bfloat16 · causal · 4 ranks",
+        "## B 1 · S 8192 · H 32/8 · D 128 · bfloat16 · causal · 1 rank",
+    ]
+    table = text.split("## ")[1].split("\n\n")[1].splitlines()[2:]
+    found = {line.split("|")[1].strip(): line.split("|")[8].strip() for line in table}
+    assert list(found.items()) == [
+        ("triton · zigzag · gather", ""),  # native did not run there, only on the ring
+        ("native · zigzag · ring", "100 / 100"),
+        ("triton · zigzag · ring", "80 / 80"),
+        ("reference · zigzag · gather", ""),
+        ("reference · stripe · gather", ""),  # nothing measured: last
+    ]
+    assert "- reference (fwd, fwd+bwd; stripe · gather): **failed**: boom" in text
 
 
 @pytest.mark.parametrize("changes", [{}, {"status": "failed", "reason": "no"}])
@@ -90,7 +120,7 @@ def test_skipped_and_failed_are_listed_with_reasons():
     text = render(Records(ENVIRONMENT, [*rows("triton", "", 0.5), *skipped, *failed]))
     assert "- reference (fwd, fwd+bwd): **skipped**: too large" in text
     assert "- cute (fwd, fwd+bwd): **failed**: rank 1: RuntimeError" in text
-    assert "| reference |" not in text
+    assert "| reference" not in text
     assert table_row(text, "cute")[5:8] == ["", "", ""]
 
 
@@ -102,7 +132,15 @@ def test_nan_is_shown():
 
 def test_difference_from_native_is_told():
     text = render(Records(ENVIRONMENT, rows("triton", "", 0.5, native_errors={"out": error(0.5), "lse": error(0.1)})))
-    assert "triton: out 0.05" in text
+    assert "triton · zigzag · gather: out 0.05" in text
+
+
+def test_what_the_host_and_the_clocks_did_is_told():
+    after = [{"index": "0", "clocks.sm": "1500", "temperature.gpu": "81", "throttle_reasons": "0x4"}]
+    measured = [*rows("triton", "", 0.5, host_ms=[1.0]), *rows("cute", "", 0.5, host_ms=[0.1])]
+    text = render(Records({**ENVIRONMENT, "nvidia_smi_after": after}, measured))
+    assert "as long as the GPU: triton · zigzag · gather (fwd)." in text  # both: 2 ms against 1
+    assert "- GPU 0 after: driver None, SM 1500 of None MHz, limit None W, 81 °C, throttle reasons 0x4" in text
 
 
 def test_devices_are_never_mixed():
@@ -127,7 +165,7 @@ def record_file(tmp_path):
 
 def test_report_command(record_file, capsys):
     assert main(["report", str(record_file)]) == 0
-    assert "| triton |" in capsys.readouterr().out
+    assert "| triton · zigzag · gather |" in capsys.readouterr().out
     assert main(["report", str(record_file.with_name("absent"))]) == 2
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ring_core.testing import RankDied, RankError, RankTimeout, WorkerPool, get_pool, pool
+from ring_core.testing import RankDied, RankError, RankFailure, RankTimeout, WorkerPool, get_pool, pool, report
 
 SOURCE = Path(pool.__file__).parents[2]
 
@@ -112,6 +112,31 @@ def threads() -> int:
 
 def write_and_return(text: str) -> None:
     print(text)
+
+
+def report_steps(ending: str) -> str:
+    """Everyone reports; then rank 1 reports twice more and ends in the given way."""
+    rank = dist.get_rank()
+    report((rank, "loading"))
+    dist.barrier()
+    if rank == 1:
+        report(torch.full((2,), 7.0))
+        report(f"about to {ending}")
+        print(f"rank 1 will {ending}")
+        if ending == "raise":
+            raise StrangeError(1, 2)
+        if ending == "die":
+            os._exit(7)
+        if ending == "hang":
+            time.sleep(600)
+    if ending != "return":
+        time.sleep(600)
+    return "done"
+
+
+def report_without_end() -> None:
+    while True:
+        report("still here")
 
 
 def cuda_ring() -> tuple[int, float, float]:
@@ -279,6 +304,56 @@ def test_a_death_between_runs_is_noticed(shared: WorkerPool) -> None:
     assert wait_until(lambda: victim not in [child.pid for child in multiprocessing.active_children()])
     with pytest.warns(RuntimeWarning, match=r"rank 1: exit code -9"):
         assert shared.run(sum_of_ranks) == [3.0] * 3
+
+
+def test_reports_come_while_the_run_is_under_way_in_each_ranks_order(shared: WorkerPool) -> None:
+    heard: list[tuple[int, object]] = []
+    assert shared.run(report_steps, "return", watch=lambda *pair: heard.append(pair)) == ["done"] * 3
+    by_rank = {rank: [value for who, value in heard if who == rank] for rank in range(3)}
+    assert by_rank[0] == [(0, "loading")]
+    assert by_rank[2] == [(2, "loading")]
+    assert by_rank[1][0] == (1, "loading")
+    assert isinstance(by_rank[1][1], torch.Tensor)
+    assert by_rank[1][1].tolist() == [7.0, 7.0]
+    assert by_rank[1][2:] == ["about to return"]
+    assert shared.run(report_steps, "return") == ["done"] * 3  # nobody need listen
+    report("outside of a worker")  # goes nowhere
+
+
+@pytest.mark.parametrize(("ending", "kind"), [("raise", RankError), ("die", RankDied), ("hang", RankTimeout)])
+def test_a_failure_carries_the_last_report_and_output_of_each_rank(
+    shared: WorkerPool, ending: str, kind: type[RankFailure]
+) -> None:
+    with pytest.raises(kind) as caught:
+        shared.run(report_steps, ending, timeout=20.0 if ending != "hang" else 2.0)
+    assert caught.value.reports == {0: (0, "loading"), 1: f"about to {ending}", 2: (2, "loading")}
+    assert f"rank 1 will {ending}" in caught.value.outputs[1]
+    assert f"rank 1 will {ending}" not in caught.value.outputs[0]
+
+
+def test_reports_of_an_earlier_run_are_forgotten(shared: WorkerPool) -> None:
+    shared.run(report_steps, "return")
+    with pytest.raises(RankError) as caught:
+        shared.run(raise_on, 0)
+    assert caught.value.reports == {}
+
+
+def test_reports_do_not_put_off_a_timeout(shared: WorkerPool) -> None:
+    started = time.monotonic()
+    with pytest.raises(RankTimeout) as caught:
+        shared.run(report_without_end, timeout=1.0)
+    assert time.monotonic() - started < 10.0
+    assert set(caught.value.reports.values()) == {"still here"}
+
+
+def test_whoever_watches_may_end_the_run(shared: WorkerPool) -> None:
+    def refuse(rank: int, value: object) -> None:
+        raise LookupError(f"{rank} {value}")
+
+    with pytest.raises(LookupError, match="loading"):
+        shared.run(report_steps, "hang", watch=refuse)
+    assert shared.pids == []
+    assert shared.run(sum_of_ranks) == [3.0] * 3
 
 
 def test_what_cannot_travel_is_said(shared: WorkerPool) -> None:

@@ -4,6 +4,6 @@ import sys
 
 from ring_compare.cli import main
 
-# Worker processes are spawned and import this module again under another name; only the first one runs the command.
+# Worker processes import this module again under another name; only the first one runs the command.
 if __name__ == "__main__":
     sys.exit(main())

@@ -123,8 +123,6 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         outcome = execute(plan, where, options.out, progress, given=given)
     if first:
         _conclude(outcome)
-    elif given is not None:
-        given.close()
     return outcome.exit_code
 
 

@@ -88,9 +88,14 @@ def _slug(name: str) -> str:
     return "-".join(words) or "gpu"
 
 
-def _gpus() -> list[dict[str, str]]:
-    text = _output("nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits")
-    return [dict(zip(_SMI_FIELDS, (x.strip() for x in line.split(",")), strict=False)) for line in text.splitlines()]
+def gpus() -> list[dict[str, str]]:
+    """What nvidia-smi says of each GPU now; nothing where it is not there."""
+    for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # its name before driver 535
+        text = _output("nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)},{reasons}", "--format=csv,noheader,nounits")
+        if text:
+            names = (*_SMI_FIELDS, "throttle_reasons")
+            return [dict(zip(names, (x.strip() for x in line.split(",")), strict=False)) for line in text.splitlines()]
+    return []
 
 
 def command_line(arguments: Sequence[str]) -> str:
@@ -119,6 +124,6 @@ def describe(device: str, arguments: Sequence[str] = ()) -> dict[str, Any]:
         "cpu": cpu,
         "versions": _versions(),
         "cuda": torch.version.cuda,
-        "nvidia_smi": _gpus(),
+        "nvidia_smi": gpus(),
         "platform": f"{platform.system()} {platform.machine()}",
     }

@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
-import multiprocessing
 import os
 import pickle
-import tempfile
+import re
 import time
-from collections.abc import Callable
-from multiprocessing import connection as mp_connection
-from pathlib import Path
+import traceback
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ring_compare.measure import Row, Stage, Task, both_phases
+from ring_compare.measure import STARTING, CellRun, Stage, Task, Watch
 from ring_compare.ranks import Ranks
-from ring_compare.worker import (
-    STARTING,
-    Failure,
-    Finished,
-    Message,
-    Ready,
-    Seat,
-    choose_device,
-    join_group,
-    perform,
-    worker_main,
-)
+from ring_compare.records import Result
+from ring_core.testing import RankDied, RankError, RankFailure, WorkerPool, report
 
 START_TIMEOUT_S = 180.0  # importing torch on a busy machine, NCCL on a cold one
-_GRACE_S = 5.0
 _LOG_LINES = 6
+_STACK_LINE = re.compile(r'\s*File "|\s*<no Python frame>|(Current thread|Thread) 0x|Extension modules: |$')
 
-Watch = Callable[[Stage], None]
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong on the rank to blame, and the stage it was at."""
+
+    stage: Stage
+    text: str
+    after_s: float = 0.0  # from the beginning of the task: the earliest of several failures is the cause
 
 
 class Launcher(Protocol):
     """Something that runs tasks on ranks."""
 
-    def attempt(self, task: Task, timeout_s: float, watch: Watch) -> Finished | Failure:
+    def attempt(self, task: Task, watch: Watch) -> list[Result] | Failure:
         """Run once. After a Failure the next attempt starts on sound ranks, or raises `RanksLostError`."""
 
     def close(self) -> None:
@@ -53,159 +50,104 @@ class RanksLostError(RuntimeError):
     """Ranks that were given to us broke, and we cannot start new ones."""
 
 
-def run_task(launcher: Launcher, task: Task, timeout_s: float, watch: Watch) -> list[Row]:
-    """Rows of every implementation of the task: a failed one is left out and the rest run again."""
+def run_task(launcher: Launcher, task: Task, watch: Watch) -> list[Result]:
+    """Results of every implementation of the task: a failed one is left out and the rest run again."""
     names = task.names
-    failed: list[Row] = []
+    failed: list[Result] = []
     while names:
-        pending = Task(task.cell, names, task.seed, task.timing, task.limits)
         try:
-            outcome = launcher.attempt(pending, timeout_s, watch)
+            outcome = launcher.attempt(dataclasses.replace(task, names=names), watch)
         except RanksLostError as lost:
             reason = f"not run: {lost}"
-            return failed + [row for name in names for row in both_phases(name, status="skipped", reason=reason)]
-        if isinstance(outcome, Finished):
-            return outcome.rows + failed
+            return failed + [r for name in names for r in task.results(name, status="skipped", reason=reason)]
+        if not isinstance(outcome, Failure):
+            return outcome + failed
         blamed, stage = outcome.stage.name, outcome.stage
         for name in (blamed,) if blamed else names:
             label, provider = (stage.label, stage.provider) if blamed else (name, "")
             reason = f"{outcome.text} (while {stage.step})"
-            failed += both_phases(name, label, provider, status="failed", reason=reason)
+            failed += task.results(label, provider, status="failed", reason=reason)
         names = tuple(name for name in names if blamed and name != blamed)
     return failed
 
 
-class _WorkerSet:
-    """The worker processes of one world size. Used by one task at a time; not used again after a failure."""
+def take_place(device: str) -> Ranks:
+    """This process among the ranks of the default group; on the CPU with its share of the cores, or they would fight.
 
-    def __init__(self, world_size: int, device: str) -> None:
-        self.world_size = world_size
-        self._logs = tempfile.TemporaryDirectory(prefix="ring-compare-")
-        timeout = datetime.timedelta(seconds=START_TIMEOUT_S)
-        # The launcher holds the store: no worker's death takes it away, and the system picks a free port.
-        self._store = dist.TCPStore(  # type: ignore[attr-defined]
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout
-        )
-        context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
-        self._processes, self._connections = [], []
-        self._stages = [STARTING] * world_size
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            seat = Seat(rank, world_size, device, self._store.port, START_TIMEOUT_S, self._log(rank))
-            process = context.Process(target=worker_main, args=(seat, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
+    On one rank it is a group of one: ring_core sends nothing there, and neither does `Ranks`.
+    """
+    if device == "cuda":
+        place = torch.device("cuda", torch.cuda.current_device())
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        place = torch.device("cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), place, dist.group.WORLD)
 
-    def _log(self, rank: int) -> str:
-        return str(Path(self._logs.name) / f"rank{rank}.log")
 
-    def _last_words(self, rank: int) -> str:
-        path = Path(self._log(rank))
-        lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-        return " | ".join(line.strip() for line in lines[-_LOG_LINES:])
-
-    def wait_ready(self) -> Failure | None:
-        """None once every rank has joined the group."""
-        outcome = self._collect(Ready, START_TIMEOUT_S, lambda stage: None)
-        return outcome if isinstance(outcome, Failure) else None
-
-    def run(self, task: Task, timeout_s: float, watch: Watch) -> Finished | Failure:
-        """Hand the task to every rank and wait for all of them."""
-        self._stages = [STARTING] * self.world_size
-        for rank, pipe in enumerate(self._connections):
-            try:
-                pipe.send(task)
-            except BrokenPipeError:
-                return self._death(rank)
-        outcome = self._collect(Finished, timeout_s, watch)
-        assert isinstance(outcome, (Finished, Failure))
-        return outcome
-
-    def _collect(self, wanted: type, timeout_s: float, watch: Watch) -> Message:
-        """Messages until every rank sent a `wanted` one; returns rank 0's, or a Failure."""
-        deadline = time.monotonic() + timeout_s
-        answers: dict[int, Message] = {}
-        while len(answers) < self.world_size:
-            waiting = [pipe for rank, pipe in enumerate(self._connections) if rank not in answers]
-            ready = mp_connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                return self._hang(timeout_s)
-            for pipe in ready:
-                rank = self._connections.index(pipe)  # type: ignore[arg-type]
-                try:
-                    message: Message = self._connections[rank].recv()
-                except (EOFError, ConnectionResetError, pickle.UnpicklingError):
-                    return self._death(rank)
-                if isinstance(message, Failure):
-                    return Failure(message.stage, f"rank {rank}: {message.text}")
-                if isinstance(message, Stage):
-                    self._stages[rank] = message
-                    if rank == 0:
-                        watch(message)
-                elif isinstance(message, wanted):
-                    answers[rank] = message
-        return answers[0]
-
-    def _hang(self, timeout_s: float) -> Failure:
-        rank = min(range(self.world_size), key=lambda r: self._stages[r].number)
-        words = self._last_words(rank)
-        text = f"no end after {timeout_s:g} s; rank {rank} was at: {self._stages[rank].step}"
-        return Failure(self._stages[rank], f"{text}; its stderr: {words}" if words else text)
-
-    def _death(self, rank: int) -> Failure:
-        self._processes[rank].join(_GRACE_S)
-        text = f"rank {rank} ended with exit code {self._processes[rank].exitcode}"
-        words = self._last_words(rank)
-        return Failure(self._stages[rank], f"{text}; its stderr: {words}" if words else text)
-
-    def close(self, *, kill: bool) -> None:
-        """End the processes: by closing their pipe, or at once when one of them hangs."""
-        for pipe in self._connections:
-            pipe.close()
-        for process in self._processes:
-            if not kill:
-                process.join(_GRACE_S)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self._logs.cleanup()
+def run_in_pool(task: Task, device: str) -> list[Result]:
+    """What every worker of `OwnRanks` does."""
+    rank, world_size = str(dist.get_rank()), str(dist.get_world_size())
+    # As under torchrun: libraries of peers look there.
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
+    return CellRun(task, take_place(device), report).run()
 
 
 class OwnRanks:
-    """Starts worker processes; keeps one set as long as tasks ask for its world size and nothing fails."""
+    """Ranks in a pool of workers, one pool at a time: idle workers of another would hold GPU memory."""
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._workers: _WorkerSet | None = None
+        self._pool: WorkerPool | None = None
 
-    def attempt(self, task: Task, timeout_s: float, watch: Watch) -> Finished | Failure:
-        """Run the task on a set of its world size, a fresh one where needed."""
-        world_size = task.cell.world_size
-        if self._workers is not None and self._workers.world_size != world_size:
+    def attempt(self, task: Task, watch: Watch) -> list[Result] | Failure:
+        """Run the task on a pool of its world size; after a failure the pool starts fresh workers by itself."""
+        if self._pool is None or self._pool.world_size != task.cell.world_size:
             self.close()
-        if self._workers is None:
-            self._workers = _WorkerSet(world_size, self._device)
-            failure = self._workers.wait_ready()
-            if failure is not None:
-                self._drop()
-                return failure
-        outcome = self._workers.run(task, timeout_s, watch)
-        if isinstance(outcome, Failure):
-            self._drop()
-        return outcome
+            self._pool = WorkerPool(task.cell.world_size, self._device, start_timeout=START_TIMEOUT_S)
 
-    def _drop(self) -> None:
-        if self._workers is not None:
-            self._workers.close(kill=True)
-        self._workers = None
+        def first_rank(rank: int, stage: Stage) -> None:
+            if rank == 0:
+                watch(stage)
+
+        try:
+            results: list[list[Result]] = self._pool.run(
+                run_in_pool, task, self._device, timeout=task.suite.timeout_s, watch=first_rank, seed=task.seed
+            )
+        except RankFailure as failure:
+            return _blame(failure, task.suite.timeout_s)
+        return results[0]
 
     def close(self) -> None:
         """End the workers."""
-        if self._workers is not None:
-            self._workers.close(kill=False)
-        self._workers = None
+        if self._pool is not None:
+            self._pool.close()
+        self._pool = None
+
+
+def _blame(failure: RankFailure, timeout_s: float) -> Failure:
+    """The rank that raised or died first; of ranks that hang the one that got least far."""
+
+    def stage_of(rank: int) -> Stage:
+        stage: Stage = failure.reports.get(rank, STARTING)
+        return stage
+
+    if isinstance(failure, RankError):
+        text = f"rank {failure.rank}: {_in_words(failure.type_name, failure.original_message)}"
+        return Failure(stage_of(failure.rank), text)
+    if isinstance(failure, RankDied):
+        rank, code = next(iter(failure.exit_codes.items()))
+        text = f"rank {rank} ended with exit code {code}"
+    else:
+        rank = min(failure.ranks, key=lambda rank: stage_of(rank).number)
+        seconds = timeout_s if failure.reports else START_TIMEOUT_S
+        text = f"no end after {seconds:g} s; rank {rank} was at: {stage_of(rank).step}"
+    lines = [line.strip() for line in failure.outputs[rank].splitlines() if not _STACK_LINE.match(line)]
+    words = " | ".join(lines[-_LOG_LINES:])
+    return Failure(stage_of(rank), f"{text}; its stderr: {words}" if words else text)
+
+
+def _in_words(type_name: str, message: str) -> str:
+    return f"{type_name}: {' '.join(message.split()) or 'no message'}"
 
 
 def under_torchrun() -> bool:
@@ -223,10 +165,18 @@ class GivenRanks:
 
     def __init__(self, device: str, timeout_s: float) -> None:
         self._store, self.rank, self.world_size = next(iter(rendezvous("env://")))
-        local_rank = int(os.environ["LOCAL_RANK"])
-        placed = choose_device(device, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
-        group = join_group(self._store, self.rank, self.world_size, placed, datetime.timedelta(seconds=timeout_s))
-        self._ranks = Ranks(self.rank, self.world_size, placed, group)
+        on_gpu = device == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=PrefixStore("ring_compare/group", self._store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
+        )
+        self._ranks = take_place(device)
         self._attempts = 0
         self._lost = ""
 
@@ -236,37 +186,53 @@ class GivenRanks:
             self._store.set("ring_compare/seed", str(seed))
         return int(self._store.get("ring_compare/seed"))  # waits until it is there
 
-    def attempt(self, task: Task, timeout_s: float, watch: Watch) -> Finished | Failure:
+    def attempt(self, task: Task, watch: Watch) -> list[Result] | Failure:
         """Run the task here; then ranks tell each other how it went, through the store: the group may be broken."""
         if self._lost:
             raise RanksLostError(self._lost)
-        outcome = perform(task, self._ranks, watch)
-        key = f"ring_compare/outcome/{self._attempts}"
+        results, mine = self._perform(task, watch)
+        key = f"ring_compare/failure/{self._attempts}"
         self._attempts += 1
-        self._store.set(f"{key}/{self.rank}", pickle.dumps(outcome))
+        self._store.set(f"{key}/{self.rank}", pickle.dumps(mine))
         # A rank that waits for a dead peer finds out when the group's timeout ends, hence twice.
-        patience = datetime.timedelta(seconds=2 * timeout_s)
-        outcomes: list[Finished | Failure] = []
+        seconds = 2 * task.suite.timeout_s
+        failures: dict[int, Failure] = {}
         for rank in range(self.world_size):
             try:
-                self._store.wait([f"{key}/{rank}"], patience)
+                self._store.wait([f"{key}/{rank}"], datetime.timedelta(seconds=seconds))
             except dist.DistStoreError:
-                stage = outcome.stage if isinstance(outcome, Failure) else STARTING
-                self._lost = f"rank {rank} gave no sign within {2 * timeout_s:g} s, and torchrun owns the ranks"
-                return Failure(stage, self._lost)
-            outcomes.append(pickle.loads(self._store.get(f"{key}/{rank}")))
-        failures = [(rank, o) for rank, o in enumerate(outcomes) if isinstance(o, Failure)]
+                self._lost = f"rank {rank} gave no sign within {seconds:g} s, and torchrun owns the ranks"
+                return Failure(mine.stage if mine else STARTING, self._lost)
+            theirs: Failure | None = pickle.loads(self._store.get(f"{key}/{rank}"))
+            if theirs is not None:
+                failures[rank] = theirs
         if not failures:
-            return outcomes[0]
-        rank, first = min(failures, key=lambda pair: pair[1].after_s)
-        same = len(failures) == self.world_size and len({(f.text, f.stage.number) for _, f in failures}) == 1
-        if not same:  # some rank is out of step: whatever comes next on this group would meet its leftovers
-            self._lost = f"rank {rank} failed otherwise than the rest ({first.text}), and torchrun owns the ranks"
-        return Failure(first.stage, f"rank {rank}: {first.text}")
+            return results
+        if len(failures) == self.world_size and len({(f.text, f.stage.number) for f in failures.values()}) == 1:
+            rank = 0  # all refused alike and are still in step
+        else:  # whatever comes next on this group would meet the leftovers of ranks that are out of step
+            rank = min(failures, key=lambda rank: failures[rank].after_s)
+            why = f"rank {rank} failed otherwise than the rest ({failures[rank].text})"
+            self._lost = f"{why}, and torchrun owns the ranks"
+        return Failure(failures[rank].stage, f"rank {rank}: {failures[rank].text}")
+
+    def _perform(self, task: Task, watch: Watch) -> tuple[list[Result], Failure | None]:
+        last, start = STARTING, time.monotonic()
+
+        def note(stage: Stage) -> None:
+            nonlocal last
+            last = stage
+            watch(stage)
+
+        try:
+            return CellRun(task, self._ranks, note).run(), None
+        except Exception as error:  # the boundary: code under comparison may raise anything, and the run must go on
+            traceback.print_exc()
+            return [], Failure(last, _in_words(type(error).__name__, str(error)), time.monotonic() - start)
 
     def close(self) -> None:
         """Leave the group together; after a loss there is nothing to leave in order."""
-        if self.world_size > 1 and not self._lost:
+        if not self._lost:
             dist.destroy_process_group()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ import torch
 from ring_compare import implementations
 from ring_compare.accuracy import (
     PHASE_TENSORS,
-    ErrorTable,
     Expectation,
     HeadResults,
     Inputs,
@@ -22,22 +21,25 @@ from ring_compare.accuracy import (
 )
 from ring_compare.memory import allocated, peak_memory
 from ring_compare.ranks import Ranks
-from ring_compare.suites import Cell, Limit, Timing
+from ring_compare.records import Result
+from ring_compare.suites import PHASES, Cell, Suite
 from ring_compare.timing import sample_interleaved
 from ring_core import UnsupportedError
-
-PHASES = ("fwd", "fwd+bwd")
 
 
 @dataclass(frozen=True)
 class Task:
     """What ranks are asked to do; travels by pickle."""
 
+    suite: Suite
     cell: Cell
     names: tuple[str, ...]
     seed: int
-    timing: Timing
-    limits: dict[str, Limit] = field(default_factory=dict)
+
+    def results(self, implementation: str, provider: str = "", **fields: Any) -> list[Result]:
+        """A result per phase that say the same."""
+        same = {"suite": self.suite.name, "cell": self.cell, "seed": self.seed, **fields}
+        return [Result(implementation=implementation, provider=provider, phase=phase, **same) for phase in PHASES]
 
 
 @dataclass(frozen=True)
@@ -51,29 +53,8 @@ class Stage:
     step: str
 
 
-@dataclass
-class Row:
-    """One implementation and phase of a cell."""
-
-    name: str
-    label: str
-    provider: str
-    phase: str
-    status: str = "ok"
-    reason: str = ""
-    samples_ms: list[float] = field(default_factory=list)
-    errors: ErrorTable = field(default_factory=dict)
-    native_errors: ErrorTable = field(default_factory=dict)
-    peak_memory_bytes: int | None = None
-    memory_method: str = ""
-
-
-def both_phases(name: str, label: str = "", provider: str = "", **fields: Any) -> list[Row]:
-    """A row per phase that say the same."""
-    return [Row(name, label or name, provider, phase, **fields) for phase in PHASES]
-
-
-Report = Callable[[Stage], None]
+STARTING = Stage(-1, "", "", "", "starting")
+Watch = Callable[[Stage], None]
 
 
 @dataclass
@@ -81,25 +62,21 @@ class _Candidate:
     """An implementation on its way through the steps."""
 
     made: implementations.Implementation
-    name: str
     label: str
     provider: str
-
-    def rows(self, **fields: Any) -> list[Row]:
-        return both_phases(self.name, self.label, self.provider, **fields)
 
 
 class CellRun:
     """One task on one rank."""
 
-    def __init__(self, task: Task, ranks: Ranks, report: Report) -> None:
-        self.task, self.ranks, self._report = task, ranks, report
+    def __init__(self, task: Task, ranks: Ranks, watch: Watch) -> None:
+        self.task, self.ranks, self._watch = task, ranks, watch
         self._stages = 0
         self._candidates: dict[str, _Candidate] = {}
         self._native: list[HeadResults] | None = None
 
-    def run(self) -> list[Row]:
-        """Rows of every named implementation, both phases."""
+    def run(self) -> list[Result]:
+        """Results of every named implementation, both phases."""
         cell = self.task.cell
         rows = []
         for name in self.task.names:
@@ -116,9 +93,12 @@ class CellRun:
             # A wrong result has no speed.
             sound = [name for name, pair in checked.items() if pair[index].status == "ok"]
             calls = {name: self._timed_call(name, phase, shards) for name in sound}
-            samples = sample_interleaved(calls, self.task.timing, self.ranks, self._announcer(phase))
+            samples = sample_interleaved(calls, self.task.suite.timing, self.ranks, self._announcer(phase))
             for name in sound:
-                checked[name][index].samples_ms = samples[name]
+                row = checked[name][index]
+                row.samples_ms = [sample.ms for sample in samples[name]]
+                if self.ranks.device.type == "cuda":
+                    row.host_ms = [sample.host_ms for sample in samples[name]]
         return rows + [row for pair in checked.values() for row in pair]
 
     def _announcer(self, phase: str) -> Callable[[str, str], None]:
@@ -127,25 +107,25 @@ class CellRun:
     def _announce(self, name: str, step: str) -> None:
         candidate = self._candidates.get(name)
         label, provider = (candidate.label, candidate.provider) if candidate else (name, "")
-        self._report(Stage(self._stages, name, label, provider, step))
+        self._watch(Stage(self._stages, name, label, provider, step))
         self._stages += 1
 
-    def _load(self, name: str) -> list[Row]:
+    def _load(self, name: str) -> list[Result]:
         """Take the implementation in, or say in rows why not."""
         self._announce(name, "loading")
         cell, device = self.task.cell, self.ranks.device
         try:
             made = implementations.load(name)
         except ImportError as error:  # installed, but something that it needs is not: nothing of ours failed
-            return both_phases(name, status="skipped", reason=f"cannot be imported: {error}")
+            return self.task.results(name, status="skipped", reason=f"cannot be imported: {error}")
         provider = made.provider(device)
-        candidate = _Candidate(made, name, implementations.display_name(made.name, provider), provider)
-        limit = self.task.limits.get(made.name)
+        candidate = _Candidate(made, implementations.display_name(made.name, provider), provider)
+        limit = self.task.suite.limits.get(made.name)
         reason = made.supports(cell, device)
         if reason is None and limit is not None and max(cell.Sq, cell.Sk) > limit.tokens:
             reason = f"limited to {limit.tokens} tokens in this suite: {limit.reason}"
         if reason is not None:
-            return candidate.rows(status="skipped", reason=reason)
+            return self.task.results(candidate.label, provider, status="skipped", reason=reason)
         self._candidates[name] = candidate
         return []
 
@@ -164,16 +144,17 @@ class CellRun:
     def _timed_call(self, name: str, phase: str, shards: Inputs) -> Callable[[], object]:
         return (lambda: self._forward(name, shards)) if phase == "fwd" else (lambda: self._both(name, shards))
 
-    def _check(self, name: str, shards: Inputs, expected: Expectation) -> list[Row]:
+    def _check(self, name: str, shards: Inputs, expected: Expectation) -> list[Result]:
         """Memory and accuracy; the results compared are a second call's, which reuses whatever the first kept."""
         cell, ranks = self.task.cell, self.ranks
-        forward, both = self._candidates[name].rows()
+        label, provider = self._candidates[name].label, self._candidates[name].provider
+        forward, both = self.task.results(label, provider)
         baseline = allocated(ranks.device)
         self._announce(name, "first call")
         try:
             self._both(name, shards)
         except UnsupportedError as error:  # refused on the host, by all ranks alike, before anything was sent
-            return self._candidates[name].rows(status="skipped", reason=str(error))
+            return self.task.results(label, provider, status="skipped", reason=str(error))
         self._announce(name, "memory and accuracy")
         with peak_memory(ranks.device, baseline) as forward_peak:
             kept: object = self._forward(name, shards)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from ring_compare.measure import PHASES
 from ring_compare.records import Records, Result
 from ring_compare.report import Pair, by_cell, summary
-from ring_compare.suites import Cell
+from ring_compare.suites import PHASES, Cell
 
 INSTALL = "plots need matplotlib: pip install 'ring-compare[plots]' (or: pip install matplotlib)"
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from ring_compare.measure import PHASES, Row
-from ring_compare.suites import Cell
+from ring_compare.suites import PHASES, Cell
 
 SCHEMA = 1
 STATUSES = ("ok", "failed", "skipped")
@@ -21,29 +20,24 @@ class RecordError(ValueError):
     """A record file that cannot be read, with the line and what is wrong with it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
-    """One measured (or failed, or skipped) implementation and phase of a cell."""
+    """One measured (or failed, or skipped) implementation and phase of a cell; a row of the file."""
 
     suite: str
     cell: Cell
     implementation: str
     provider: str
     phase: str
-    status: str
+    status: str = "ok"
     reason: str = ""
     seed: int = 0
     samples_ms: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)  # of each sample on a GPU: until the call returned on the host
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     native_errors: dict[str, dict[str, float]] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     memory_method: str = ""
-
-    @classmethod
-    def from_row(cls, row: Row, *, suite: str, cell: Cell, seed: int) -> Result:
-        """A rank's row with what the rank does not know."""
-        fields = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name not in ("name", "label")}
-        return cls(suite=suite, cell=cell, seed=seed, implementation=row.label, **fields)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, schema included."""
@@ -79,6 +73,11 @@ def write_row(file: TextIO, row: dict[str, Any]) -> None:
 def environment_row(environment: dict[str, Any]) -> dict[str, Any]:
     """The first row of a file."""
     return {"schema": SCHEMA, "kind": "environment", **environment}
+
+
+def closing_row(gpus: list[dict[str, str]]) -> dict[str, Any]:
+    """The last row of a file from GPUs: what nvidia-smi says after the run, which `load` adds to the environment."""
+    return {"schema": SCHEMA, "kind": "closing", "nvidia_smi_after": gpus}
 
 
 def _floats(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -130,6 +129,9 @@ def load(path: Path) -> Records:
         raise RecordError(f"{path.name}:1: the first row must be the environment; missing {absent}")
     results = []
     for (number, _), row in zip(lines[1:], rows, strict=True):
+        if row.get("kind") == "closing":
+            environment["nvidia_smi_after"] = row.get("nvidia_smi_after", [])
+            continue
         try:
             results.append(parse_result(row))
         except RecordError as error:

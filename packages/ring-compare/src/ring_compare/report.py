@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ring_compare.flops import Summary, summarise
-from ring_compare.measure import PHASES
 from ring_compare.records import RecordError, Records, Result
-from ring_compare.suites import Cell
+from ring_compare.suites import PHASES, Cell
 
 COLUMNS = (
     "implementation",
@@ -36,12 +37,48 @@ _GRADIENTS = ("dq", "dk", "dv")
 Pair = dict[str, Result]  # by phase
 
 
+@dataclass(frozen=True)
+class Line:
+    """One implementation on one cell, and what flash-attn did on the same cell."""
+
+    implementation: str
+    cell: Cell
+    pair: Pair
+    native: Pair | None
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other lines of a table."""
+        return f"{self.implementation} · {self.cell.route}"
+
+    @property
+    def tried(self) -> bool:
+        """Whether it was not merely skipped."""
+        return any(result.status != "skipped" for result in self.pair.values())
+
+    def rate(self, phase: str) -> float | None:
+        """Iterations per second, None unless measured."""
+        found = summary(self.pair, phase)
+        return found.iterations_per_s if found else None
+
+
 def by_cell(results: Iterable[Result]) -> dict[Cell, dict[str, Pair]]:
     """Results by cell, implementation and phase, in the order they were measured."""
     cells: dict[Cell, dict[str, Pair]] = {}
     for result in results:
         cells.setdefault(result.cell, {}).setdefault(result.implementation, {})[result.phase] = result
     return cells
+
+
+def by_problem(results: Iterable[Result]) -> dict[str, list[Line]]:
+    """The lines of each table: those of one shape, mask and world size, the fastest (forward and backward) first."""
+    problems: dict[str, list[Line]] = {}
+    for cell, pairs in by_cell(results).items():
+        lines = problems.setdefault(cell.problem, [])
+        lines += [Line(name, cell, pair, pairs.get(NATIVE)) for name, pair in pairs.items()]
+    for lines in problems.values():
+        lines.sort(key=lambda line: (line.rate("fwd+bwd") or 0.0, line.rate("fwd") or 0.0), reverse=True)
+    return problems
 
 
 def check_names(results: Iterable[Result]) -> None:
@@ -85,39 +122,34 @@ def _error(pair: Pair, phase: str, tensors: Sequence[str], measure: str) -> floa
     return nan[0] if nan else max(values, default=None)
 
 
-def _versus_native(pair: Pair, native: Pair | None) -> str:
+def _versus_native(line: Line) -> str:
     """`fwd / fwd+bwd` in percent of flash-attn's rate on the same cell; blank where flash-attn did not run."""
-    parts = []
-    for phase in PHASES:
-        mine = summary(pair, phase)
-        theirs = summary(native, phase) if native else None
-        if mine and theirs:
-            parts.append(f"{100 * mine.iterations_per_s / theirs.iterations_per_s:.0f}")
-        else:
-            parts.append("")
+    native = Line(NATIVE, line.cell, line.native or {}, None)
+    pairs = [(line.rate(phase), native.rate(phase)) for phase in PHASES]
+    parts = [f"{100 * mine / theirs:.0f}" if mine and theirs else "" for mine, theirs in pairs]
     return " / ".join(parts) if any(parts) else ""
 
 
-def main_row(name: str, pair: Pair, native: Pair | None) -> list[str]:
-    """One line of the first table, in the order of COLUMNS."""
-    rates = [found.iterations_per_s if (found := summary(pair, phase)) else None for phase in PHASES]
+def main_row(line: Line) -> list[str]:
+    """A line of the first table, in the order of COLUMNS."""
+    pair = line.pair
     memory = [result.peak_memory_bytes for result in pair.values() if result.peak_memory_bytes is not None]
     return [
-        name,
+        line.name,
         _number(_error(pair, "fwd", ("out",), "max_abs")),
         _number(_error(pair, "fwd", ("out",), "rmse")),
         _number(_error(pair, "fwd", ("lse",), "max_abs")),
         _number(_error(pair, "fwd+bwd", _GRADIENTS, "max_abs")),
-        *(_rate(rate) for rate in rates),
-        _versus_native(pair, native),
+        *(_rate(line.rate(phase)) for phase in PHASES),
+        _versus_native(line),
         _bytes(max(memory, default=None)),
     ]
 
 
-def _speed_row(name: str, pair: Pair) -> list[str]:
-    row = [name]
+def _speed_row(line: Line) -> list[str]:
+    row = [line.name]
     for phase in PHASES:
-        found = summary(pair, phase)
+        found = summary(line.pair, phase)
         if found is None:
             row += ["", "", ""]
             continue
@@ -143,9 +175,11 @@ def _machine(environment: dict[str, Any]) -> list[str]:
         f"- CPU: {cpu.get('name', 'unknown')}, {cpu.get('count', '?')} cores",
         f"- versions: {versions}",
     ]
-    for gpu in environment.get("nvidia_smi", ()):
-        clocks = f"SM {gpu.get('clocks.sm')} of {gpu.get('clocks.max.sm')} MHz, limit {gpu.get('power.limit')} W"
-        lines.append(f"- GPU {gpu.get('index')}: driver {gpu.get('driver_version')}, {clocks}")
+    for key, when in (("nvidia_smi", "before"), ("nvidia_smi_after", "after")):
+        for gpu in environment.get(key, ()):
+            clocks = f"SM {gpu.get('clocks.sm')} of {gpu.get('clocks.max.sm')} MHz, limit {gpu.get('power.limit')} W"
+            state = f"{gpu.get('temperature.gpu')} °C, throttle reasons {gpu.get('throttle_reasons')}"
+            lines.append(f"- GPU {gpu.get('index')} {when}: driver {gpu.get('driver_version')}, {clocks}, {state}")
     return [*lines, f"- command: `{environment['command']}`", ""]
 
 
@@ -171,6 +205,10 @@ def _apart(result: Result) -> str:
     return f"{worst[0]} {worst[1]['relative']:.2g}"
 
 
+def _host_bound(result: Result) -> bool:
+    return bool(result.host_ms) and statistics.median(result.host_ms) >= statistics.median(result.samples_ms)
+
+
 def render(records: Records) -> str:
     """The whole report."""
     check_names(records.results)
@@ -178,35 +216,42 @@ def render(records: Records) -> str:
     lines = [f"# ring-compare: {suites}", "", *_machine(records.environment)]
     lines += [
         "Errors are against float64, over all ranks; grad: the worst of dq, dk, dv. Rates: median of the slowest rank.",
-        "`vs native %` is fwd / fwd+bwd relative to flash-attn on the same cell, blank where flash-attn did not run.",
+        "`vs native %` is fwd / fwd+bwd relative to flash-attn on the same layout and schedule; blank: it did not run.",
         "TFLOP/s count 4·B·H·S²·D forward (half when causal, exact pairs in windows) and 2.5 times that backward.",
         "Peak memory is one rank's, beyond its inputs; on a CPU the growth of the resident set, a rough figure.",
         "",
     ]
-    for cell, pairs in by_cell(records.results).items():
-        lines += [f"## {cell.title}", ""]
-        shown = {name: pair for name, pair in pairs.items() if any(r.status != "skipped" for r in pair.values())}
-        native = pairs.get(NATIVE)
+    for problem, found in by_problem(records.results).items():
+        lines += [f"## {problem}", ""]
+        shown = [line for line in found if line.tried]
         if shown:
-            lines += _table(COLUMNS, (main_row(name, pair, native) for name, pair in shown.items()))
-        timed = {name: pair for name, pair in shown.items() if any(summary(pair, phase) for phase in PHASES)}
+            lines += _table(COLUMNS, map(main_row, shown))
+        timed = [line for line in shown if any(map(line.rate, PHASES))]
         if timed:
-            lines += _table(SPEED_COLUMNS, (_speed_row(name, pair) for name, pair in timed.items()))
-        compared = [f"{n}: {_apart(r)}" for n, pair in shown.items() for r in pair.values() if r.native_errors]
+            lines += _table(SPEED_COLUMNS, map(_speed_row, timed))
+        compared = [f"{x.name}: {_apart(r)}" for x in shown for r in x.pair.values() if r.native_errors]
         if compared:
             lines += [f"Largest relative difference from native's results: {'; '.join(compared)}.", ""]
-        lines += _troubles(pairs)
+        bound = [f"{line.name} ({phase})" for line in timed for phase, r in line.pair.items() if _host_bound(r)]
+        if bound:
+            lines += [f"Bound by the host, which the call keeps as long as the GPU: {'; '.join(bound)}.", ""]
+        lines += _troubles(found)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _troubles(pairs: dict[str, Pair]) -> list[str]:
-    """One line per failed or skipped implementation; both phases share one when the reason is the same."""
-    lines = []
-    for name, pair in pairs.items():
-        reasons: dict[tuple[str, str], list[str]] = {}
-        for phase, result in pair.items():
+def _troubles(lines: Sequence[Line]) -> list[str]:
+    """What failed or was skipped and why; phases, layouts and schedules share an entry when they share the reason."""
+    places: dict[tuple[str, str, str], dict[str, list[str]]] = {}  # by implementation, status, reason: routes by phase
+    for line in lines:
+        for phase, result in line.pair.items():
             if result.status != "ok":
-                reasons.setdefault((result.status, result.reason), []).append(phase)
-        for (status, reason), phases in reasons.items():
-            lines.append(f"- {name} ({', '.join(phases)}): **{status}**: {' '.join(reason.split())}")
-    return [*lines, ""] if lines else []
+                reason = " ".join(result.reason.split())
+                entry = places.setdefault((line.implementation, result.status, reason), {})
+                entry.setdefault(phase, []).append(line.cell.route)
+    entries = []
+    for (implementation, status, reason), routes in places.items():
+        everywhere = {line.cell.route for line in lines if line.implementation == implementation}
+        some = dict.fromkeys(route for phase in routes.values() for route in phase)
+        where = "" if some.keys() == everywhere else f"; {', '.join(some)}"
+        entries.append(f"- {implementation} ({', '.join(routes)}{where}): **{status}**: {reason}")
+    return [*entries, ""] if entries else []

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ring_compare import records
+from ring_compare.environment import gpus
 from ring_compare.launch import GivenRanks, Launcher, OwnRanks, run_task, visible_ranks
-from ring_compare.measure import Row, Stage, Task, both_phases
+from ring_compare.measure import Stage, Task
 from ring_compare.records import Records, Result
 from ring_compare.report import render
 from ring_compare.suites import Cell, Suite, check_cell
@@ -50,14 +52,6 @@ def _reason_to_skip(cell: Cell, device: str) -> str | None:
     return check_cell(cell)
 
 
-def _cell_rows(launcher: Launcher, plan: Plan, cell: Cell, seed: int, watch: Callable[[Stage], None]) -> list[Row]:
-    reason = _reason_to_skip(cell, plan.device)
-    if reason is None:
-        task = Task(cell, plan.names, seed, plan.suite.timing, plan.suite.limits)
-        return run_task(launcher, task, plan.suite.timeout_s, watch)
-    return [row for name in plan.names for row in both_phases(name, status="skipped", reason=reason)]
-
-
 def execute(
     plan: Plan, environment: dict[str, Any], out: Path, progress: Progress, *, given: GivenRanks | None
 ) -> Outcome:
@@ -65,35 +59,40 @@ def execute(
     seed = secrets.randbelow(2**31) if plan.seed is None else plan.seed
     if given is not None:
         seed = given.share_seed(seed)
+    launcher: Launcher = OwnRanks(plan.device) if given is None else given
     outcome = Outcome()
     if given is not None and given.rank > 0:
-        _all_cells(given, plan, seed, outcome, None, progress)
+        outcome.results = list(_measure(launcher, plan, seed, progress))
+        launcher.close()
         return outcome
     largest = max(cell.world_size for cell in plan.cells)
     outcome.record_file = records.record_path(out, plan.suite.name, environment, largest)
     outcome.report_file = outcome.record_file.with_suffix(".md")
     outcome.record_file.parent.mkdir(parents=True, exist_ok=True)
-    launcher: Launcher = given if given is not None else OwnRanks(plan.device)
     with outcome.record_file.open("w", encoding="utf-8") as file:
         records.write_row(file, records.environment_row({**environment, "seed": seed}))
         try:
-            _all_cells(launcher, plan, seed, outcome, file, progress)
+            for result in _measure(launcher, plan, seed, progress):
+                outcome.results.append(result)
+                records.write_row(file, result.to_dict())
         finally:
             # Also after Ctrl-C: what was measured until then is worth a report.
+            after = gpus() if plan.device == "cuda" else []
             launcher.close()
+            if after:
+                environment = {**environment, "nvidia_smi_after": after}
+                records.write_row(file, records.closing_row(after))
             outcome.report_file.write_text(render(Records(environment, outcome.results)), encoding="utf-8")
     return outcome
 
 
-def _all_cells(
-    launcher: Launcher, plan: Plan, seed: int, outcome: Outcome, file: TextIO | None, progress: Progress
-) -> None:
+def _measure(launcher: Launcher, plan: Plan, seed: int, progress: Progress) -> Iterator[Result]:
     for index, cell in enumerate(plan.cells):
         progress(index, cell, None)
-        cell_seed = seed + index  # recorded in the row: `--seed` gives the whole run again
-        rows = _cell_rows(launcher, plan, cell, cell_seed, lambda stage, i=index, c=cell: progress(i, c, stage))  # type: ignore[misc]
-        for row in rows:
-            result = Result.from_row(row, suite=plan.suite.name, cell=cell, seed=cell_seed)
-            outcome.results.append(result)
-            if file is not None:
-                records.write_row(file, result.to_dict())
+        task = Task(plan.suite, cell, plan.names, seed + index)  # recorded: `--seed` gives the whole run again
+        reason = _reason_to_skip(cell, plan.device)
+        if reason is None:
+            yield from run_task(launcher, task, functools.partial(progress, index, cell))
+        else:
+            for name in plan.names:
+                yield from task.results(name, status="skipped", reason=reason)

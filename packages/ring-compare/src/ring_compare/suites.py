@@ -13,6 +13,7 @@ Schedule = Literal["ring", "gather", "auto"]
 
 T = TypeVar("T")
 
+PHASES = ("fwd", "fwd+bwd")
 MASKS = ("full", "causal", "window")
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag", "stripe")
 SCHEDULES: tuple[Schedule, ...] = ("ring", "gather", "auto")
@@ -43,23 +44,23 @@ class Cell:
         return self.mask == "causal"
 
     @property
-    def title(self) -> str:
-        """One line that names the cell in reports and progress."""
+    def problem(self) -> str:
+        """One line that names shape, mask and world size: what is comparable, however it is laid out and sent."""
         length = str(self.Sq) if self.Sq == self.Sk else f"{self.Sq}/{self.Sk}"
         mask = self.mask if self.mask != "window" else f"window {self.window_size[0]},{self.window_size[1]}"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         heads = f"{self.Hq}/{self.Hkv}"
-        parts = (
-            f"B {self.B}",
-            f"S {length}",
-            f"H {heads}",
-            f"D {self.D}",
-            self.dtype,
-            mask,
-            self.layout,
-            self.schedule,
-        )
-        return " · ".join((*parts, ranks))
+        return f"B {self.B} · S {length} · H {heads} · D {self.D} · {self.dtype} · {mask} · {ranks}"
+
+    @property
+    def route(self) -> str:
+        """How the problem is laid out and sent: the rest of the cell's name."""
+        return f"{self.layout} · {self.schedule}"
+
+    @property
+    def title(self) -> str:
+        """One line that names the cell in progress and charts."""
+        return f"{self.problem} · {self.route}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
@@ -167,7 +168,8 @@ _SUITES = (
             ),
             Grid((Shape(B=2, Hq=4, Hkv=4, D=40),), (256,), ("float32",), ("causal",), ("zigzag",), ("ring",), (1, 2)),
         ),
-        timing=Timing(warmup_s=0.1, measure_s=0.3, min_samples=5, max_samples=40),
+        # Some 40 cells with gloo's noise: more samples would cost minutes and tell no more.
+        timing=Timing(warmup_s=0.05, measure_s=0.2, min_samples=5, max_samples=30),
         timeout_s=120,
         limits={"triton": Limit(128, _INTERPRETED)},
     ),

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from ring_compare.measure import Stage
 from ring_compare.records import Result
-from ring_compare.report import COLUMNS, NATIVE, by_cell, main_row
+from ring_compare.report import COLUMNS, by_problem, main_row
 from ring_compare.run import Progress as ProgressCall
 from ring_compare.suites import SUITES, Cell
 from ring_core import backend as ring_backend
@@ -42,14 +42,15 @@ def progress_bar(total: int, *, show: bool) -> Iterator[ProgressCall]:
 
 
 def results_table(results: Sequence[Result]) -> Table:
-    """Every cell and implementation that was tried, one line each."""
-    table = Table("cell", *COLUMNS, "status")
-    for cell, pairs in by_cell(results).items():
-        for name, pair in pairs.items():
-            statuses = dict.fromkeys(result.status for result in pair.values())
+    """Every implementation, layout and schedule that was tried, one line each, in a section per problem."""
+    table = Table("problem", Column(COLUMNS[0], no_wrap=True), *COLUMNS[1:], "status")
+    for problem, lines in by_problem(results).items():
+        for index, line in enumerate(lines):
+            statuses = dict.fromkeys(result.status for result in line.pair.values())
             # Implementation names hold brackets, which rich would take for markup.
-            row = (cell.title, *main_row(name, pair, pairs.get(NATIVE)), ", ".join(statuses))
+            row = (problem if index == 0 else "", *main_row(line), ", ".join(statuses))
             table.add_row(*(text.replace("[", r"\[") for text in row))
+        table.add_section()
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,13 @@ _FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 _ESTIMATE = 5
 
 
+class Sample(NamedTuple):
+    """Milliseconds of one call: of the device, and until it returned on the host."""
+
+    ms: float
+    host_ms: float
+
+
 class Timer:
     """One sample at a time; every sample is the slowest rank's, hence all ranks take the same decisions from it."""
 
@@ -24,25 +32,31 @@ class Timer:
         self._gpu = ranks.device.type == "cuda"
         self._flush = torch.empty(_FLUSH_BYTES if self._gpu else 0, dtype=torch.int8, device=ranks.device)
 
-    def sample(self, call: Call) -> float:
-        """Milliseconds of one call, maximum over ranks."""
-        return self._ranks.maximum([self._on_gpu(call) if self._gpu else self._on_cpu(call)])[0]
+    def sample(self, call: Call) -> Sample:
+        """One call, each time the maximum over ranks."""
+        ms, host_ms = self._on_gpu(call) if self._gpu else self._on_cpu(call)
+        return Sample(*self._ranks.maximum((ms, host_ms)))
 
-    def _on_cpu(self, call: Call) -> float:
+    def _on_cpu(self, call: Call) -> Sample:
         self._ranks.barrier()
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
+        ms = _host_ms(call)
+        return Sample(ms, ms)
 
-    def _on_gpu(self, call: Call) -> float:
+    def _on_gpu(self, call: Call) -> Sample:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()  # a cold L2 for everyone; it also gives the host a head start on launches
         self._ranks.barrier()
         start.record()
-        call()
+        host_ms = _host_ms(call)
         stop.record()
         stop.synchronize()
-        return float(start.elapsed_time(stop))
+        return Sample(float(start.elapsed_time(stop)), host_ms)
+
+
+def _host_ms(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
 
 
 def _warm_up(timer: Timer, call: Call, timing: Timing) -> float:
@@ -50,13 +64,13 @@ def _warm_up(timer: Timer, call: Call, timing: Timing) -> float:
     timer.sample(call)
     samples: list[float] = []
     while not samples or sum(samples) < timing.warmup_s * 1e3:
-        samples.append(timer.sample(call))
+        samples.append(timer.sample(call).ms)
     return statistics.median(samples[-_ESTIMATE:])
 
 
 def sample_interleaved(
     calls: Mapping[str, Call], timing: Timing, ranks: Ranks, announce: Callable[[str, str], None]
-) -> dict[str, list[float]]:
+) -> dict[str, list[Sample]]:
     """Raw samples per name. Rounds take one sample of each call, so that clocks and neighbours hit all alike.
 
     `announce(name, step)` is told what runs next: whoever watches can then say who hung.
@@ -68,7 +82,7 @@ def sample_interleaved(
         expected = max(_warm_up(timer, call, timing), 1e-6)
         wanted = int(timing.measure_s * 1e3 / expected)
         counts[name] = min(max(wanted, timing.min_samples), timing.max_samples)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[Sample]] = {name: [] for name in calls}
     for turn in range(max(counts.values(), default=0)):
         for name, call in calls.items():
             if turn < counts[name]:

@@ -15,6 +15,7 @@ from ring_core.testing.measure import (
 )
 from ring_core.testing.oracle import OracleResult, attention_oracle, philox4x32
 from ring_core.testing.pool import RankDied, RankError, RankFailure, RankTimeout, WorkerPool, close_pools, get_pool
+from ring_core.testing.worker import report
 
 __all__ = [
     "INPUT_KINDS",
@@ -37,5 +38,6 @@ __all__ = [
     "get_pool",
     "make_inputs",
     "philox4x32",
+    "report",
     "tolerances",
 ]

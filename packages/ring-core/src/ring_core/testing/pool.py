@@ -3,6 +3,7 @@
     with WorkerPool(4) as pool:
         results = pool.run(module_level_function, argument)  # results[rank]
 
+While a run is under way its ranks may say how far they are: `worker.report`, heard by `run(..., watch=...)`.
 Starting ranks is what makes distributed tests slow, so a pool keeps its workers between runs, and `get_pool` keeps the
 pools. A failure of any kind throws the workers away: the next run starts with fresh ones.
 """
@@ -41,26 +42,37 @@ TAIL_LINES = 60
 MAX_LIVE_WORKERS = 24
 
 
-class RankFailure(Exception):
-    """A run failed. `ranks` failed in this way, `rank` is the first of them, `stderr` the end of its output."""
+Watch = Callable[[int, Any], object]
 
-    def __init__(self, message: str, ranks: Iterable[int], stderr: str) -> None:
+
+class RankFailure(Exception):
+    """A run failed. `ranks` failed in this way, `rank` is the first of them, `stderr` the end of its output.
+
+    For every rank, whether it failed or not: `outputs`, the end of what it wrote; `reports`, its last report if any.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int], outputs: list[str], reports: dict[int, Any]) -> None:
         super().__init__(message)
         self.ranks = sorted(ranks)
         self.rank = self.ranks[0]
-        self.stderr = stderr
+        self.outputs = outputs
+        self.reports = reports
+
+    @property
+    def stderr(self) -> str:
+        return self.outputs[self.rank]
 
 
 class RankError(RankFailure):
     """A rank raised. `type_name`, `original_message` and `traceback_text` describe its exception."""
 
     def __init__(
-        self, message: str, ranks: Iterable[int], stderr: str, *, type_name: str, original: str, traceback_text: str
+        self, message: str, rank: int, answer: worker.Answer, outputs: list[str], reports: dict[int, Any]
     ) -> None:
-        super().__init__(message, ranks, stderr)
-        self.type_name = type_name
-        self.original_message = original
-        self.traceback_text = traceback_text
+        super().__init__(message, (rank,), outputs, reports)
+        self.type_name = answer.type_name
+        self.original_message = answer.message
+        self.traceback_text = answer.traceback
 
 
 class RankTimeout(RankFailure):
@@ -70,9 +82,11 @@ class RankTimeout(RankFailure):
 class RankDied(RankFailure):
     """A rank's process ended. `exit_codes` by rank: negative is a signal's number, None unknown."""
 
-    def __init__(self, message: str, exit_codes: Mapping[int, int | None], stderr: str) -> None:
-        super().__init__(message, exit_codes, stderr)
-        self.exit_codes = dict(exit_codes)
+    def __init__(
+        self, message: str, exit_codes: dict[int, int | None], outputs: list[str], reports: dict[int, Any]
+    ) -> None:
+        super().__init__(message, exit_codes, outputs, reports)
+        self.exit_codes = exit_codes
 
 
 @dataclass
@@ -83,6 +97,7 @@ class _Outcome:
     dead: dict[int, int | None] = field(default_factory=dict)
     silent: set[int] = field(default_factory=set)
     failed: list[int] = field(default_factory=list)
+    reports: dict[int, Any] = field(default_factory=dict)  # the last of each rank that made one
 
 
 @dataclass
@@ -94,8 +109,8 @@ class _Workers:
     connections: list[mp_connection.Connection]
     logs: list[int]
 
-    def collect(self, deadline: float, may_die: Collection[int] = ()) -> _Outcome:
-        """Wait for every rank's answer, until `deadline` or shortly after the first failure."""
+    def collect(self, deadline: float, may_die: Collection[int] = (), watch: Watch | None = None) -> _Outcome:
+        """Wait for every rank's answer, until `deadline` or shortly after the first failure; `watch` hears reports."""
         outcome = _Outcome(silent=set(range(len(self.processes))))
         while outcome.silent:
             handles: dict[Any, int] = {}
@@ -103,11 +118,18 @@ class _Workers:
                 handles[self.connections[rank]] = rank
                 handles[self.processes[rank].sentinel] = rank
             ready = mp_connection.wait(list(handles), max(0.0, deadline - time.monotonic()))
+            late = time.monotonic() >= deadline  # then an answer still counts, a report no longer keeps us here
             if not ready:
                 break
             for rank in sorted({handles[handle] for handle in ready}):
-                outcome.silent.discard(rank)
                 answer = self._receive(rank)
+                if isinstance(answer, worker.Report):
+                    outcome.reports[rank] = value = pickle.loads(answer.value)
+                    if watch is not None:
+                        watch(rank, value)
+                    continue
+                late = False
+                outcome.silent.discard(rank)
                 if answer is None:
                     self.processes[rank].join(STOP_GRACE)
                     outcome.dead[rank] = self.processes[rank].exitcode
@@ -117,18 +139,20 @@ class _Workers:
                 if failed:
                     outcome.failed.append(rank)
                     deadline = min(deadline, time.monotonic() + FAILURE_GRACE)
+            if late:
+                break
         return outcome
 
-    def _receive(self, rank: int) -> worker.Answer | None:
-        """The rank's answer, or None if it died before giving one."""
+    def _receive(self, rank: int) -> worker.Answer | worker.Report | None:
+        """The rank's next message, or None if it died before answering."""
         try:
             if not self.connections[rank].poll():
                 return None  # only its sentinel was ready
-            answer = pickle.loads(self.connections[rank].recv_bytes())
+            message = pickle.loads(self.connections[rank].recv_bytes())
         except (EOFError, ConnectionError):
             return None
-        assert isinstance(answer, worker.Answer)
-        return answer
+        assert isinstance(message, (worker.Answer, worker.Report))
+        return message
 
     def ask_for_stacks(self, ranks: Collection[int]) -> None:
         """Make the ranks dump their Python stacks into their logs, and wait until they have."""
@@ -140,12 +164,15 @@ class _Workers:
             time.sleep(0.02)
         time.sleep(0.05)  # a dump is several writes
 
-    def tail(self, rank: int) -> str:
-        """The last lines of what the rank wrote to stdout and stderr in this run."""
-        size = os.fstat(self.logs[rank]).st_size
-        start = max(0, size - 16384)
-        lines = os.pread(self.logs[rank], size - start, start).decode(errors="replace").splitlines()
-        return "\n".join(lines[-TAIL_LINES:])
+    def tails(self) -> list[str]:
+        """The last lines of what each rank wrote to stdout and stderr in this run."""
+        tails = []
+        for log in self.logs:
+            size = os.fstat(log).st_size
+            start = max(0, size - 16384)
+            lines = os.pread(log, size - start, start).decode(errors="replace").splitlines()
+            tails.append("\n".join(lines[-TAIL_LINES:]))
+        return tails
 
     def forget_output(self) -> None:
         for log in self.logs:
@@ -234,6 +261,7 @@ class WorkerPool:
         may_die: Collection[int] = (),
         seed: int | None = None,
         env: Mapping[str, str] | None = None,
+        watch: Watch | None = None,
         **kwargs: Any,
     ) -> list[Any]:
         """Call `function(*args, **kwargs)` on every rank; return the results by rank.
@@ -242,6 +270,8 @@ class WorkerPool:
         timeout: seconds, instead of the pool's. may_die: ranks whose death is no failure; their result is None.
         seed: seeds `random` and `torch`, the same on every rank; fresh per run if None. A failure's
             message names it. env: variables set for the duration of this run.
+        watch: called here with (rank, value) for each `report(value)` of a rank, a rank's own in order; what it raises
+            ends the run.
 
         Raises RankError, RankTimeout or RankDied; TypeError for what cannot be pickled.
         """
@@ -258,7 +288,7 @@ class WorkerPool:
             for connection in workers.connections:
                 with contextlib.suppress(OSError):  # it died just now: collect() will see
                     connection.send_bytes(request)
-            outcome = workers.collect(deadline, may_die)
+            outcome = workers.collect(deadline, may_die, watch)
             self._raise_failure(workers, outcome, label, seconds)
         except BaseException:  # also KeyboardInterrupt: ranks in an unknown state must not see another case
             self._drop(gently=False)
@@ -296,7 +326,8 @@ class WorkerPool:
                 _note_use(self)
                 return self._workers
             codes = [f"rank {rank}: {_exit(self._workers.processes[rank].exitcode)}" for rank in dead]
-            text = f"workers died after their last run ({', '.join(codes)})\n{_section(self._workers, dead[:1])}"
+            section = _section(self._workers.tails(), dead[:1])
+            text = f"workers died after their last run ({', '.join(codes)})\n{section}"
             self._drop(gently=False)
             warnings.warn(text, RuntimeWarning, stacklevel=3)
         _note_use(self)
@@ -348,33 +379,27 @@ class WorkerPool:
 
     def _raise_failure(self, workers: _Workers, outcome: _Outcome, label: str, seconds: float) -> None:
         """Raise what went wrong, if anything: a death, else an exception, else a silence: each may cause the next."""
-        if outcome.failed or outcome.silent:
-            workers.ask_for_stacks(outcome.silent)
+        if not outcome.failed and not outcome.silent:
+            return
+        workers.ask_for_stacks(outcome.silent)
+        outputs = workers.tails()
         died = {rank: outcome.dead[rank] for rank in outcome.failed if rank in outcome.dead}
         raised = [rank for rank in outcome.failed if rank in outcome.answers]
         lines = [f"rank {rank} died: {_exit(code)}" for rank, code in died.items()]
         lines += [f"rank {rank} raised {_summary(outcome.answers[rank])}" for rank in raised]
         if died:
-            text = "\n".join([*lines, f"in {label}", _section(workers, [*died, *raised])])
-            raise RankDied(text, died, workers.tail(min(died)))
+            text = "\n".join([*lines, f"in {label}", _section(outputs, [*died, *raised])])
+            raise RankDied(text, died, outputs, outcome.reports)
         if raised:
             if outcome.silent:
                 lines.append(f"ranks {sorted(outcome.silent)} were still running")
             first = outcome.answers[raised[0]]
             traceback_text = f"--- traceback of rank {raised[0]} ---\n{first.traceback.rstrip()}"
-            text = "\n".join([*lines, f"in {label}", traceback_text, _section(workers, [*raised, *outcome.silent])])
-            raise RankError(
-                text,
-                raised[:1],
-                workers.tail(raised[0]),
-                type_name=first.type_name,
-                original=first.message,
-                traceback_text=first.traceback,
-            )
-        if outcome.silent:
-            silent = sorted(outcome.silent)
-            text = f"ranks {silent} did not answer within {seconds:g} s in {label}\n{_section(workers, silent)}"
-            raise RankTimeout(text, silent, workers.tail(silent[0]))
+            text = "\n".join([*lines, f"in {label}", traceback_text, _section(outputs, [*raised, *outcome.silent])])
+            raise RankError(text, raised[0], first, outputs, outcome.reports)
+        silent = sorted(outcome.silent)
+        text = f"ranks {silent} did not answer within {seconds:g} s in {label}\n{_section(outputs, silent)}"
+        raise RankTimeout(text, silent, outputs, outcome.reports)
 
 
 def get_pool(world_size: int, device: str = "cpu") -> WorkerPool:
@@ -460,7 +485,7 @@ def _exit(code: int | None) -> str:
         return f"exit code {code}"
 
 
-def _section(workers: _Workers, ranks: Iterable[int]) -> str:
+def _section(outputs: list[str], ranks: Iterable[int]) -> str:
     """The ends of the ranks' logs, at most three of them."""
     chosen = list(ranks)[:3]
-    return "\n".join(f"--- stderr of rank {rank} ---\n{workers.tail(rank) or '(empty)'}" for rank in chosen)
+    return "\n".join(f"--- stderr of rank {rank} ---\n{outputs[rank] or '(empty)'}" for rank in chosen)

@@ -66,6 +66,13 @@ class Answer:
     traceback: str = ""
 
 
+@dataclass(frozen=True)
+class Report:
+    """What a rank says before its answer: a pickled value."""
+
+    value: bytes
+
+
 class _TensorPickler(pickle.Pickler):
     """Plain pickling, with tensors as CPU bytes: no shared-memory descriptors, no CUDA handles.
 
@@ -90,8 +97,22 @@ def dump(value: Any) -> bytes:
     return buffer.getvalue()
 
 
+_to_pool: mp_connection.Connection | None = None  # in a worker
+
+
+def report(value: Any) -> None:
+    """Tell the pool how far this rank is, from the thread of a function that the pool runs; elsewhere nothing happens.
+
+    `WorkerPool.run(..., watch=callback)` hears every report, and a failure carries the last one of each rank.
+    """
+    if _to_pool is not None:
+        _to_pool.send_bytes(pickle.dumps(Report(dump(value))))
+
+
 def main(spec: WorkerSpec, connection: mp_connection.Connection) -> None:
     """Join the process group, say so, then answer requests until the pool closes the pipe or says stop."""
+    global _to_pool
+    _to_pool = connection
     os.setsid()  # own process group: the pool can kill a rank with all its children, and Ctrl-C reaches only the pool
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _capture_output(spec.log_path)
