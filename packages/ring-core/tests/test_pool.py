@@ -498,7 +498,10 @@ def test_modules_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_the_plugin(tmp_path: Path) -> None:
-    (tmp_path / "test_plugin.py").write_text(
+    # As `pytest` runs this workspace: module names with parents that nothing can import, no working directory on the path.
+    file = tmp_path / "packages" / "some-package" / "tests" / "test_plugin.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
         script("""
         import pytest, torch
 
@@ -531,9 +534,10 @@ def test_the_plugin(tmp_path: Path) -> None:
             pass
         """)
     )
-    arguments = ["-m", "pytest", "-p", "ring_core.testing.plugin", "-p", "no:cacheprovider", "--strict-markers", "-rs"]
+    arguments = ["-P", "-m", "pytest", "-p", "ring_core.testing.plugin", "-p", "no:cacheprovider"]
+    arguments += ["--import-mode=importlib", f"--rootdir={tmp_path}", "--strict-markers", "-rs"]
     variables = {"RING_TEST_SEED": "42", "CUDA_VISIBLE_DEVICES": ""}
-    done = run_python(*arguments, "test_plugin.py", cwd=tmp_path, **variables)
+    done = run_python(*arguments, str(file), cwd=tmp_path, **variables)
     assert "2 passed" in done.stdout, done.stdout
     assert "1 failed" in done.stdout
     assert "4 skipped" in done.stdout

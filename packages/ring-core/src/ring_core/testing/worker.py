@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection as mp_connection
 from multiprocessing import parent_process
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -229,6 +230,8 @@ def _import_as(name: str, file: str | None) -> None:
         raise ImportError(f"cannot load module {name} from {file}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    for dot in (at for at, letter in enumerate(name) if letter == "."):  # unpickling looks for the parents too
+        sys.modules.setdefault(name[:dot], ModuleType(name[:dot]))
     spec.loader.exec_module(module)
 
 
