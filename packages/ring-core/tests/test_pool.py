@@ -498,7 +498,7 @@ def test_modules_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_the_plugin(tmp_path: Path) -> None:
-    # As `pytest` runs this workspace: module names with parents that nothing can import, no working directory on the path.
+    # As `pytest` runs this workspace: modules with parents that nothing can import, no working directory on the path.
     file = tmp_path / "packages" / "some-package" / "tests" / "test_plugin.py"
     file.parent.mkdir(parents=True)
     file.write_text(
