@@ -25,6 +25,8 @@ per_package = nox.parametrize("package", PACKAGES, ids=PACKAGES)
 
 # Tests start several ranks; with one thread each they do not fight over the cores.
 ONE_THREAD = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+# uv installs no bytecode, and without it every process spends seconds on compiling torch: let the first one write it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # torch and triton come in pairs; Triton 3.6's interpreter fails with numpy 2.4.
 PAIRS = {
