@@ -65,6 +65,10 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+REVISION_VARIABLE = "RING_COMPARE_REVISION"
+"""What to record as the revision where the code did not come as a checkout."""
+
+
 def _revision() -> str:
     """Revision of the checkout this package lives in, or the one the command runs in; `+` marks local changes."""
     for folder in (str(Path(__file__).parent), "."):
@@ -72,7 +76,7 @@ def _revision() -> str:
         if revision:
             dirty = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
             return revision + ("+" if dirty else "")
-    return "norev"
+    return os.environ.get(REVISION_VARIABLE, "norev")
 
 
 def _cpu() -> str:
