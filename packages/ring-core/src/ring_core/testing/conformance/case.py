@@ -181,7 +181,7 @@ def check_results(
     assert set(results) == set(expected), f"{case}: got {sorted(results)}, should be {sorted(expected)}"
     exact = case.dtype == torch.float64
     allowed = dict.fromkeys(expected, EXACT) if exact else tolerances(*x, reference=truth, **options)
-    if case.inputs == "outlier" and not exact:
+    if case.inputs in ("outlier", "large") and not exact:
         allowed = _at_least(allowed, tensors, options)
     granted = {} if exact else _rounded_out(case, tensors, truth, options)
     for name, value in expected.items():
@@ -194,7 +194,8 @@ def check_results(
 def _at_least(allowed: dict[str, Tolerance], tensors: Tensors, options: dict[str, Any]) -> dict[str, Tolerance]:
     """The tolerances, or those of the same problem with its products summed in another order where they are larger.
 
-    A few scores of an outlier decide the error of the whole tensor, so that a single baseline may be exact by luck.
+    A few scores of an outlier, or the few rows of large inputs whose softmax is not one-hot, decide the error of the
+    whole tensor, so that a single baseline may be exact by luck.
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(REDRAWS):
