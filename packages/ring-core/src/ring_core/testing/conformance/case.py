@@ -183,9 +183,11 @@ def check_results(
     allowed = dict.fromkeys(expected, EXACT) if exact else tolerances(*x, reference=truth, **options)
     if case.inputs in ("outlier", "large") and not exact:
         allowed = _at_least(allowed, tensors, options)
-    granted = {} if exact else _rounded_out(case, tensors, truth, options)
+    granted = [slack or {}]
+    if not exact:
+        granted += [_rounded_out(case, tensors, truth, options), _handed_on(case, truth)]
     for name, value in expected.items():
-        more = granted.get(name, 0.0) + (slack or {}).get(name, 0.0)
+        more = sum(grant.get(name, 0.0) for grant in granted)
         limit = replace(allowed[name], rms=allowed[name].rms + more)
         assert_close_to_oracle(f"{case}: {name}", results[name], value, limit)
     return truth
@@ -206,6 +208,19 @@ def _at_least(allowed: dict[str, Tolerance], tensors: Tensors, options: dict[str
             for name, limit in allowed.items()
         }
     return allowed
+
+
+def _handed_on(case: AttentionCase, truth: OracleResult) -> dict[str, float]:
+    """What it costs, by name, that a row goes from step to step as (state, lse), as the contract has it: lse is rounded
+    to fp32, and the weight of all that came before with it. The baseline, in one piece, never rounds there; it shows
+    with fp32 inputs, where nothing else is rounded coarsely."""
+    if case.schedule != "ring" or case.world_size == 1:
+        return {}
+    lse = truth.lse[truth.lse.isfinite()]
+    shift = torch.finfo(torch.float32).eps / 4 * float(lse.norm()) / max(1, lse.numel()) ** 0.5
+    gradients = {"dq": truth.dq, "dk": truth.dk, "dv": truth.dv}
+    sizes = {name: x for name, x in {"out": truth.out, **gradients}.items() if x is not None and x.numel()}
+    return {name: shift * float(x.square().mean().sqrt()) for name, x in sizes.items()}
 
 
 def _rounded_out(
