@@ -447,7 +447,8 @@ def test_an_interpreter_exits_with_an_open_pool(tmp_path: Path) -> None:
     pids = [int(word) for word in done.stdout.split()]
     assert len(pids) == 3
     assert wait_until(lambda: not any(exists(pid) for pid in pids))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["main.py"]
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")}  # torch's own cache
+    assert left == {"main.py"}
     assert done.stderr == ""
 
 
