@@ -170,7 +170,8 @@ def minimums(session: nox.Session, package: str) -> None:
 def matrix(session: nox.Session, pair: str) -> None:
     """All tests with another pair of torch and triton, on the running Python."""
     pinned = re.compile(r"(torch|triton|numpy)==")
-    others = Path(session.create_tmp()) / "constraints.txt"
+    # Not in create_tmp(), which moves TMPDIR there: sockets of the tests' fork server need a short path.
+    others = Path(session.virtualenv.location) / "constraints.txt"
     others.write_text("".join(line for line in CONSTRAINTS.open() if not pinned.match(line)))
     install(session, *editable(*PACKAGES, extra="[test]"), *PAIRS[pair], constraints=others)
     run_tests(session, *PACKAGES)
