@@ -9,6 +9,7 @@ go on with n - 1. Two cuts a rank make fewer than 2W runs in all, so kernels see
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import numpy as np
@@ -147,11 +148,9 @@ class _Circle:
         parts = [(place, min(place + tokens, self.length)), (0, place + tokens - self.length)]
         taken: list[tuple[int, int]] = []
         left: list[tuple[int, int]] = []
-        for start, stop, begin, end in zip(
-            *(x.tolist() for x in (self.start, self.stop, self.begins, self.ends)), strict=True
-        ):
+        for start, begin, end in zip(*(x.tolist() for x in (self.start, self.begins, self.ends)), strict=True):
             cuts = sorted({begin, end, *(cut for part in parts for cut in part if begin < cut < end)})
-            for a, b in zip(cuts, cuts[1:], strict=False):
+            for a, b in pairwise(cuts):
                 inside = any(low <= a and b <= high for low, high in parts)
                 (taken if inside else left).append((start + a - begin, start + b - begin))
         starts, stops = np.array(left, np.int64).reshape(-1, 2).T

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +10,11 @@ import numpy as np
 from ring_core import ranges
 from ring_core.layout import local_runs
 from ring_core.plan.needs import Keys, needed, needed_by
+from ring_core.plan.packed import PackedProblem
 from ring_core.plan.problem import Problem
 from ring_core.plan.tiling import K_START, PIECE, RUN, STEP, key_major, query_major, table, tables_by_step
 from ring_core.ranges import Ranges
 from ring_core.segment import Array, Table
-
-SCHEDULES = ("ring", "gather")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ class RingPlan:
     """Neighbour to neighbour: step h computes on the keys of rank (r - h) mod W, which arrived by hop h. One piece a
     step: the ranges of that rank's chunk that this rank or one behind it needs."""
 
-    problem: Problem
+    problem: Problem | PackedProblem
     rank: int
     steps: tuple[Step, ...]
     hops: tuple[Hop, ...]  # hops[0] is empty: own keys are here
@@ -88,29 +86,32 @@ class RingPlan:
         return sum(step.forward.pairs for step in self.steps)
 
 
-class Piece(NamedTuple):
-    """Keys [start, start + length) of rank `source`'s chunk, of which `needed` (ranges of that chunk) are fetched and
-    read."""
+class Placement(NamedTuple):
+    """Keys [start, start + length) of rank `source`'s chunk lie in piece `piece` from `offset` on."""
 
     source: int
     start: int
     length: int
-    needed: Ranges
+    piece: int
+    offset: int
 
 
 @dataclass(frozen=True, eq=False)
 class GatherPlan:
     """Every rank takes what it will see, and only that, and computes on all of it in one step.
 
-    pieces: in global order (contiguous and stripe: chunks; zigzag: half-chunks), own ones included; order: the ranks to
-    take them from, own first, then by ring distance, so that no two ranks pull from one peer at the same time; receive,
-    send: ranges of the peer's and of the own chunk, by peer, peers without any left out.
+    Pieces of `piece_length` tokens each, in global order (contiguous and stripe: chunks; zigzag: half-chunks), hold the
+    keys; placements: which keys lie where, own ones included, by piece and offset; order: the ranks to take them from,
+    own first, then by ring distance, so that no two ranks pull from one peer at the same time; receive, send: ranges
+    of the peer's and of the own chunk, by peer, peers without any left out.
     """
 
-    problem: Problem
+    problem: Problem | PackedProblem
     rank: int
     steps: tuple[Step, ...]
-    pieces: tuple[Piece, ...]
+    piece_count: int
+    piece_length: int
+    placements: tuple[Placement, ...]
     order: tuple[int, ...]
     receive: dict[int, Ranges]
     send: dict[int, Ranges]
@@ -135,17 +136,8 @@ class GatherPlan:
 Plan = RingPlan | GatherPlan
 
 
-@lru_cache(maxsize=256)
-def make_plan(problem: Problem, rank: int, schedule: str) -> Plan:
-    """The plan of one rank, in 'ring' or 'gather'. Cached: every layer of a model asks for the same one."""
-    if not 0 <= rank < problem.world_size:
-        raise ValueError(f"rank {rank} is not in a world of {problem.world_size}")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; there are {', '.join(map(repr, SCHEDULES))}")
-    return _ring_plan(problem, rank) if schedule == "ring" else _gather_plan(problem, rank)
-
-
-def _ring_plan(problem: Problem, rank: int) -> RingPlan:
+def ring_plan(problem: Problem, rank: int) -> RingPlan:
+    """The ring for one sequence."""
     world_size = problem.world_size
     distance = np.arange(world_size)
     keys = Keys.of(problem, (rank - distance) % world_size)
@@ -169,7 +161,7 @@ def _ring_plan(problem: Problem, rank: int) -> RingPlan:
     query_rows, query_strips = query_major(problem, rank, keys)
     key_rows, key_strips = key_major(problem, rank, keys)
     for rows in (query_rows, key_rows):
-        _into_parcels(rows, incoming)
+        into_parcels(rows, incoming)
     steps = tuple(
         Step(forward, backward)
         for forward, backward in zip(
@@ -182,7 +174,7 @@ def _ring_plan(problem: Problem, rank: int) -> RingPlan:
     return RingPlan(problem, rank, steps, tuple(hops), tuple(gradient_hops), _way_home(problem, rank), spans)
 
 
-def _into_parcels(rows: Array, parcels: list[Ranges]) -> None:
+def into_parcels(rows: Array, parcels: list[Ranges]) -> None:
     """Turns k_start, local to the owner's chunk, into the place in the packed parcel that arrived; own keys are read in
     place."""
     shift = [0 if not parcel else -parcel[0][0] for parcel in parcels]
@@ -213,7 +205,8 @@ def _way_home(problem: Problem, rank: int) -> tuple[int, int, Ranges] | None:
     return (rank + visits[-1]) % world_size, visits[-1], everyone
 
 
-def _gather_plan(problem: Problem, rank: int) -> GatherPlan:
+def gather_plan(problem: Problem, rank: int) -> GatherPlan:
+    """The gather for one sequence."""
     world_size = problem.world_size
     distance = np.arange(world_size)
     keys = Keys.of(problem, (rank - distance) % world_size)
@@ -227,12 +220,14 @@ def _gather_plan(problem: Problem, rank: int) -> GatherPlan:
     read = np.argwhere((high > low).any(axis=-1))
     read = read[np.argsort(keys.index[tuple(read.T)], kind="stable")]
     number = np.zeros(keys.index.shape, np.int64)
-    pieces = []
+    placements = []
     for place, (distant, run) in enumerate(read.tolist()):
         number[distant, run] = place
-        span = ((whole[run].start, whole[run].start + whole[run].length),)
-        inside = ((max(a, span[0][0]), min(b, span[0][1])) for a, b in need[distant])
-        pieces.append(Piece(int(keys.source[distant]), whole[run].start, whole[run].length, ranges.merge(inside)))
+        first, end = whole[run].start, whole[run].start + whole[run].length
+        for a, b in need[distant]:
+            start, stop = max(a, first), min(b, end)
+            if start < stop:
+                placements.append(Placement(int(keys.source[distant]), start, stop - start, place, start - first))
 
     query_rows, query_strips = query_major(problem, rank, keys)
     key_rows, key_strips = key_major(problem, rank, keys)
@@ -247,7 +242,9 @@ def _gather_plan(problem: Problem, rank: int) -> GatherPlan:
         problem,
         rank,
         (step,),
-        tuple(pieces),
+        len(read),
+        whole[0].length if len(read) else 0,
+        tuple(placements),
         tuple(source for source, taken in zip(sources, need, strict=True) if taken),
         {source: taken for source, taken in zip(sources, need, strict=True) if taken and source != rank},
         {peer: given for peer, given in enumerate(wanted) if given and peer != rank},
