@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,8 @@ from ring_core.ranges import Ranges
 from ring_core.segment import Array
 
 UNBOUNDED_CODE = -1
+BRIEF = 12
+"""Entries of cu_seqlens that an error message still shows."""
 
 
 class Parts(NamedTuple):
@@ -77,19 +80,19 @@ class PackedProblem:
 
     @cached_property
     def code(self) -> bytes:
-        """The whole problem as int64: layout, world size, left, right, number of documents, their ends."""
+        """The whole problem as int64: layout, world size, number of entries, left, right, cu_seqlens of q and of k."""
         documents = self.documents
         sides = [UNBOUNDED_CODE if side is None else side for side in (documents.left, documents.right)]
-        head = [PACKED_LAYOUTS.index(self.layout), self.world_size, *sides, len(documents.cu_q)]
+        head = [PACKED_LAYOUTS.index(self.layout), self.world_size, len(documents.cu_q), *sides]
         return np.concatenate([head, documents.cu_q, documents.cu_k]).astype(np.int64).tobytes()
 
     @staticmethod
     def decode(code: bytes) -> PackedProblem:
         """The inverse of `code`."""
-        layout, world_size, left, right, entries = np.frombuffer(code, np.int64, 5).tolist()
+        layout, world_size, entries = (int(x) for x in np.frombuffer(code, np.int64, 3))
+        left, right = (None if x == UNBOUNDED_CODE else int(x) for x in np.frombuffer(code, np.int64, 2, offset=24))
         ends = np.frombuffer(code, np.int64, offset=40)
-        sides = [None if side == UNBOUNDED_CODE else side for side in (left, right)]
-        return PackedProblem.of(ends[:entries], ends[entries:], *sides, PACKED_LAYOUTS[layout], world_size)
+        return PackedProblem.of(ends[:entries], ends[entries:], left, right, PACKED_LAYOUTS[layout], world_size)
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, PackedProblem) and self.code == other.code)
@@ -126,6 +129,41 @@ class PackedProblem:
     @property
     def longest_key_chunk(self) -> int:
         return int(self.keys.lengths.max())
+
+    def check_lengths(self, rank: int, world_size: int, q_length: int, k_length: int) -> None:
+        """Raises ValueError, saying what would be right, unless a rank's tensors have that many tokens."""
+        if world_size != self.world_size:
+            raise ValueError(
+                f"these packed documents were planned for {self.world_size} ranks, but the group has {world_size}: "
+                f"pass the group to ring_core.plan_packed"
+            )
+        streams = (("q", q_length, self.queries, self.q_length), ("k", k_length, self.keys, self.k_length))
+        for name, given, cells, total in streams:
+            if given == cells.lengths[rank]:
+                continue
+            if given == total:
+                raise ValueError(
+                    f"cu_seqlens ends with {total}, the local length of {name}, though there are {world_size} ranks: "
+                    f"here it describes the global packed stream of all ranks together (ring-flash-attn wants every "
+                    f"document split over all ranks, and cu_seqlens // world_size). "
+                    f"ring_core.global_cu_seqlens(cu_seqlens, {world_size}) converts it; then deal out the stream with "
+                    f"plan_packed(...).shard(x), which takes documents as they are, without padding them"
+                )
+            raise ValueError(
+                f"cu_seqlens describes {total} tokens, of which rank {rank} of {world_size} holds "
+                f"{cells.lengths[rank]} in the {self.layout} layout, but its {name} has {given}: "
+                f"plan_packed(...).shard(x) deals them out"
+            )
+
+    @cached_property
+    def description(self) -> dict[str, object]:
+        """What ranks must agree on, in a form to read."""
+        documents = self.documents
+        found: dict[str, object] = {"mask": (documents.left, documents.right), "layout": self.layout}
+        for name, cu in (("q", documents.cu_q), ("k", documents.cu_k)):
+            brief = f"{len(cu) - 1} documents, {cu[-1]} tokens, SHA-256 {sha256(cu.tobytes()).hexdigest()[:12]}"
+            found[f"cu_seqlens of {name}"] = tuple(cu.tolist()) if len(cu) <= BRIEF else brief
+        return found
 
     def padding_rows(self, rank: int) -> list[tuple[int, int]]:
         """There are none."""
