@@ -80,8 +80,8 @@ def _pairs_up_to(q_len: int, k_len: int, upper: int) -> int:
 def merged(a: Block, b: Block) -> Block | None:
     """Both, which share no pair, as one block, or None where that would show other pairs.
 
-    If any band over the bounding rectangle shows just those, the narrowest that shows all of them does. A lower bound is
-    not made where neither has one: a run of documents of one token is no window, which not every kernel has.
+    If any band over the bounding rectangle shows just those, the narrowest that shows all of them does. A lower bound
+    is not made where neither has one: a run of documents of one token is no window, which not every kernel has.
     """
     if a.batch != b.batch:
         return None
