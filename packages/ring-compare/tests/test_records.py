@@ -59,7 +59,7 @@ def test_environment_names_no_host_and_no_path(where):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"schema": 2}, "schema 2"),
+        ({"schema": 3}, "schema 3; this version reads 1 and 2"),
         ({"status": "fine"}, "status 'fine'"),
         ({"phase": "bwd"}, "phase 'bwd'"),
         ({"surprise": 1}, "unknown fields.*surprise"),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from ring_core import comm
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -43,6 +45,12 @@ def allocated(device: torch.device) -> int:
         return 0
     torch.cuda.synchronize(device)
     return torch.cuda.memory_allocated(device)
+
+
+def arena_bytes(device: torch.device) -> int:
+    """Bytes of peer-accessible memory that ring_core holds in this process: torch's allocator does not see them."""
+    held = getattr(comm, "arena_bytes", None)  # not there in every transport of ring-core 0.1
+    return int(held(device)) if held is not None else 0
 
 
 @contextlib.contextmanager
