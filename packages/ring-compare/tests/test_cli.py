@@ -47,23 +47,23 @@ def test_smoke_suite_on_two_ranks(tmp_path, capsys):
 
 
 def test_joins_the_ranks_of_torchrun(tmp_path, subprocess_env):
-    names = ["reference", "compare_fakes:RaisesEverywhere", "compare_fakes:RaisesOnLastRankOfGather"]
-    axes = ["--layout", "zigzag", "--schedule", "ring", "gather", "--device", "cpu", "--timeout", "6"]
+    names = ["reference", "compare_fakes:RaisesEverywhere", "compare_fakes:RaisesOnLastRankOfLong"]
+    axes = ["--layout", "zigzag", "--schedule", "ring", "--seqlen", "64", "128", "--device", "cpu", "--timeout", "6"]
     command = [*TORCHRUN, "run", "--suite", "smoke", *axes, "--out", str(tmp_path), "--backend", *names]
     done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 1, done.stderr
     assert done.stdout.count("records: ") == 1, done.stdout  # one rank speaks
     results = load(record_file(tmp_path)).results
-    ring = {r.implementation: r for r in results if r.cell.schedule == "ring"}
-    gather = {r.implementation: r for r in results if r.cell.schedule == "gather"}
-    assert [r.reason for r in results if r.cell.schedule == "ring" and r.implementation == "reference"] == ["", ""]
-    assert ring["raises late[torch]"].status == "ok"
+    short = {r.implementation: r for r in results if r.cell.Sq == 64}
+    long = {r.implementation: r for r in results if r.cell.Sq == 128}
+    assert [r.reason for r in results if r.cell.Sq == 64 and r.implementation == "reference"] == ["", ""]
+    assert short["raises late[torch]"].status == "ok"
     # What all ranks refuse alike leaves them in step.
-    assert ring["refuses[torch]"].reason.startswith("rank 0: ValueError: no such head dim")
+    assert short["refuses[torch]"].reason.startswith("rank 0: ValueError: no such head dim")
     # A lone failure does not, and nobody can start new ranks: that much must end, and be told.
-    assert gather["raises late[torch]"].reason.startswith("rank 1: RuntimeError: this kernel")
-    assert gather["reference"].status == "skipped"
-    assert gather["reference"].reason.startswith("not run: rank 1 failed otherwise than the rest")
+    assert long["raises late[torch]"].reason.startswith("rank 1: RuntimeError: this kernel")
+    assert long["reference"].status == "skipped"
+    assert long["reference"].reason.startswith("not run: rank 1 failed otherwise than the rest")
 
 
 @pytest.mark.parametrize(

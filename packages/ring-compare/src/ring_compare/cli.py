@@ -1,4 +1,4 @@
-"""The command `ring-compare`: run, list, report, env."""
+"""The command `ring-compare`: run, list, report, targets, env."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ring_compare import environment, implementations, launch, plots, records, report, terminal
+from ring_compare import environment, implementations, launch, plots, records, report, targets, terminal
 from ring_compare.run import Outcome, Plan, execute
 from ring_compare.suites import DTYPES, LAYOUTS, MASKS, SCHEDULES, SUITES, Overrides, Suite, default_suite, suite_cells
 
@@ -78,6 +78,12 @@ def make_parser() -> argparse.ArgumentParser:
     again = commands.add_parser("report", help="Markdown from record files of one machine, on standard output")
     again.add_argument("files", nargs="+", type=Path, metavar="FILE")
     again.add_argument("--plots", type=Path, metavar="DIR", help="also draw charts there (needs matplotlib)")
+    reached = commands.add_parser(
+        "targets",
+        help="records of 4 GPUs against the project's targets, and peers against what they took before",
+        description="Exit code 1: a target was missed or not measured.",
+    )
+    reached.add_argument("files", nargs="+", type=Path, metavar="FILE")
     commands.add_parser("env", help="the environment as it would be recorded")
     return parser
 
@@ -177,6 +183,12 @@ def _report(options: argparse.Namespace) -> int:
     return OK
 
 
+def _targets(options: argparse.Namespace) -> int:
+    text, met = targets.render_targets(report.merge([records.load(file) for file in options.files]))
+    sys.stdout.write(text)
+    return OK if met else FAILED
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code (argparse itself exits with 2 on a bad command line)."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -189,6 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _list()
             case "report":
                 return _report(options)
+            case "targets":
+                return _targets(options)
             case _:
                 print(json.dumps(environment.describe(_device(None), arguments), indent=2))
                 return OK
