@@ -200,6 +200,7 @@ CALL = autograd.Call(
     k_total=-1,
     deterministic=False,
     shared_seed=True,
+    heads_at_once=0,
     layout="contiguous",
     schedule="auto",
     backend="reference",

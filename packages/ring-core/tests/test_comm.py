@@ -23,6 +23,7 @@ from ring_core.comm.gather import sum_in_rank_order
 from ring_core.comm.peer import GENERATIONS, PUBLISHED, READ
 from ring_core.comm.shared_memory import SharedMemory, shared_memory
 from ring_core.group import rank_and_size
+from ring_core.interface import attend as attend_in_groups
 from ring_core.layout import LAYOUTS
 from ring_core.plan import GatherPlan, Problem, make_plan
 from ring_core.testing import attention_oracle, compare
@@ -101,7 +102,9 @@ def test_a_silent_neighbour_is_named_after_ring_timeout(ranks: RunRanks, transpo
 
 
 def test_unknown_transport() -> None:
-    with pytest.raises(ValueError, match="unknown transport 'pigeon'; there are 'collectives', 'shared_memory'"):
+    with pytest.raises(
+        ValueError, match="unknown transport 'pigeon'; there are 'auto', 'collectives', 'peer_memory', 'shared_memory'"
+    ):
         gather_through("pigeon").__enter__()
 
 
@@ -116,7 +119,7 @@ def poisoned_memory() -> str:
         dist.barrier()
         return ""
     with pytest.raises(RingCommError) as caught:
-        memory.wait(1, PUBLISHED, epoch)
+        memory.wait(PUBLISHED, epoch, (1,))
     dist.barrier()
     return str(caught.value)
 
@@ -159,12 +162,12 @@ def late_publisher() -> list[int]:
     for _ in range(5):
         epoch = memory.next_epoch()
         for peer in range(memory.world_size):
-            memory.wait(peer, READ, epoch - GENERATIONS)
+            memory.wait(READ, epoch - GENERATIONS, (peer,))
         time.sleep(0.05 * ((memory.rank + epoch) % 2))
         memory.slot(memory.rank, epoch % GENERATIONS).fill_(10 * memory.rank + epoch)
         memory.signal(PUBLISHED, epoch)
         other = 1 - memory.rank
-        memory.wait(other, PUBLISHED, epoch)
+        memory.wait(PUBLISHED, epoch, (other,))
         seen.append(int(memory.slot(other, epoch % GENERATIONS).unique()))
         memory.signal(READ, epoch)
     return seen
@@ -290,11 +293,63 @@ def test_contributions_are_summed_in_rank_order(rank: int) -> None:
     plan = make_plan(Problem(6, 6, 6, 6, None, None, "contiguous", 3), rank, "gather")
     assert isinstance(plan, GatherPlan)
     values = (1e8, 1.0, -1e8)
-    k = torch.zeros(1, 2, 1, 4)
-    parts = torch.full((2, 3, 1, 2, 1, 4), values[rank])
-    arrived = {peer: torch.full((2, 1, 2, 1, 4), values[peer]) for peer in reversed(range(3)) if peer != rank}
-    for total in sum_in_rank_order(plan, k, parts, arrived):
-        assert not total.any()
+    parts = torch.full((1, 6, 2, 1, 4), values[rank])
+    arrived = {peer: torch.full((1, 2, 2, 1, 4), values[peer]) for peer in reversed(range(3)) if peer != rank}
+    total = sum_in_rank_order(plan, 2, parts, arrived)
+    assert total.shape == (1, 2, 2, 1, 4)
+    assert not total.any()
+
+
+# --- head groups
+
+
+def in_head_groups(seed: int, at_once: int, transport: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, 16, heads, 8) for heads in (8, 4, 4, 8)]
+    whole = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    q, k, v, dout = (shard_sequence(x, layout="zigzag") for x in whole)
+    sinks = torch.randn(8, generator=generator, dtype=torch.float64)
+    q, k, v, sinks = (x.requires_grad_() for x in (q, k, v, sinks))
+    slopes = torch.rand(2, 8, generator=generator)
+    rest = {
+        "softmax_scale": None,
+        "window_size": (-1, -1),
+        "total_length": None,
+        "softcap": 0.0,
+        "deterministic": False,
+    }
+    with gather_through(transport):
+        out, lse = attend_in_groups(
+            q,
+            k,
+            v,
+            causal=True,
+            layout="zigzag",
+            schedule="gather",
+            backend=None,
+            group=None,
+            alibi_slopes=slopes,
+            sinks=sinks,
+            dropout_p=0.3,
+            dropout_seed=5,
+            heads_at_once=at_once,
+            **rest,
+        )
+        gradients = torch.autograd.grad([out, lse], [q, k, v, sinks], [dout, torch.ones_like(lse)])
+    return [out.detach(), lse.detach(), *gradients]
+
+
+@pytest.mark.parametrize("transport", ["collectives", "shared_memory"])
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_heads_may_be_taken_a_few_at_a_time(ranks: RunRanks, seed: int, at_once: int, transport: str) -> None:
+    """Slopes, sinks and the dropout mask follow their heads."""
+    for apart, together in zip(
+        ranks(2, in_head_groups, seed, at_once, transport),
+        ranks(2, in_head_groups, seed, 4, "collectives"),
+        strict=True,
+    ):
+        for x, y in zip(apart, together, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
 
 
 # --- groups

@@ -98,14 +98,13 @@ def pieces(plan: Plan, step: int) -> list[Array]:
         chunk = keys_of(problem, plan.source(step))
         parcel = plan.hops[step].receive if step else ((0, len(chunk)),)
         return [np.concatenate([chunk[:0], *(chunk[start:stop] for start, stop in parcel)])]
-    held = []
-    for piece in plan.pieces:
-        chunk = keys_of(problem, piece.source)
-        fetched = np.full(len(chunk), ABSENT)
-        for start, stop in piece.needed:
-            assert piece.start <= start < stop <= piece.start + piece.length, piece
-            fetched[start:stop] = chunk[start:stop]
-        held.append(fetched[piece.start : piece.start + piece.length])
+    held = [np.full(plan.piece_length, ABSENT) for _ in range(plan.piece_count)]
+    for placement in plan.placements:
+        chunk = keys_of(problem, placement.source)[placement.start : placement.start + placement.length]
+        place = held[placement.piece][placement.offset : placement.offset + placement.length]
+        assert len(chunk) == len(place) == placement.length > 0, placement
+        assert (place == ABSENT).all(), f"{placement} lies on another"
+        place[:] = chunk
     return held
 
 
@@ -222,9 +221,9 @@ def check_gather_messages(plans: list[GatherPlan]) -> None:
             assert plans[peer].send[plan.rank] == taken
         assert plan.rank not in plan.order[1:], "own keys are there first"
         assert set(plan.order) - {plan.rank} == set(plan.receive)
-        read = [(keys_of(plan.problem, piece.source)[piece.start]) for piece in plan.pieces]
+        read = [keys_of(plan.problem, p.source)[p.start - p.offset] for p in plan.placements]
         assert read == sorted(read), "pieces are not in global order"
-        assert len({piece.length for piece in plan.pieces}) <= 1
+        assert {placement.piece for placement in plan.placements} == set(range(plan.piece_count))
 
 
 def tokens(held: ranges.Ranges) -> set[int]:

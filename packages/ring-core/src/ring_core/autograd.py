@@ -57,6 +57,7 @@ class Call:
     k_total: int
     deterministic: bool
     shared_seed: bool  # all ranks passed the same; else the first rank's counts
+    heads_at_once: int  # key heads in a group of the gather schedule; 0: chosen
     layout: str
     schedule: str
     backend: str  # "": chosen by capability
@@ -68,7 +69,8 @@ class Call:
 
     @property
     def integers(self) -> list[int]:
-        return [self.left, self.right, self.q_total, self.k_total, int(self.deterministic), int(self.shared_seed)]
+        flags = [int(self.deterministic), int(self.shared_seed)]
+        return [self.left, self.right, self.q_total, self.k_total, *flags, self.heads_at_once]
 
     @property
     def names(self) -> tuple[str, str, str, str]:
@@ -77,12 +79,11 @@ class Call:
     @staticmethod
     def of(numbers: Sequence[float], integers: Sequence[int], *names: str) -> Call:
         scale, softcap, dropout_p = numbers
-        left, right, q_total, k_total, deterministic, shared_seed = integers
+        left, right, q_total, k_total, deterministic, shared_seed, heads_at_once = integers
         layout, schedule, backend, group_name = names
+        bounds = left, right, q_total, k_total
         flags = bool(deterministic), bool(shared_seed)
-        return Call(
-            scale, softcap, dropout_p, left, right, q_total, k_total, *flags, layout, schedule, backend, group_name
-        )
+        return Call(scale, softcap, dropout_p, *bounds, *flags, heads_at_once, layout, schedule, backend, group_name)
 
 
 def attention(
@@ -257,7 +258,7 @@ def _forward(
         k,
         v,
         plan=way.plan,
-        transport=transport(way.plan, group),
+        transport=transport(way.plan, group, k, call.heads_at_once),
         backend=way.backend,
         params=_params(call, alibi_slopes, sinks, seed),
     )
@@ -290,7 +291,7 @@ def _backward(
         out,
         lse,
         plan=way.plan,
-        transport=transport(way.plan, group),
+        transport=transport(way.plan, group, k, call.heads_at_once),
         backend=way.backend,
         params=_params(call, alibi_slopes, sinks, seed),
     )
@@ -326,6 +327,7 @@ def _way(
 ) -> _Way:
     asked = {
         "alibi": alibi,
+        "ring_alibi": alibi and world_size > 1,
         "window": call.left >= 0 or call.right > 0,
         "deterministic": call.deterministic,
         "dropout": call.dropout_p > 0,

@@ -6,7 +6,7 @@ A backend computes blocks of attention; it knows no ranks, layouts or masks, onl
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -19,8 +19,20 @@ from ring_core.segment import Table
 ENTRY_POINTS = "ring_core.backends"
 _log = logging.getLogger(__name__)
 
-FEATURES = ("alibi", "deterministic", "dropout", "gqa", "lse_grad", "packed", "sinks", "softcap", "window")
-"""What a call may ask of a backend. Bands at any offset are not among them: every layout needs those."""
+FEATURES = (
+    "alibi",
+    "deterministic",
+    "dropout",
+    "gqa",
+    "lse_grad",
+    "packed",
+    "ring_alibi",
+    "sinks",
+    "softcap",
+    "window",
+)
+"""What a call may ask of a backend; "ring_alibi" is asked beside "alibi" where there are several ranks, whose blocks
+begin at any position. Bands at any offset are not among them: every layout needs those."""
 
 
 class UnsupportedError(ValueError):
@@ -66,6 +78,7 @@ class Dropout:
 
     probability: float
     seed: Tensor  # (1,) int64, on the device of the call
+    first_head: int = 0  # the number, in the whole call, of the first head given
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +92,41 @@ class Params:
     sinks: Tensor | None = None  # (Hq,)
     dropout: Dropout | None = None
     deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HeadPart:
+    """Some of a call's heads: each query head with its key head, so that they are computed by themselves."""
+
+    kv: slice
+    q: slice
+    whole: bool  # all heads
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(B, Sq, Hq, D) of these heads."""
+        return x if self.whole else x[:, :, self.q]
+
+    def lse(self, x: Tensor) -> Tensor:
+        """(B, Hq, Sq) of these heads."""
+        return x if self.whole else x[:, self.q]
+
+    def params(self, params: Params) -> Params:
+        """What these heads need to know."""
+        if self.whole or (params.alibi_slopes is None and params.sinks is None and params.dropout is None):
+            return params
+        return replace(
+            params,
+            alibi_slopes=None if params.alibi_slopes is None else params.alibi_slopes[..., self.q],
+            sinks=None if params.sinks is None else params.sinks[self.q],
+            dropout=None if params.dropout is None else replace(params.dropout, first_head=self.q.start),
+        )
+
+
+def of_heads(kv: slice, num_kv_heads: int, num_heads: int) -> HeadPart:
+    """The part of a call that the key heads `kv` make up."""
+    group = num_heads // num_kv_heads
+    whole = kv.start == 0 and kv.stop == num_kv_heads
+    return HeadPart(kv, slice(kv.start * group, kv.stop * group), whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +171,10 @@ def on_device(table: Table, device: torch.device) -> DeviceTable:
 class Backend(Protocol):
     """One way to compute blocks of attention.
 
-    Shapes: q, out, dout (B, Sq, Hq, D), last dimension contiguous; k, v (C, B, S, Hkv, D): C pieces of keys in global
-    order; lse (B, Hq, Sq), natural log, contiguous. Sums are kept in fp32 (fp64 for fp64 inputs): lse, state, dk and dv
-    have that dtype. Query head h reads key head h // (Hq / Hkv).
+    Shapes: q, out, dout (B, Sq, Hq, D); k, v (C, B, S, Hkv, D): C pieces of keys in global order, laid out so that
+    k.transpose(0, 1).flatten(1, 2) is a view (B, C * S, Hkv, D); lse (B, Hq, Sq), natural log. Any strides with the
+    last dimension dense: a call may be about some heads of larger tensors. Sums are kept in fp32 (fp64 for fp64
+    inputs): lse, state, dk and dv have that dtype. Query head h reads key head h // (Hq / Hkv).
     """
 
     name: str
@@ -210,17 +259,21 @@ def backend_names() -> tuple[str, ...]:
 
 @cache
 def load_backend(name: str) -> Backend:
-    """The backend of that name, imported now.
+    """The backend of that name, imported now. "native[cudnn]" is the backend "native" made with the option "cudnn".
 
     Raises:
-        ValueError: no installed package registers it.
+        ValueError: no installed package registers it, or it does not know the option.
         ImportError: from its package, where something that needs is missing.
     """
-    if name not in backend_names():
+    base, _, option = name.removesuffix("]").partition("[")
+    if base not in backend_names() or (option and not name.endswith("]")):
         raise ValueError(
             f"there is no backend {name!r} here; installed: {', '.join(backend_names())}. "
-            f"Backends come with packages of their own: pip install ring-{name}"
+            f"Backends come with packages of their own: pip install ring-{base}"
         )
+    if option:
+        made: Backend = _registered()[base].load()(option)
+        return made
     if name not in _registered():  # run from a source tree that was never installed
         from ring_core.reference import ReferenceBackend
 

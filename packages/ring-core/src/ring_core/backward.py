@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from ring_core.backend import Backend, Params, on_device
+from ring_core.backend import Backend, HeadPart, Params, of_heads, on_device
 from ring_core.comm import Transport
 from ring_core.plan import Plan
 
@@ -24,14 +27,52 @@ def backward(
     params: Params,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dsinks, in the dtypes of q, k, v and the sinks, from the gradients of out and lse."""
-    state = backend.prepare(q, k.shape, out, dout, lse, dlse, params=params)
+    done: list[tuple[HeadPart, Tensor, Tensor | None]] = []
+    part: HeadPart | None = None
+    state: Any = None
     homeward = transport.gradients(k)
-    for number, (step, keys) in enumerate(zip(plan.steps, transport.keys(k, v), strict=True)):
+    for number, keys in enumerate(transport.keys(k, v)):
+        if part is None or part.kv != keys.heads:  # every head group is a backward of its own
+            if part is not None:
+                done.append((part, *backend.finish(state, params=part.params(params))))
+            part = of_heads(keys.heads, k.shape[2], q.shape[2])
+            given = None if dlse is None else part.lse(dlse)
+            shape = torch.Size((*k.shape[:2], keys.k.shape[3], k.shape[3]))
+            rows = (part.rows(q), shape, part.rows(out), part.rows(dout))
+            state = backend.prepare(*rows, part.lse(lse), given, params=part.params(params))
         dk, dv = homeward.buffers(number)
+        step = plan.steps[keys.step]
         if len(step.backward):
             table = on_device(step.backward, q.device)
-            backend.backward(state, q, keys.k, keys.v, dout, dk, dv, table, params=params, flags=keys.flags)
+            backend.backward(
+                state,
+                part.rows(q),
+                keys.k,
+                keys.v,
+                part.rows(dout),
+                dk,
+                dv,
+                table,
+                params=part.params(params),
+                flags=keys.flags,
+            )
         homeward.depart(number)
-    dq, dsinks = backend.finish(state, params=params)
-    dk, dv = homeward.collect()
-    return dq, dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True), dsinks  # copies: both lie in one buffer
+    assert part is not None, "a transport yields keys at least once"
+    done.append((part, *backend.finish(state, params=part.params(params))))
+    dq, dsinks = _joined(done, q, params)
+    return dq, *homeward.collect(), dsinks
+
+
+def _joined(
+    done: list[tuple[HeadPart, Tensor, Tensor | None]], q: Tensor, params: Params
+) -> tuple[Tensor, Tensor | None]:
+    """dq (B, Sq, Hq, D) and dsinks (Hq,) of all heads."""
+    if len(done) == 1:
+        return done[0][1:]
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dsinks = None if params.sinks is None else torch.empty_like(params.sinks)
+    for part, dq_part, dsinks_part in done:
+        part.rows(dq).copy_(dq_part)
+        if dsinks is not None and dsinks_part is not None:
+            dsinks[part.q].copy_(dsinks_part)
+    return dq, dsinks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ring_core.backend import Backend, Params, accumulation_dtype, on_device
+from ring_core.backend import Backend, Params, accumulation_dtype, of_heads, on_device
 from ring_core.comm import Transport
 from ring_core.plan import Plan
 
@@ -20,10 +20,23 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, num_heads, q_len, dtype=sums, device=q.device)
     state = torch.empty(q.shape, dtype=sums, device=q.device) if plan.spans_steps else None
-    for step, keys in zip(plan.steps, transport.keys(k, v), strict=True):
+    for keys in transport.keys(k, v):
+        step = plan.steps[keys.step]
         if len(step.forward):
             table = on_device(step.forward, q.device)
-            backend.forward(q, keys.k, keys.v, out, lse, state, table, params=params, flags=keys.flags)
+            part = of_heads(keys.heads, k.shape[2], num_heads)
+            running = None if state is None else part.rows(state)
+            backend.forward(
+                part.rows(q),
+                keys.k,
+                keys.v,
+                part.rows(out),
+                part.lse(lse),
+                running,
+                table,
+                params=part.params(params),
+                flags=keys.flags,
+            )
     _void_padding(plan, lse, params)
     return out, lse
 

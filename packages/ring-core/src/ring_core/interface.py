@@ -167,6 +167,7 @@ def attend(
     dropout_p: float,
     dropout_seed: int | Tensor | None,
     deterministic: bool,
+    heads_at_once: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`ring_attention` with everything given; what all public functions end in."""
     _check_tensors(q, k, v)
@@ -186,6 +187,7 @@ def attend(
         k_total=k_total,
         deterministic=bool(deterministic),
         shared_seed=dropout_seed is not None,
+        heads_at_once=heads_at_once,
         layout=layout,
         schedule=schedule,
         backend="" if backend is None else backend,

@@ -225,7 +225,7 @@ def _drop(p: Tensor, segment: Segment, rows: slice, batch: slice, params: Params
     kept = keep_mask(
         params.dropout.probability,
         params.dropout.seed,
-        heads=torch.arange(p.shape[1], device=device)[:, None, None],
+        heads=params.dropout.first_head + torch.arange(p.shape[1], device=device)[:, None, None],
         batch=((batch.start or 0) + torch.arange(p.shape[0], device=device))[:, None, None, None],
         q_positions=segment.q_position + segment.stride * torch.arange(rows.start, rows.stop, device=device)[:, None],
         k_positions=segment.k_position + segment.stride * torch.arange(segment.k_len, device=device),

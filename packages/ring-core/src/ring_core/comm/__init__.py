@@ -6,16 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ring_core.comm.channel import RingCommError
-from ring_core.comm.gather import GatherTransport
-from ring_core.comm.peer import PeerGatherTransport
+from ring_core.comm.collectives import CollectiveCourier
+from ring_core.comm.gather import Courier, GatherTransport
+from ring_core.comm.heads import head_groups
+from ring_core.comm.lane import Lane
+from ring_core.comm.peer import PeerCourier
 from ring_core.comm.ring import RingTransport
 from ring_core.comm.shared_memory import shared_memory
+from ring_core.comm.symmetric_memory import arena_bytes, peers
 from ring_core.comm.traffic import Traffic, record_traffic
 from ring_core.comm.transport import Gradients, Keys, LocalTransport, Transport
-from ring_core.plan import Plan, RingPlan
+from ring_core.plan import GatherPlan, Plan, RingPlan
 
 __all__ = [
     "Gradients",
@@ -23,21 +29,23 @@ __all__ = [
     "RingCommError",
     "Traffic",
     "Transport",
+    "arena_bytes",
     "gather_through",
     "record_traffic",
     "transport",
 ]
 
-GATHER_TRANSPORTS = ("collectives", "shared_memory")
-_gather_transport = "collectives"
+GATHER_TRANSPORTS = ("auto", "collectives", "peer_memory", "shared_memory")
+_gather_transport = "auto"
 
 
 @contextmanager
 def gather_through(name: str) -> Iterator[None]:
     """Takes another way for the schedule "gather" while it lasts; all ranks of a group must enter and leave alike.
 
-    "collectives": torch.distributed, anywhere (the default). "shared_memory": the double of peer memory, on the CPUs
-    of one host.
+    "auto" (the default): peer memory where all ranks are GPUs of one host that can read each other, unless a CUDA graph
+    is being captured; collectives elsewhere. "collectives": torch.distributed, anywhere. "peer_memory": copy engines
+    and symmetric memory, or an error. "shared_memory": the double of peer memory, on the CPUs of one host.
     """
     global _gather_transport
     if name not in GATHER_TRANSPORTS:
@@ -49,12 +57,32 @@ def gather_through(name: str) -> Iterator[None]:
         _gather_transport = before
 
 
-def transport(plan: Plan, group: ProcessGroup | None) -> Transport:
-    """What moves keys and gradients for a plan."""
+def transport(plan: Plan, group: ProcessGroup | None, k: Tensor, heads_at_once: int = 0) -> Transport:
+    """What moves keys and gradients for a plan.
+
+    Args:
+        k: (B, S, Hkv, D): local keys, for their shape, dtype and device.
+        heads_at_once: key heads in a group of the gather schedule; 0: as `ring_core.comm.heads` has it.
+    """
     if group is None or plan.problem.world_size == 1:
         return LocalTransport()
     if isinstance(plan, RingPlan):
         return RingTransport(plan, group)
-    if _gather_transport == "shared_memory":
-        return PeerGatherTransport(plan, partial(shared_memory, group))
-    return GatherTransport(plan, group)
+    return GatherTransport(plan, _courier(plan, group, k), head_groups(plan.problem, k, heads_at_once))
+
+
+def _courier(plan: GatherPlan, group: ProcessGroup, k: Tensor) -> Courier:
+    way = _gather_transport
+    if way == "shared_memory":
+        here = Lane(None)
+        return PeerCourier(plan, partial(shared_memory, group), (here, here))
+    if way == "peer_memory" or (way == "auto" and k.is_cuda and not torch.cuda.is_current_stream_capturing()):
+        found = peers(group, k.device)
+        if found is not None:
+            return PeerCourier(plan, found.memory, found.lanes)
+        if way == "peer_memory":
+            raise RingCommError(
+                "peer memory needs the ranks of the group to be processes of one host, each of which sees all of their "
+                "GPUs, and every pair of these GPUs to have peer access"
+            )
+    return CollectiveCourier(plan, group, k)

@@ -1,120 +1,191 @@
-"""Gather over torch.distributed: every rank takes the keys it will see in one exchange, and sends their gradients back
-in another.
+"""Gather: every rank takes the keys it will see, and sends their gradients home to their owners.
+
+Both ways in *head groups* (the `heads_k_stride` of Llama 3's context parallelism): while the keys of one group of heads
+are computed on, those of the next arrive and the gradients of the last go home, so that only the first arrival and the
+last way home are waited for, and only two groups' worth of foreign keys is in memory. Heads are independent: nothing
+is merged.
+
+    lane      keys 0 │ keys 1 ─────── │ keys 2 (buffer of 0) … gradients 0 home │ …
+    compute          │ group 0 ────── │ group 1 ──────────── …
 
 Owners add the contributions to their own keys in fp32 and in rank order, so the result does not depend on who was
-first.
+first. How the bytes travel is a `Courier`'s business: torch.distributed (`ring_core.comm.collectives`) or memory that
+all ranks can read (`ring_core.comm.peer`). Keys and values of a token travel side by side, as (2, heads, D).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from ring_core.backend import accumulation_dtype
-from ring_core.comm.channel import channel
-from ring_core.comm.transport import Gradients, Keys, add_tokens, pack, whole, zeros_for_gradients
+from ring_core.comm.lane import Lane, compute_after, compute_now
+from ring_core.comm.transport import Gradients, Keys
 from ring_core.plan import GatherPlan
-from ring_core.ranges import Ranges, count, overlaps
+from ring_core.ranges import Ranges
+
+BUFFERS = 2
+Heads = tuple[slice, ...]
+"""Groups of key heads, in order, equally many in each."""
+
+
+class Courier(Protocol):
+    """Carries what a `GatherPlan` says. Calls about keys are made inside `lane`, `ship` and its result inside
+    `home_lane`, `parts` on the compute stream. Where lanes are streams the callables returned only enqueue, elsewhere
+    they wait."""
+
+    lane: Lane
+    home_lane: Lane
+
+    def offer(self, k: Tensor, v: Tensor, groups: Heads) -> None:
+        """k, v (B, S, Hkv, D) of this rank are what the others will fetch."""
+        ...
+
+    def fetch(self, number: int, pieces: Tensor) -> Callable[[], None]:
+        """Starts filling pieces (B, C * S_piece, 2, h, D) with the group's keys; calling the result ends it."""
+        ...
+
+    def fetched(self) -> None:
+        """This rank has taken all it will take of what was offered."""
+        ...
+
+    def parts(self, shape: torch.Size) -> Tensor:
+        """Zeros (B, C * S_piece, 2, h, D) in the accumulation dtype for a group's contributions; at
+        most BUFFERS of them are in use."""
+        ...
+
+    def ship(self, parts: Tensor) -> Callable[[], dict[int, Tensor]]:
+        """Starts bringing contributions home; calling the result gives those of others to this rank's keys:
+        (B, n, 2, h, D) by rank, packed as `plan.send` says."""
+        ...
 
 
 class GatherTransport:
-    """Moves what a `GatherPlan` says between the ranks of a group."""
+    """Moves what a `GatherPlan` says, head group by head group."""
 
-    def __init__(self, plan: GatherPlan, group: ProcessGroup) -> None:
+    def __init__(self, plan: GatherPlan, courier: Courier, groups: Heads) -> None:
         self.plan = plan
-        self.group = group
+        self.courier = courier
+        self.groups = groups
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        plan, link = self.plan, channel(self.group, k.device, "keys")
-        mine = whole(k.shape[1])
-        sends = [(peer, pack((k, v), mine, wanted)) for peer, wanted in plan.send.items()]
-        parcels = {
-            source: k.new_empty(2, k.shape[0], count(taken), *k.shape[2:]) for source, taken in plan.receive.items()
-        }
-        link.after_compute()
-        link.post(sends, list(parcels.items())).wait()
-        pieces = k.new_empty(2, len(plan.pieces), k.shape[0], piece_length(plan), *k.shape[2:])
-        for source, parcel in parcels.items():
-            place(pieces, plan, source, parcel, plan.receive[source])
-        place(pieces, plan, plan.rank, (k, v), mine)
-        yield Keys(pieces[0], pieces[1])
+        plan, courier, lane = self.plan, self.courier, self.courier.lane
+        shape = pieces_shape(plan, k, self.groups)
+        # Allocated here and freed here, on the compute stream, which by then has waited for all that the lane did.
+        buffers = [k.new_empty(shape) for _ in self.groups[:BUFFERS]]
+        read: list[torch.cuda.Event | None] = []
+        lane.after_compute()
+        with lane.on():
+            courier.offer(k, v, self.groups)
+            arrival = courier.fetch(0, buffers[0])
+        for number, heads in enumerate(self.groups):
+            pieces = buffers[number % BUFFERS]
+            with lane.on():
+                arrival()
+                landed = lane.now()
+                if number + 1 < len(self.groups):
+                    if number:
+                        lane.after(read[number - 1])
+                    arrival = courier.fetch(number + 1, buffers[(number + 1) % BUFFERS])
+                else:
+                    courier.fetched()
+            compute_after(landed)
+            yield Keys(0, heads, *by_piece(pieces, plan))
+            read.append(compute_now(lane))
 
     def gradients(self, k: Tensor) -> Gradients:
-        return GatherGradients(self.plan, self.group, k)
+        return GatherGradients(self.plan, self.courier, self.groups, k)
 
 
 class GatherGradients:
     """Contributions to the keys of all ranks, and those of all ranks to own keys."""
 
-    def __init__(self, plan: GatherPlan, group: ProcessGroup, k: Tensor) -> None:
+    def __init__(self, plan: GatherPlan, courier: Courier, groups: Heads, k: Tensor) -> None:
         self._plan = plan
-        self._group = group
-        self._k = k
-        self._parts = zeros_for_pieces(plan, k)
+        self._courier = courier
+        self._groups = groups
+        self._shape = pieces_shape(plan, k, groups)
+        self._dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        self._dv = torch.empty_like(self._dk)
+        self._parts: list[Tensor] = []
+        self._homecomings: dict[int, Callable[[], dict[int, Tensor]]] = {}
+        self._home: list[torch.cuda.Event | None] = []
 
-    def buffers(self, step: int) -> tuple[Tensor, Tensor]:
-        return self._parts[0], self._parts[1]
+    def buffers(self, number: int) -> tuple[Tensor, Tensor]:
+        if number >= BUFFERS:  # whose buffer this is
+            self._settle(number - BUFFERS)
+            compute_after(self._home[number - BUFFERS])
+        self._parts.append(self._courier.parts(self._shape))
+        return by_piece(self._parts[number], self._plan)
 
-    def depart(self, step: int) -> None:
-        plan, k = self._plan, self._k
-        self._sends = [(source, take(self._parts, plan, source, taken)) for source, taken in plan.receive.items()]
-        self._arriving = {
-            peer: self._parts.new_empty(2, k.shape[0], count(given), *k.shape[2:]) for peer, given in plan.send.items()
-        }
-        link = channel(self._group, k.device, "gradients")
-        link.after_compute()
-        self._pending = link.post(self._sends, list(self._arriving.items()))
+    def depart(self, number: int) -> None:
+        lane = self._courier.home_lane
+        lane.after_compute()
+        with lane.on():
+            self._homecomings[number] = self._courier.ship(self._parts[number])
+            if lane.stream is not None:  # nothing blocks the host there
+                self._settle(number)
+        self._home.append(lane.now())
 
     def collect(self) -> tuple[Tensor, Tensor]:
-        self._pending.wait()
-        return sum_in_rank_order(self._plan, self._k, self._parts, self._arriving)
+        for number in range(len(self._groups)):
+            self._settle(number)
+        for mark in self._home[-1:]:
+            compute_after(mark)
+        return self._dk, self._dv
+
+    def _settle(self, number: int) -> None:
+        """Waits for a group's contributions and adds them up, once."""
+        homecoming = self._homecomings.pop(number, None)
+        if homecoming is None:
+            return
+        parts, heads = self._parts[number], self._groups[number]
+        total = sum_in_rank_order(self._plan, self._dk.shape[1], parts, homecoming())
+        self._dk[:, :, heads].copy_(total[:, :, 0])
+        self._dv[:, :, heads].copy_(total[:, :, 1])
 
 
-def piece_length(plan: GatherPlan) -> int:
-    """Tokens of a piece; all have the same."""
-    return plan.pieces[0].length if plan.pieces else 0
+def pieces_shape(plan: GatherPlan, k: Tensor, groups: Heads) -> torch.Size:
+    """(B, C * S_piece, 2, h, D): all pieces of one head group, keys and values of a token side by side."""
+    heads = groups[0].stop - groups[0].start
+    return torch.Size((k.shape[0], plan.piece_count * plan.piece_length, 2, heads, k.shape[3]))
 
 
-def zeros_for_pieces(plan: GatherPlan, k: Tensor) -> Tensor:
-    """(2, C, B, S_piece, Hkv, D) in the accumulation dtype."""
-    shape = (2, len(plan.pieces), k.shape[0], piece_length(plan), *k.shape[2:])
-    return torch.zeros(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
+def by_piece(pieces: Tensor, plan: GatherPlan) -> tuple[Tensor, Tensor]:
+    """Keys and values, or their gradients, as a backend wants them: two views (C, B, S_piece, h, D)."""
+    apart = pieces.unflatten(1, (plan.piece_count, plan.piece_length)).transpose(0, 1)
+    return apart[:, :, :, 0], apart[:, :, :, 1]
 
 
-def place(
-    pieces: Tensor, plan: GatherPlan, source: int, parcel: Tensor | tuple[Tensor, Tensor], ranges: Ranges
-) -> None:
-    """Copies a packed parcel (k, v) of `source`'s tokens to where its pieces (2, C, B, S_piece, Hkv, D) want them."""
-    for number, piece in enumerate(plan.pieces):
-        if piece.source == source:
-            for low, high in piece.needed:
-                for at, into, n in overlaps(ranges, ((low, high),)):
-                    target = low - piece.start + into
-                    for side in (0, 1):
-                        pieces[side, number, :, target : target + n].copy_(parcel[side][:, at : at + n])
+def stretches(plan: GatherPlan, source: int) -> Iterator[tuple[int, int, int]]:
+    """(start in the chunk of `source`, place in the flat pieces, length) of all that lies there, by start."""
+    for _, start, length, piece, offset in sorted(p for p in plan.placements if p.source == source):
+        yield start, piece * plan.piece_length + offset, length
 
 
-def take(parts: Tensor, plan: GatherPlan, source: int, taken: Ranges) -> Tensor:
-    """(2, B, n, Hkv, D), packed: the contributions in pieces (2, C, B, S_piece, Hkv, D) to the tokens taken from
-    `source`."""
-    found = []
-    for number, piece in enumerate(plan.pieces):
-        if piece.source == source:
-            found += [parts[:, number, :, low - piece.start : high - piece.start] for low, high in piece.needed]
-    return torch.cat(found, dim=2)
+def take(parts: Tensor, plan: GatherPlan, source: int) -> Tensor:
+    """(B, n, 2, h, D), packed: the contributions in parts (B, C * S_piece, 2, h, D) to the keys taken from `source`."""
+    found = [parts[:, at : at + length] for _, at, length in stretches(plan, source)]
+    return torch.cat(found, dim=1)
 
 
-def sum_in_rank_order(plan: GatherPlan, k: Tensor, parts: Tensor, arrived: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-    """dk, dv (B, S, Hkv, D) of own keys: contributions of rank 0, 1, … in turn."""
-    total = zeros_for_gradients(k, k.shape[1])
+def sum_in_rank_order(plan: GatherPlan, tokens: int, parts: Tensor, arrived: dict[int, Tensor]) -> Tensor:
+    """(B, S, 2, h, D): the sum of the contributions to own keys of rank 0, 1, … in turn, in their dtype."""
+    total = parts.new_zeros(parts.shape[0], tokens, *parts.shape[2:])
     for rank in range(plan.problem.world_size):
         if rank == plan.rank:
-            for number, piece in enumerate(plan.pieces):
-                if piece.source == rank:
-                    total[:, :, piece.start : piece.start + piece.length].add_(parts[:, number])
+            for start, at, length in stretches(plan, rank):
+                total[:, start : start + length].add_(parts[:, at : at + length])
         elif rank in arrived:
-            add_tokens(total, whole(k.shape[1]), arrived[rank], plan.send[rank])
-    return total[0], total[1]
+            add_packed(total, arrived[rank], plan.send[rank])
+    return total
+
+
+def add_packed(total: Tensor, packed: Tensor, ranges: Ranges) -> None:
+    """Adds packed tokens (B, n, …) to total (B, S, …), where `ranges` says that they belong."""
+    offset = 0
+    for start, stop in ranges:
+        total[:, start:stop].add_(packed[:, offset : offset + stop - start])
+        offset += stop - start

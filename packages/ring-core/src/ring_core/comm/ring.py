@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from ring_core.backend import accumulation_dtype
 from ring_core.comm.channel import Channel, Pending, channel
-from ring_core.comm.transport import Gradients, Keys, add_tokens, pack, whole, zeros_for_gradients
+from ring_core.comm.transport import Gradients, Keys, add_tokens, in_dtype, pack, whole, zeros_for_gradients
 from ring_core.plan import RingPlan
 from ring_core.ranges import Ranges, count
 
@@ -49,7 +49,7 @@ class RingTransport:
                 with link.on_stream():
                     sends = [(after, _message(pair, held, hop.send))] if hop.send else []
                 pending = link.post(sends, [(before, received)] if landing else [])
-            yield Keys(pair[0][None], pair[1][None])
+            yield Keys(step, slice(0, k.shape[2]), pair[0][None], pair[1][None])
             if link.stream is not None:
                 buffer_free[step % 2] = torch.cuda.current_stream().record_event()
             if pending is not None:
@@ -103,7 +103,7 @@ class RingGradients:
             torch.cuda.current_stream().wait_stream(self._link.stream)
         if self._home is not None and self._plan.home is not None:
             add_tokens(self._own, whole(self._k.shape[1]), self._home, self._plan.home[2])
-        return self._own[0], self._own[1]
+        return in_dtype(self._own, self._k.dtype)
 
     def _settle(self) -> None:
         while self._pending:

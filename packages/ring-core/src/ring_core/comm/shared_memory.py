@@ -71,7 +71,11 @@ class SharedMemory:
     def signal(self, counter: int, epoch: int) -> None:
         self._counters(self.rank)[counter] = epoch
 
-    def wait(self, rank: int, counter: int, epoch: int) -> None:
+    def wait(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
+        for rank in ranks:
+            self._wait_for(rank, counter, epoch)
+
+    def _wait_for(self, rank: int, counter: int, epoch: int) -> None:
         counters = self._counters(rank)
         limit = timeout()
         deadline = time.monotonic() + (limit.total_seconds() if limit else 600.0)

@@ -13,26 +13,29 @@ from ring_core.ranges import Ranges, count, overlaps
 
 
 class Keys(NamedTuple):
-    """Pieces of one step."""
+    """Pieces of one step of the plan, of some heads."""
 
-    k: Tensor  # (C, B, S_piece, Hkv, D)
-    v: Tensor  # (C, B, S_piece, Hkv, D)
+    step: int
+    heads: slice  # of the key heads
+    k: Tensor  # (C, B, S_piece, h, D)
+    v: Tensor  # (C, B, S_piece, h, D)
     flags: Flags | None = None
 
 
 class Gradients(Protocol):
     """dk and dv on their way to the ranks that hold the keys."""
 
-    def buffers(self, step: int) -> tuple[Tensor, Tensor]:
-        """dk, dv (C, B, S_piece, Hkv, D) of the step's pieces, zeroed, in the accumulation dtype."""
+    def buffers(self, number: int) -> tuple[Tensor, Tensor]:
+        """dk, dv (C, B, S_piece, h, D) for the pieces that `Transport.keys` yielded as the number-th (from 0), zeroed,
+        in the accumulation dtype."""
         ...
 
-    def depart(self, step: int) -> None:
-        """The step's contributions are complete (on the current stream)."""
+    def depart(self, number: int) -> None:
+        """Their contributions are complete (on the current stream)."""
         ...
 
     def collect(self) -> tuple[Tensor, Tensor]:
-        """dk, dv (B, S, Hkv, D) of this rank's own keys, summed over all ranks, in the accumulation dtype."""
+        """dk, dv (B, S, Hkv, D) of this rank's own keys, summed over all ranks, in the keys' dtype: fresh tensors."""
         ...
 
 
@@ -40,8 +43,8 @@ class Transport(Protocol):
     """Moves keys out and gradients home as one plan says."""
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        """The pieces of each step in turn, from this rank's k, v (B, S, Hkv, D); asking for the next says that the last
-        was read."""
+        """The pieces of each step in turn, or of each group of heads, from this rank's k, v (B, S, Hkv, D); asking for
+        the next says that the last was read."""
         ...
 
     def gradients(self, k: Tensor) -> Gradients:
@@ -53,7 +56,7 @@ class LocalTransport:
     """One rank: nothing travels."""
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        yield Keys(k[None], v[None])
+        yield Keys(0, slice(0, k.shape[2]), k[None], v[None])
 
     def gradients(self, k: Tensor) -> Gradients:
         return LocalGradients(k)
@@ -63,22 +66,28 @@ class LocalGradients:
     """One rank: the buffers are the result."""
 
     def __init__(self, k: Tensor) -> None:
+        self._dtype = k.dtype
         self._sums = zeros_for_gradients(k, k.shape[1])
 
-    def buffers(self, step: int) -> tuple[Tensor, Tensor]:
+    def buffers(self, number: int) -> tuple[Tensor, Tensor]:
         return self._sums[0][None], self._sums[1][None]
 
-    def depart(self, step: int) -> None:
+    def depart(self, number: int) -> None:
         pass
 
     def collect(self) -> tuple[Tensor, Tensor]:
-        return self._sums[0], self._sums[1]
+        return in_dtype(self._sums, self._dtype)
 
 
 def zeros_for_gradients(k: Tensor, tokens: int) -> Tensor:
     """(2, B, tokens, Hkv, D) in the accumulation dtype: dk and dv of so many tokens."""
     shape = (2, k.shape[0], tokens, *k.shape[2:])
     return torch.zeros(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
+
+
+def in_dtype(sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """dk, dv from (2, B, S, Hkv, D), as tensors of their own."""
+    return sums[0].to(dtype, copy=True), sums[1].to(dtype, copy=True)
 
 
 def pack(pair: Tensor | tuple[Tensor, Tensor], held: Ranges, wanted: Ranges) -> Tensor:

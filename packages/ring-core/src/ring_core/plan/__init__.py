@@ -21,7 +21,7 @@ No tensors and no process groups here: a plan for any rank of 1,024 can be made,
 
 from ring_core.plan.cost import attention_flops, message_bytes
 from ring_core.plan.problem import Problem
-from ring_core.plan.schedule import SCHEDULES, GatherPlan, GradientHop, Hop, Piece, Plan, RingPlan, Step, make_plan
+from ring_core.plan.schedule import SCHEDULES, GatherPlan, GradientHop, Hop, Placement, Plan, RingPlan, Step, make_plan
 from ring_core.segment import COLUMNS, FIRST, LAST, Segment, Table, count_pairs
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "GatherPlan",
     "GradientHop",
     "Hop",
-    "Piece",
+    "Placement",
     "Plan",
     "Problem",
     "RingPlan",

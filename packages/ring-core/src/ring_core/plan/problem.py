@@ -52,6 +52,14 @@ class Problem:
             UNBOUNDED if self.right is None else self.right,
         )
 
+    def key_chunk(self, rank: int) -> int:
+        """Tokens of keys that a rank holds, padding included."""
+        return self.k_length // self.world_size
+
+    @property
+    def longest_key_chunk(self) -> int:
+        return self.k_length // self.world_size
+
     def query_runs(self, rank: int) -> list[Run]:
         """A rank's runs of queries, without the padding at their ends."""
         runs = local_runs(self.layout, rank, self.world_size, self.q_length)

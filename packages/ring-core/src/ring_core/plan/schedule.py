@@ -88,29 +88,32 @@ class RingPlan:
         return sum(step.forward.pairs for step in self.steps)
 
 
-class Piece(NamedTuple):
-    """Keys [start, start + length) of rank `source`'s chunk, of which `needed` (ranges of that chunk) are fetched and
-    read."""
+class Placement(NamedTuple):
+    """Keys [start, start + length) of rank `source`'s chunk lie in piece `piece` from `offset` on."""
 
     source: int
     start: int
     length: int
-    needed: Ranges
+    piece: int
+    offset: int
 
 
 @dataclass(frozen=True, eq=False)
 class GatherPlan:
     """Every rank takes what it will see, and only that, and computes on all of it in one step.
 
-    pieces: in global order (contiguous and stripe: chunks; zigzag: half-chunks), own ones included; order: the ranks to
-    take them from, own first, then by ring distance, so that no two ranks pull from one peer at the same time; receive,
-    send: ranges of the peer's and of the own chunk, by peer, peers without any left out.
+    Pieces of `piece_length` tokens each, in global order (contiguous and stripe: chunks; zigzag: half-chunks), hold the
+    keys; placements: which keys lie where, own ones included, by piece and offset; order: the ranks to take them from,
+    own first, then by ring distance, so that no two ranks pull from one peer at the same time; receive, send: ranges
+    of the peer's and of the own chunk, by peer, peers without any left out.
     """
 
     problem: Problem
     rank: int
     steps: tuple[Step, ...]
-    pieces: tuple[Piece, ...]
+    piece_count: int
+    piece_length: int
+    placements: tuple[Placement, ...]
     order: tuple[int, ...]
     receive: dict[int, Ranges]
     send: dict[int, Ranges]
@@ -227,12 +230,14 @@ def _gather_plan(problem: Problem, rank: int) -> GatherPlan:
     read = np.argwhere((high > low).any(axis=-1))
     read = read[np.argsort(keys.index[tuple(read.T)], kind="stable")]
     number = np.zeros(keys.index.shape, np.int64)
-    pieces = []
+    placements = []
     for place, (distant, run) in enumerate(read.tolist()):
         number[distant, run] = place
-        span = ((whole[run].start, whole[run].start + whole[run].length),)
-        inside = ((max(a, span[0][0]), min(b, span[0][1])) for a, b in need[distant])
-        pieces.append(Piece(int(keys.source[distant]), whole[run].start, whole[run].length, ranges.merge(inside)))
+        first, end = whole[run].start, whole[run].start + whole[run].length
+        for a, b in need[distant]:
+            start, stop = max(a, first), min(b, end)
+            if start < stop:
+                placements.append(Placement(int(keys.source[distant]), start, stop - start, place, start - first))
 
     query_rows, query_strips = query_major(problem, rank, keys)
     key_rows, key_strips = key_major(problem, rank, keys)
@@ -247,7 +252,9 @@ def _gather_plan(problem: Problem, rank: int) -> GatherPlan:
         problem,
         rank,
         (step,),
-        tuple(pieces),
+        len(read),
+        whole[0].length if len(read) else 0,
+        tuple(placements),
         tuple(source for source, taken in zip(sources, need, strict=True) if taken),
         {source: taken for source, taken in zip(sources, need, strict=True) if taken and source != rank},
         {peer: given for peer, given in enumerate(wanted) if given and peer != rank},

@@ -70,11 +70,10 @@ def _stored(plan: Plan) -> Iterator[Tensor]:
     """Which keys lie where in each step, (C, S_piece), as a transport would have put them there."""
     problem = plan.problem
     if isinstance(plan, GatherPlan):
-        pieces = torch.full((len(plan.pieces), plan.pieces[0].length if plan.pieces else 0), -1)
-        for number, piece in enumerate(plan.pieces):
-            chunk = _positions(problem.k_length, problem, piece.source)
-            for start, stop in piece.needed:
-                pieces[number, start - piece.start : stop - piece.start] = chunk[start:stop]
+        pieces = torch.full((plan.piece_count, plan.piece_length), -1)
+        for source, start, length, piece, offset in plan.placements:
+            chunk = _positions(problem.k_length, problem, source)
+            pieces[piece, offset : offset + length] = chunk[start : start + length]
         yield pieces
         return
     for number, hop in enumerate(plan.hops):

@@ -1,0 +1,85 @@
+"""The gather's courier over torch.distributed: batched sends and receives, on NCCL or gloo, any number of hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ring_core.backend import accumulation_dtype
+from ring_core.comm.channel import channel
+from ring_core.comm.gather import Heads, stretches, take
+from ring_core.comm.lane import Lane
+from ring_core.plan import GatherPlan
+from ring_core.ranges import Ranges, count
+
+
+class CollectiveCourier:
+    """Packs what a peer wants into one message, and unpacks what comes."""
+
+    def __init__(self, plan: GatherPlan, group: ProcessGroup, k: Tensor) -> None:
+        self._plan = plan
+        self._keys = channel(group, k.device, "keys")
+        self._gradients = channel(group, k.device, "gradients")
+        self._dtype = accumulation_dtype(k.dtype)
+        self._device = k.device
+        self._offered: tuple[Tensor, Tensor, Heads] | None = None
+        self.lane = Lane(self._keys.stream)
+        self.home_lane = Lane(self._gradients.stream)
+
+    def offer(self, k: Tensor, v: Tensor, groups: Heads) -> None:
+        self._offered = k, v, groups
+
+    def fetch(self, number: int, pieces: Tensor) -> Callable[[], None]:
+        assert self._offered is not None
+        plan, (k, v, groups) = self._plan, self._offered
+        pair = torch.stack((k[:, :, groups[number]], v[:, :, groups[number]]), dim=2)  # (B, S, 2, h, D)
+        sends = [(peer, _packed(pair, wanted)) for peer, wanted in plan.send.items()]
+        parcels = {
+            source: pair.new_empty(pair.shape[0], count(taken), *pair.shape[2:])
+            for source, taken in plan.receive.items()
+        }
+        pending = self._keys.post(sends, list(parcels.items()))
+
+        def land() -> None:
+            pending.wait()
+            for source in plan.order:
+                offset = 0
+                for start, at, length in stretches(plan, source):
+                    if source == plan.rank:
+                        pieces[:, at : at + length].copy_(pair[:, start : start + length])
+                    else:
+                        pieces[:, at : at + length].copy_(parcels[source][:, offset : offset + length])
+                    offset += length
+
+        return land
+
+    def fetched(self) -> None:
+        pass
+
+    def parts(self, shape: torch.Size) -> Tensor:
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+    def ship(self, parts: Tensor) -> Callable[[], dict[int, Tensor]]:
+        plan = self._plan
+        sends = [(source, take(parts, plan, source)) for source in plan.receive]
+        arriving = {
+            peer: parts.new_empty(parts.shape[0], count(given), *parts.shape[2:]) for peer, given in plan.send.items()
+        }
+        pending = self._gradients.post(sends, list(arriving.items()))
+
+        def home() -> dict[int, Tensor]:
+            pending.wait()
+            return arriving
+
+        return home
+
+
+def _packed(pair: Tensor, wanted: Ranges) -> Tensor:
+    """The wanted tokens of (B, S, 2, h, D), contiguous."""
+    if len(wanted) == 1:
+        start, stop = wanted[0]
+        return pair[:, start:stop].contiguous()
+    return torch.cat([pair[:, start:stop] for start, stop in wanted], dim=1)

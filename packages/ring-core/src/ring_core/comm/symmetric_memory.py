@@ -1,0 +1,201 @@
+"""Peer memory between the GPUs of one NVLink host: symmetric memory, copied by copy engines, with signals that streams
+write and wait for. No kernel runs and none spins for it, so it takes no multiprocessors from the computation.
+
+A signal is written to every peer's own memory, so that waiting looks at local words only. Streams wait, never the host;
+publishing and signalling is always enqueued before waiting, so no order in which ranks enqueue other work can make them
+wait for each other in a circle. A watchdog ends waits that last longer than RING_TIMEOUT: it writes a word that
+satisfies all of them, and the next call raises, naming the ranks that did not answer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ring_core._torch import symmetric_buffer, symmetric_rendezvous
+from ring_core.comm.channel import RingCommError, timeout
+from ring_core.comm.lane import Lane
+from ring_core.comm.peer import COUNTERS, GENERATIONS
+from ring_core.comm.stream_memory import wait_words, write_words
+
+_ALIGNMENT = 512  # bytes; slots begin at multiples of it
+_PATIENCE = 600.0  # seconds, without RING_TIMEOUT
+_RELEASE = 0x7FFFFFFF  # satisfies every wait: epochs stay below it
+
+
+class SymmetricMemory:
+    """`PeerMemory` for one purpose ("keys" or "gradients") of one group of GPUs on one host."""
+
+    def __init__(self, group: ProcessGroup, device: torch.device, name: str) -> None:
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self._group = group
+        self._device = device
+        self._name = name
+        self._epoch = 0
+        self._size = 0
+        self._arenas: list[Tensor] = []
+        self._failure = ""
+        self._header = -(-COUNTERS * self.world_size * 4 // _ALIGNMENT) * _ALIGNMENT
+
+    @property
+    def nbytes(self) -> int:
+        """What the arena takes of this GPU."""
+        return self._header + GENERATIONS * self._size if self._arenas else 0
+
+    def reserve(self, nbytes: int) -> None:
+        self._check()
+        nbytes = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        if nbytes <= self._size:
+            return
+        torch.cuda.synchronize(self._device)  # the slots of the last epochs are still being read,
+        dist.barrier(group=self._group)  # until every rank has come here
+        self._arenas = []
+        own = symmetric_buffer(self._header + GENERATIONS * nbytes, self._device)
+        own[: self._header].view(torch.int32).fill_(self._epoch)
+        self._arenas = symmetric_rendezvous(own, self._group)
+        self._size = nbytes
+        torch.cuda.synchronize(self._device)
+        dist.barrier(group=self._group)  # nobody signals before all have set their counters
+
+    def slot(self, rank: int, generation: int) -> Tensor:
+        start = self._header + generation * self._size
+        return self._arenas[rank][start : start + self._size]
+
+    def next_epoch(self) -> int:
+        self._check()
+        self._epoch += 1
+        return self._epoch
+
+    def signal(self, counter: int, epoch: int) -> None:
+        words = [self._word(peer, counter, self.rank) for peer in range(self.world_size) if peer != self.rank]
+        write_words(torch.cuda.current_stream(self._device), words, epoch)
+
+    def wait(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        wait_words(stream, [self._word(self.rank, counter, rank) for rank in ranks], epoch)
+        _watchdog().guard(_Wait(self, counter, epoch, ranks, stream.record_event(), _deadline()))
+
+    def poison(self) -> None:
+        """Others learn of it when their waits run out of time: a failed rank may not have a working stream left."""
+
+    def release(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
+        """Ends every wait of this rank, and makes its next call raise. Called by the watchdog, beside all streams."""
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
+            words = self._arenas[self.rank][: self._header].view(torch.int32)
+            seen = words[: COUNTERS * self.world_size].view(COUNTERS, self.world_size)[counter].tolist()
+            late = [str(rank) for rank in ranks if seen[rank] < epoch] or ["?"]
+            self._failure = (
+                f"rank {self.rank} of {self.world_size}: rank {', '.join(late)} did not answer in time ({self._name}, "
+                f"epoch {epoch}), and what was computed since is void. RING_TIMEOUT sets how many seconds to wait."
+            )
+            words.fill_(_RELEASE)
+            torch.cuda.current_stream().synchronize()
+
+    def _word(self, owner: int, counter: int, writer: int) -> int:
+        return self._arenas[owner].data_ptr() + 4 * (counter * self.world_size + writer)
+
+    def _check(self) -> None:
+        if self._failure:
+            raise RingCommError(self._failure)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Wait:
+    memory: SymmetricMemory
+    counter: int
+    epoch: int
+    ranks: tuple[int, ...]
+    passed: torch.cuda.Event
+    deadline: float
+
+
+def _deadline() -> float:
+    limit = timeout()
+    return time.monotonic() + (limit.total_seconds() if limit else _PATIENCE)
+
+
+class _Watchdog:
+    """One thread that looks at waits in the order they were enqueued."""
+
+    def __init__(self) -> None:
+        self._waits: list[_Wait] = []
+        self._lock = threading.Lock()
+        threading.Thread(target=self._run, name="ring_core watchdog", daemon=True).start()
+
+    def guard(self, wait: _Wait) -> None:
+        with self._lock:
+            self._waits.append(wait)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(0.2)
+            with self._lock:
+                waits, self._waits = self._waits, []
+            late = []
+            for wait in waits:
+                if wait.passed.query():
+                    continue
+                if time.monotonic() > wait.deadline:
+                    wait.memory.release(wait.counter, wait.epoch, wait.ranks)
+                else:
+                    late.append(wait)
+            with self._lock:
+                self._waits = late + self._waits
+
+
+@cache
+def _watchdog() -> _Watchdog:
+    return _Watchdog()
+
+
+class Peers:
+    """The arenas and lanes of one group on one device."""
+
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+        self.lanes = Lane(torch.cuda.Stream(device)), Lane(torch.cuda.Stream(device))
+        self._memories = {name: SymmetricMemory(group, device, name) for name in ("keys", "gradients")}
+
+    def memory(self, name: str) -> SymmetricMemory:
+        return self._memories[name]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(memory.nbytes for memory in self._memories.values())
+
+
+_peers: weakref.WeakKeyDictionary[ProcessGroup, Peers | None] = weakref.WeakKeyDictionary()
+
+
+def peers(group: ProcessGroup, device: torch.device) -> Peers | None:
+    """The group's peer memory; None where its ranks cannot read each other's. The first call is collective."""
+    if group not in _peers:
+        _peers[group] = Peers(group, device) if _can_read_each_other(group, device) else None
+    return _peers[group]
+
+
+def arena_bytes() -> int:
+    """Bytes of this process's GPUs in peer arenas, which torch's allocator does not count."""
+    return sum(found.nbytes for found in _peers.values() if found is not None)
+
+
+def _can_read_each_other(group: ProcessGroup, device: torch.device) -> bool:
+    """Whether all ranks are processes of one host, see all of their GPUs, and may map each other's memory."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    mine = (boot.read_text().strip() if boot.exists() else "", device.index, torch.cuda.device_count())
+    places: list[tuple[str, int, int]] = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(places, mine, group=group)
+    hosts, devices, counts = zip(*places, strict=True)
+    if not hosts[0] or len(set(hosts)) > 1 or len(set(devices)) < len(devices) or max(devices) >= min(counts):
+        return False
+    return all(torch.cuda.can_device_access_peer(a, b) for a, b in combinations(devices, 2))
