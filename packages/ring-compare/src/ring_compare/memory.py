@@ -49,8 +49,7 @@ def allocated(device: torch.device) -> int:
 
 def arena_bytes(device: torch.device) -> int:
     """Bytes of peer-accessible memory that ring_core holds in this process: torch's allocator does not see them."""
-    held = getattr(comm, "arena_bytes", None)  # not there in every transport of ring-core 0.1
-    return int(held(device)) if held is not None else 0
+    return comm.arena_bytes() if device.type == "cuda" else 0
 
 
 @contextlib.contextmanager

@@ -54,7 +54,9 @@ def ratios(line: Line, lines: Sequence[Line]) -> Ratios:
     return Ratios(
         speed={phase: _quotient(line.rate(phase), _rate(other, phase)) for phase in PHASES},
         overhead={phase: _quotient(_rate(alone, phase), line.rate(phase)) for phase in PHASES},
-        memory=_quotient(extra_memory(line.pair.get("fwd+bwd")), None if other is None else extra_memory(other.pair.get("fwd+bwd"))),
+        memory=_quotient(
+            extra_memory(line.pair.get("fwd+bwd")), None if other is None else extra_memory(other.pair.get("fwd+bwd"))
+        ),
         accuracy=accuracy(line),
     )
 

@@ -171,23 +171,24 @@ def _host_bound(result: Result) -> bool:
     return bool(result.host_ms) and statistics.median(result.host_ms) >= statistics.median(result.samples_ms)
 
 
+_NOTES = """\
+Errors are against float64, over all ranks; grad: the worst of dq, dk, dv. Rates: median of the slowest rank.
+`vs native %` is fwd / fwd+bwd relative to flash-attn on the same layout and schedule; blank: it did not run.
+TFLOP/s count 4·B·H·S²·D forward (half when causal, exact pairs in windows) and 2.5 times that backward.
+Peak memory is one rank's, beyond its inputs; on a CPU the growth of the resident set, a rough figure. On GPUs it is
+what torch's allocator saw plus, for the gather schedule, all peer memory that the process then holds.
+Ratios, fwd / fwd+bwd: speed against ring-flash-attn's zigzag (of documents it cannot cut: its llama3); time against
+the same kernels with all keys local (local[…], local-varlen); peak memory beyond inputs and outputs, fwd+bwd; the
+worst of the errors of out, dq, dk, dv, each against that of one call on the whole sequence. All of one run, samples
+interleaved. Route `own`: an implementation with one schedule of its own.""".splitlines()
+
+
 def render(records: Records) -> str:
     """The whole report."""
     check_names(records.results)
     suites = ", ".join(dict.fromkeys(result.suite for result in records.results)) or "nothing"
     lines = [f"# ring-compare: {suites}", "", *_machine(records.environment)]
-    lines += [
-        "Errors are against float64, over all ranks; grad: the worst of dq, dk, dv. Rates: median of the slowest rank.",
-        "`vs native %` is fwd / fwd+bwd relative to flash-attn on the same layout and schedule; blank: it did not run.",
-        "TFLOP/s count 4·B·H·S²·D forward (half when causal, exact pairs in windows) and 2.5 times that backward.",
-        "Peak memory is one rank's, beyond its inputs; on a CPU the growth of the resident set, a rough figure. On GPUs",
-        "it is what torch's allocator saw plus, for the gather schedule, all peer memory that ring_core holds then.",
-        "Ratios, fwd / fwd+bwd: speed against ring-flash-attn's zigzag (of documents it cannot cut: its llama3); time",
-        "against the same kernels with all keys local (local[…], local-varlen); peak memory beyond inputs and outputs,",
-        "fwd+bwd; the worst of the errors of out, dq, dk, dv, each against that of one call on the whole sequence.",
-        "All of one run, samples interleaved. Route `own`: the implementation has one schedule of its own.",
-        "",
-    ]
+    lines += [*_NOTES, ""]
     for problem, found in by_problem(records.results).items():
         lines += [f"## {problem}", ""]
         shown = [line for line in found if line.tried]
