@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import pytest
 
 from ring_compare.cli import main
 from ring_compare.records import load
+from ring_compare.suites import SUITES
 
 TORCHRUN = [
     sys.executable,
@@ -95,6 +97,26 @@ def test_failure_gives_exit_code_one(tmp_path, capsys):
     assert "wrong[torch]: failed: out relative error 0.01" in capsys.readouterr().out
     statuses = {r.implementation: r.status for r in load(record_file(tmp_path)).results}
     assert statuses == {"plain[torch]": "ok", "wrong[torch]": "failed"}
+
+
+def test_timing_options_and_the_end_of_time(tmp_path, capsys):
+    axes = ["--device", "cpu", "--world-size", "1", "--seqlen", "32", "64", "--out", str(tmp_path)]
+    short = ["--measure-seconds", "0.001", "--warmup-seconds", "0", "--max-seconds", "0"]
+    assert main(["run", "--suite", "smoke", *axes, *short, "--backend", "compare_fakes:Plain"]) == 1
+    assert "not begun after 0 s (--max-seconds)" in capsys.readouterr().out
+    results = load(record_file(tmp_path)).results
+    assert [(r.cell.Sq, r.status) for r in results] == [(32, "skipped")] * 2 + [(64, "skipped")] * 2
+
+
+def test_what_a_suite_names_but_is_not_installed_is_skipped(tmp_path, monkeypatch):
+    suite = dataclasses.replace(SUITES["smoke"], implementations=("nothing[cudnn]", "reference"))
+    monkeypatch.setitem(SUITES, "smoke", suite)
+    axes = ["--device", "cpu", "--world-size", "1", "--seqlen", "32", "--out", str(tmp_path)]
+    assert main(["run", "--suite", "smoke", *axes]) == 0
+    found = {r.implementation: (r.status, r.reason) for r in load(record_file(tmp_path)).results}
+    assert found["reference"] == ("ok", "")
+    assert found["nothing[cudnn]"][0] == "skipped"
+    assert found["nothing[cudnn]"][1].startswith("unknown implementation 'nothing[cudnn]'; installed: ")
 
 
 def test_nothing_measured_is_no_success(tmp_path, capsys):

@@ -128,6 +128,9 @@ def test_peak_memory_on_the_cpu():
 def test_names_of_implementations():
     assert implementations.display_name("native", "flash-attn") == "native"
     assert implementations.display_name("native", "aten") == "native[aten]"
+    assert implementations.display_name("native[fa4]", "fa4") == "native[fa4]"
+    assert implementations.display_name("native[flash-attn]", "flash-attn") == "native"
+    assert implementations.split_option("local[native[fa4]]") == ("local", "native[fa4]")
     assert implementations.display_name("triton", "") == "triton"
     assert "reference" in implementations.installed_names()
     with pytest.raises(ValueError, match=r"unknown implementation 'nothing'; installed: .*reference"):

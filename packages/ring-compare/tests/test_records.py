@@ -76,6 +76,16 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, where, change, message):
         load(path)
 
 
+def test_records_of_schema_1_are_still_read(tmp_path, where):
+    row = RESULT.to_dict() | {"schema": 1}
+    old = {key: value for key, value in row.items() if key not in ("single_errors", "single_provider", "arena_bytes")}
+    del old["cell"]["documents"]
+    path = write(tmp_path / "r.jsonl", environment_row(where) | {"schema": 1}, old)
+    (loaded,) = load(path).results
+    assert loaded.cell == CELL
+    assert (loaded.single_errors, loaded.single_provider, loaded.arena_bytes) == ({}, "", 0)
+
+
 def test_closing_row_goes_to_the_environment(tmp_path, where):
     gpus = [{"index": "0", "throttle_reasons": "0x0"}]
     path = write(tmp_path / "r.jsonl", environment_row(where), RESULT.to_dict(), closing_row(gpus))
