@@ -2,6 +2,7 @@
 
 import sys
 from types import ModuleType
+from typing import NamedTuple
 
 import compare_fakes
 import pytest
@@ -24,22 +25,34 @@ def cell(mask="causal", layout="zigzag", world_size=2, heads=(2, 2), **changes):
     return Cell(2 if not fields["documents"] else 1, 64, 64, *heads, 16, *names)
 
 
+class Place(NamedTuple):
+    """Ranks on which to run, in a world of their own size."""
+
+    launcher: OwnRanks
+    world_size: int
+
+
 @pytest.fixture(scope="module")
-def ranks():
+def ranks(request):
+    """One pool per world size: pytest brings the tests of a size together."""
     launcher = OwnRanks("cpu")
-    yield launcher
+    yield Place(launcher, request.param)
     launcher.close()
+
+
+def of_sizes(*sizes):
+    return pytest.mark.parametrize("ranks", sizes, indirect=True)
 
 
 def run(ranks, cells, *names):
     task = Task(Suite("test", "", (), TIMING, 60.0), tuple(cells), names, 0)
-    return run_task(ranks, task, lambda stage: None)
+    return run_task(ranks.launcher, task, lambda stage: None)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_torch_context_parallel_agrees_with_float64(ranks, world_size):
+@of_sizes(2, 4)
+def test_torch_context_parallel_agrees_with_float64(ranks):
     names = ("torch-cp", "torch-cp[all-to-all]")
-    for problem in (cell(world_size=world_size), cell("full", "contiguous", world_size)):
+    for problem in (cell(world_size=ranks.world_size), cell("full", "contiguous", ranks.world_size)):
         rows = run(ranks, [problem], *names)
         assert [(row.implementation, row.phase) for row in rows] == [(n, p) for n in names for p in ("fwd", "fwd+bwd")]
         assert [row.reason for row in rows] == [""] * 4
@@ -151,9 +164,9 @@ def test_ring_flash_attn_deals_out_every_document(library):
     assert arguments["cu_seqlens"].tolist() == [0, 16, 32, 48, 64]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_kernels_alone_compute_the_ranks_share(ranks, world_size):
-    problem = cell(world_size=world_size, heads=(4, 2), schedule="ring")
+@of_sizes(1, 2, 4)
+def test_kernels_alone_compute_the_ranks_share(ranks):
+    problem = cell(world_size=ranks.world_size, heads=(4, 2), schedule="ring")
     rows = run(ranks, [problem], "local[reference]", "reference")
     local = [row for row in rows if row.implementation == "local[reference]"]
     assert [row.reason for row in rows] == [""] * 4
@@ -163,6 +176,7 @@ def test_kernels_alone_compute_the_ranks_share(ranks, world_size):
     assert local[1].samples_ms
 
 
+@of_sizes(2)
 def test_kernels_alone_once_for_every_schedule_and_on_zigzag_only(ranks):
     routes = [cell(schedule="ring"), cell(schedule="gather"), cell(schedule="ring", layout="stripe")]
     rows = run(ranks, routes, "local[reference]")
