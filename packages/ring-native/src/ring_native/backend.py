@@ -1,0 +1,253 @@
+"""The backend whose kernels are other people's: tables become calls of a provider, results are landed or merged."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ring_core.backend import Capabilities, DeviceTable, Flags, Params
+from ring_core.merge import merge_
+from ring_native.calls import Call, Idle, Landing, backward_calls, forward_calls
+from ring_native.gradients import QueryGradient
+from ring_native.providers import PROVIDERS, Provider
+
+VARIABLE = "RING_NATIVE_PROVIDER"
+DEFAULTS = ("flash-attn", "aten")
+"""On CUDA, in this order."""
+
+
+@dataclass
+class BackwardState:
+    """What lives from `prepare` to `finish`."""
+
+    provider: Provider
+    out: Tensor  # (B, Sq, Hq, D)
+    lse: Tensor  # (B, Hq, Sq)
+    dlse: Tensor | None
+    dq: QueryGradient
+    rows: dict[tuple[int, int, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    """lse and dlse of rows that were asked for, contiguous: a ring asks for the same at every step."""
+
+
+class NativeBackend:
+    """Ready-made kernels behind the contract.
+
+    Args:
+        provider: whose; one of `ring_native.providers.PROVIDERS`, or an object like them. None: that of the environment
+            variable RING_NATIVE_PROVIDER, else flash-attn where it is installed, else the one in torch; for CPU tensors
+            always torch's.
+
+    Raises:
+        ValueError: there is no such provider.
+    """
+
+    def __init__(self, provider: str | Provider | None = None) -> None:
+        default = os.environ.get(VARIABLE) or None
+        for given, source in ((provider, "provider"), (default, VARIABLE)):
+            if isinstance(given, str) and given not in PROVIDERS:
+                known = ", ".join(map(repr, PROVIDERS))
+                raise ValueError(f"{source}={given!r}: there is no such provider; there are {known}")
+        self._chosen = PROVIDERS[provider] if isinstance(provider, str) else provider
+        self._default = None if default is None else PROVIDERS[default]
+        self.name = "native" if self._chosen is None else f"native[{self._chosen.name}]"
+
+    def provider(self, device: torch.device) -> Provider:
+        """Whose kernels run on `device`."""
+        if self._chosen is not None:
+            return self._chosen
+        if device.type == "cpu":
+            return PROVIDERS["cpu"]
+        if self._default is not None:
+            return self._default
+        able = (PROVIDERS[name] for name in DEFAULTS if PROVIDERS[name].capabilities(device).available)
+        return next(able, PROVIDERS[DEFAULTS[-1]])
+
+    def capabilities(self, device: torch.device) -> Capabilities:
+        can = self.provider(device).capabilities(device)
+        return replace(can, accumulate=True, flags=False)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        state: Tensor | None,
+        table: DeviceTable,
+        *,
+        params: Params,
+        flags: Flags | None = None,
+    ) -> None:
+        assert flags is None, "flags=False among the capabilities"
+        provider = self.provider(q.device)
+        plan = forward_calls(table.host, k.shape[2], q.shape[0], provider.style, provider.varlen)
+        if state is None and plan.keeps_state:
+            state = torch.empty(q.shape, dtype=lse.dtype, device=q.device)
+        for idle in plan.idle:
+            _land_nothing(idle, out, lse, state)
+        if not q.numel():
+            return
+        keys, values = _joined(k), _joined(v)
+        for call, landings in plan.calls:
+            whole = landings == (Landing(call.rows, True, True),)
+            target = (out[call.entries, call.rows], lse[call.entries, :, call.rows])
+            found = _run_forward(provider, call, q, keys, values, target if whole else (None, None), params)
+            if not whole:
+                _land(call, landings, *found, out, lse, state)
+                continue
+            for wanted, got in zip(target, found, strict=True):
+                if got.data_ptr() != wanted.data_ptr():
+                    wanted.copy_(got)
+
+    def prepare(
+        self,
+        q: Tensor,
+        k_shape: torch.Size,
+        out: Tensor,
+        dout: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        *,
+        params: Params,
+    ) -> BackwardState:
+        return BackwardState(self.provider(q.device), out, lse, dlse, QueryGradient(q))
+
+    def backward(
+        self,
+        state: BackwardState,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dout: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        table: DeviceTable,
+        *,
+        params: Params,
+        flags: Flags | None = None,
+        departures: Tensor | None = None,
+    ) -> None:
+        assert flags is None and departures is None, "flags=False among the capabilities"
+        if not q.numel():
+            return
+        provider = state.provider
+        calls = backward_calls(table.host, k.shape[2], q.shape[0], provider.style, provider.varlen)
+        keys, values, sums = _joined(k), _joined(v), (_joined(dk), _joined(dv))
+        for call in calls:
+            place = state.dq.place(call)
+            dq, *parts = _run_backward(state, call, q, keys, values, dout, place, params)
+            if place is None:
+                state.dq.add(call, dq)
+            elif dq.data_ptr() != place.data_ptr():
+                place.copy_(dq)
+            for total, part in zip(sums, parts, strict=True):
+                total[call.entries, call.keys].add_(part)
+        for total, pieces in zip(sums, (dk, dv), strict=True):
+            if total.data_ptr() != pieces.data_ptr():  # pieces that do not lie one after the other: it was a copy
+                pieces.copy_(total.unflatten(1, pieces.shape[::2][:2]).transpose(0, 1))
+
+    def finish(self, state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
+        return state.dq.finish(), None
+
+
+def _joined(pieces: Tensor) -> Tensor:
+    """(B, C * S, H, D) of pieces (C, B, S, H, D): a view wherever they lie one after the other, as a transport's do."""
+    return pieces.transpose(0, 1).flatten(1, 2)
+
+
+def _run_forward(
+    provider: Provider,
+    call: Call,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    target: tuple[Tensor | None, Tensor | None],
+    params: Params,
+) -> tuple[Tensor, Tensor]:
+    """out (B or 1, rows, Hq, D) and lse (B or 1, Hq, rows) of a call, in the target where it has one and the provider
+    can write there."""
+    tensors = q[call.entries, call.rows], keys[call.entries, call.keys], values[call.entries, call.keys], *target
+    sequences = call.sequences
+    if sequences is None:
+        return provider.forward(*tensors, mask=call.mask, sequences=None, params=params)
+    qs, ks, vs, *rest = tensors
+    out, lse = (None if x is None else x[0] for x in rest)
+    found = provider.forward(qs[0], ks[0], vs[0], out, lse, mask=call.mask, sequences=sequences, params=params)
+    return found[0][None], found[1][None]
+
+
+def _run_backward(
+    state: BackwardState,
+    call: Call,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    dout: Tensor,
+    dq: Tensor | None,
+    params: Params,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (B or 1, rows, Hq, D), dk, dv (B or 1, keys, Hkv, D) of a call."""
+    queries = call.entries, call.rows
+    place = call.entries, call.keys
+    lse, dlse = _rows_of_lse(state, call)
+    tensors = q[queries], keys[place], values[place], state.out[queries], dout[queries], lse
+    mask, sequences = call.mask, call.sequences
+    if sequences is None:
+        return state.provider.backward(*tensors, dlse, dq, mask=mask, sequences=None, params=params)
+    qs, ks, vs, out, do, lse = (x[0] for x in tensors)
+    dlse, dq = (None if x is None else x[0] for x in (dlse, dq))
+    found = state.provider.backward(qs, ks, vs, out, do, lse, dlse, dq, mask=mask, sequences=sequences, params=params)
+    return found[0][None], found[1][None], found[2][None]
+
+
+def _rows_of_lse(state: BackwardState, call: Call) -> tuple[Tensor, Tensor | None]:
+    """lse and dlse (B or 1, Hq, rows), contiguous."""
+    key = call.batch, call.q_start, call.q_stop
+    if key not in state.rows:
+        lse, dlse = (None if x is None else x[call.entries, :, call.rows].contiguous() for x in (state.lse, state.dlse))
+        assert lse is not None
+        state.rows[key] = lse, dlse
+    return state.rows[key]
+
+
+def _land_nothing(idle: Idle, out: Tensor, lse: Tensor, state: Tensor | None) -> None:
+    rows = idle.entries, idle.rows
+    if idle.begins:
+        lse[idle.entries, :, idle.rows] = -torch.inf
+        if idle.ends:
+            out[rows] = 0.0
+    elif idle.ends:
+        assert state is not None, "rows that did not begin in this table have a state"
+        unseen = (lse[idle.entries, :, idle.rows] == -torch.inf).transpose(1, 2)[..., None]
+        out[rows] = state[rows].masked_fill(unseen, 0.0).to(out.dtype)
+
+
+def _land(
+    call: Call,
+    landings: tuple[Landing, ...],
+    found: Tensor,
+    found_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor | None,
+) -> None:
+    """Puts or merges a call's result into what its rows have so far."""
+    assert state is not None, "rows that do not begin and end in one call have a state"
+    for landing in landings:
+        rows, rows_lse = (call.entries, landing.rows), (call.entries, slice(None), landing.rows)
+        part = slice(landing.rows.start - call.q_start, landing.rows.stop - call.q_start)
+        block, block_lse = found[:, part], found_lse[:, :, part]
+        if not landing.fresh:
+            merge_(state[rows], lse[rows_lse], block, block_lse)
+            if landing.last:
+                out[rows].copy_(state[rows])
+        else:
+            (out if landing.last else state)[rows].copy_(block)
+            lse[rows_lse].copy_(block_lse)
+
+
+__all__ = ["BackwardState", "NativeBackend"]
