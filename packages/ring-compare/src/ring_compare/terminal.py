@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from ring_compare.lines import by_problem
 from ring_compare.measure import Stage
 from ring_compare.records import Result
-from ring_compare.report import COLUMNS, by_problem, main_row
+from ring_compare.report import COLUMNS, main_row
 from ring_compare.run import Progress as ProgressCall
 from ring_compare.suites import SUITES, Cell
 from ring_core import backend as ring_backend
