@@ -138,7 +138,9 @@ def test_a_band_cut_up_is_put_together(q_len: int, k_len: int, lower: int, upper
 @given(st.lists(blocks(), min_size=1, max_size=4))
 def test_a_common_mask_shows_every_sequence_as_its_own(several: list[Block]) -> None:
     """Sequences of one call share a mask, and bounds are compared with the longest."""
-    parts = [part for block in several for tight in [trimmed(block)] if tight for part in split(tight, Style.BOTTOM_RIGHT)]
+    parts = [
+        part for block in several for tight in [trimmed(block)] if tight for part in split(tight, Style.BOTTOM_RIGHT)
+    ]
     choice: Choice | None = None
     taken: list[Block] = []
     for part in parts:
