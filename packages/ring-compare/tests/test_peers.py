@@ -135,6 +135,7 @@ def test_ring_flash_attn_that_is_not_installed(monkeypatch):
         ("ring-flash-attn", cell(dtype="bfloat16"), None),
         ("ring-flash-attn", cell("full", "contiguous", dtype="bfloat16"), None),
         ("ring-flash-attn", cell(), "no float32"),
+        ("ring-flash-attn", cell(dtype="bfloat16", world_size=1), "one rank is no ring"),
         ("ring-flash-attn", cell("full", dtype="bfloat16"), "zigzag ring is causal only"),
         ("ring-flash-attn", cell("window", dtype="bfloat16"), "windows to each block"),
         ("ring-flash-attn", cell(dtype="bfloat16", documents="equal4"), None),

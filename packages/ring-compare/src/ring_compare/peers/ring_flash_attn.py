@@ -80,6 +80,8 @@ class RingFlashAttn:
             return f"flash-attn takes no {cell.dtype}"
         if cell.mask == "window":
             return "it applies windows to each block by itself"
+        if cell.world_size == 1:
+            return "one rank is no ring: its backward would send to itself, which torch refuses"
         if cell.Sq != cell.Sk:
             return "its rings need as many keys as queries"
         if cell.documents:
