@@ -77,11 +77,11 @@ class RaisesOnLastRank(Plain):
         return super().call(q, k, v, cell, group)
 
 
-class RaisesOnLastRankOfGather(RaisesOnLastRank):
+class RaisesOnLastRankOfLong(RaisesOnLastRank):
     name = "raises late"
 
     def call(self, q, k, v, cell, group):
-        fine = cell.schedule != "gather"
+        fine = cell.Sq < 128
         return Plain.call(self, q, k, v, cell, group) if fine else super().call(q, k, v, cell, group)
 
 

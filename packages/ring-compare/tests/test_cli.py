@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import pytest
 
 from ring_compare.cli import main
 from ring_compare.records import load
+from ring_compare.suites import SUITES
 
 TORCHRUN = [
     sys.executable,
@@ -37,7 +39,7 @@ def test_smoke_suite_on_two_ranks(tmp_path, capsys):
         (layout, schedule) for layout in ("contiguous", "zigzag") for schedule in ("ring", "gather")
     }
     assert {r.cell.world_size for r in reference} == {2}
-    assert [r.seed for r in reference] == [5, 5, 6, 6, 7, 7, 8, 8]
+    assert [r.seed for r in reference] == [5] * 8  # routes of a problem share its inputs
     assert records.environment["seed"] == 5
     for line in ("records: ", "report:  "):
         assert line + str(tmp_path) in output
@@ -47,29 +49,30 @@ def test_smoke_suite_on_two_ranks(tmp_path, capsys):
 
 
 def test_joins_the_ranks_of_torchrun(tmp_path, subprocess_env):
-    names = ["reference", "compare_fakes:RaisesEverywhere", "compare_fakes:RaisesOnLastRankOfGather"]
-    axes = ["--layout", "zigzag", "--schedule", "ring", "gather", "--device", "cpu", "--timeout", "6"]
+    names = ["reference", "compare_fakes:RaisesEverywhere", "compare_fakes:RaisesOnLastRankOfLong"]
+    axes = ["--layout", "zigzag", "--schedule", "ring", "--seqlen", "64", "128", "--device", "cpu", "--timeout", "6"]
     command = [*TORCHRUN, "run", "--suite", "smoke", *axes, "--out", str(tmp_path), "--backend", *names]
     done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 1, done.stderr
     assert done.stdout.count("records: ") == 1, done.stdout  # one rank speaks
     results = load(record_file(tmp_path)).results
-    ring = {r.implementation: r for r in results if r.cell.schedule == "ring"}
-    gather = {r.implementation: r for r in results if r.cell.schedule == "gather"}
-    assert [r.reason for r in results if r.cell.schedule == "ring" and r.implementation == "reference"] == ["", ""]
-    assert ring["raises late[torch]"].status == "ok"
+    short = {r.implementation: r for r in results if r.cell.Sq == 64}
+    long = {r.implementation: r for r in results if r.cell.Sq == 128}
+    assert [r.reason for r in results if r.cell.Sq == 64 and r.implementation == "reference"] == ["", ""]
+    assert short["raises late[torch]"].status == "ok"
     # What all ranks refuse alike leaves them in step.
-    assert ring["refuses[torch]"].reason.startswith("rank 0: ValueError: no such head dim")
+    assert short["refuses[torch]"].reason.startswith("rank 0: ValueError: no such head dim")
     # A lone failure does not, and nobody can start new ranks: that much must end, and be told.
-    assert gather["raises late[torch]"].reason.startswith("rank 1: RuntimeError: this kernel")
-    assert gather["reference"].status == "skipped"
-    assert gather["reference"].reason.startswith("not run: rank 1 failed otherwise than the rest")
+    assert long["raises late[torch]"].reason.startswith("rank 1: RuntimeError: this kernel")
+    assert long["reference"].status == "skipped"
+    assert long["reference"].reason.startswith("not run: rank 1 failed otherwise than the rest")
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["run", "--backend", "nothing"], "--backend nothing: not installed; there are"),
+        (["run", "--backend", "nothing"], "--implementations nothing: not installed; there are"),
+        (["run", "--implementations", "local[nothing]"], "--implementations local[nothing]: not installed"),
         (["report", "no_such_file"], "no_such_file"),
     ],
 )
@@ -94,6 +97,26 @@ def test_failure_gives_exit_code_one(tmp_path, capsys):
     assert "wrong[torch]: failed: out relative error 0.01" in capsys.readouterr().out
     statuses = {r.implementation: r.status for r in load(record_file(tmp_path)).results}
     assert statuses == {"plain[torch]": "ok", "wrong[torch]": "failed"}
+
+
+def test_timing_options_and_the_end_of_time(tmp_path, capsys):
+    axes = ["--device", "cpu", "--world-size", "1", "--seqlen", "32", "64", "--out", str(tmp_path)]
+    short = ["--measure-seconds", "0.001", "--warmup-seconds", "0", "--max-seconds", "0"]
+    assert main(["run", "--suite", "smoke", *axes, *short, "--backend", "compare_fakes:Plain"]) == 1
+    assert "not begun after 0 s (--max-seconds)" in capsys.readouterr().out
+    results = load(record_file(tmp_path)).results
+    assert [(r.cell.Sq, r.status) for r in results] == [(32, "skipped")] * 2 + [(64, "skipped")] * 2
+
+
+def test_what_a_suite_names_but_is_not_installed_is_skipped(tmp_path, monkeypatch):
+    suite = dataclasses.replace(SUITES["smoke"], implementations=("nothing[cudnn]", "reference"))
+    monkeypatch.setitem(SUITES, "smoke", suite)
+    axes = ["--device", "cpu", "--world-size", "1", "--seqlen", "32", "--out", str(tmp_path)]
+    assert main(["run", "--suite", "smoke", *axes]) == 0
+    found = {r.implementation: (r.status, r.reason) for r in load(record_file(tmp_path)).results}
+    assert found["reference"] == ("ok", "")
+    assert found["nothing[cudnn]"][0] == "skipped"
+    assert found["nothing[cudnn]"][1].startswith("unknown implementation 'nothing[cudnn]'; installed: ")
 
 
 def test_nothing_measured_is_no_success(tmp_path, capsys):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -34,6 +35,12 @@ def test_forward_flops():
     assert forward_flops(cell("window", (7, 0))) == 4 * 2 * 4 * 32 * brute_force(64, 64, False, (7, 0))
     assert forward_flops(cell("causal", seq_k=96)) == 4 * 2 * 4 * 32 * brute_force(64, 96, True, (-1, -1))
     assert phase_flops(cell(), "fwd+bwd") == 3.5 * full
+
+
+def test_documents_see_only_themselves():
+    packed = dataclasses.replace(cell("causal"), B=1, documents="equal4")
+    assert forward_flops(packed) == 4 * 4 * 32 * 4 * 16 * 16 / 2
+    assert forward_flops(dataclasses.replace(packed, mask="full")) == 4 * 4 * 32 * 4 * 16 * 16
 
 
 def test_summary():

@@ -20,7 +20,7 @@ def ranks():
 def run(ranks, world_size, *names, timeout_s=60.0):
     cell = Cell(1, 16, 16, 2, 1, 8, "float32", "causal", (-1, -1), "zigzag", "ring", world_size)
     suite = Suite("test", "", (), TIMING, timeout_s)
-    task = Task(suite, cell, tuple(f"compare_fakes:{name}" for name in names), 0)
+    task = Task(suite, (cell,), tuple(f"compare_fakes:{name}" for name in names), 0)
     results = run_task(ranks, task, lambda stage: None)
     assert len(results) == 2 * len(names)
     return {result.implementation.removesuffix("[torch]"): result for result in results}

@@ -8,6 +8,7 @@ from ring_compare import implementations
 from ring_compare.accuracy import Expectation, complaint, difference, gather_results, make_inputs
 from ring_compare.measure import CellRun, Task
 from ring_compare.memory import peak_memory
+from ring_compare.places import layout_positions
 from ring_compare.ranks import Ranks
 from ring_compare.suites import Cell, Limit, Suite, Timing
 from ring_compare.timing import sample_interleaved
@@ -25,7 +26,7 @@ def cell(mask="causal", window_size=(-1, -1), dtype="float32"):
 def run(*names, limits=None):
     stages = []
     suite = Suite("test", "", (), TIMING, 60.0, limits or {})
-    task = Task(suite, cell(), tuple(f"compare_fakes:{name}" for name in names), 7)
+    task = Task(suite, (cell(),), tuple(f"compare_fakes:{name}" for name in names), 7)
     rows = CellRun(task, ALONE, stages.append).run()
     return {(row.implementation, row.phase): row for row in rows}, stages
 
@@ -40,10 +41,10 @@ def test_plain_attention_is_within_tolerance(mask, window_size, dtype):
     out, lse = compare_fakes.Plain().call(q, k, v, problem, None)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), inputs.dout)
     results = {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
-    errors = expected.errors(gather_results(results, problem, ALONE))
+    errors = expected.errors(gather_results(results, problem, ALONE, layout_positions))
     assert complaint(errors) == ""
     results["dk"] = dk * 1.02
-    errors = expected.errors(gather_results(results, problem, ALONE))
+    errors = expected.errors(gather_results(results, problem, ALONE, layout_positions))
     assert complaint(errors).startswith("dk relative error 0.0")
 
 
@@ -58,9 +59,8 @@ def test_difference_of_infinities_and_nan():
     def heads(lse):
         zero = torch.zeros(1, 2, 1, 1)
         results = {"out": zero, "dq": zero, "dk": zero, "dv": zero, "lse": torch.tensor([[lse]])}
-        return gather_results(
-            results, Cell(1, 2, 2, 1, 1, 1, *("float32", "full", (-1, -1), "zigzag", "ring", 1)), ALONE
-        )
+        two = Cell(1, 2, 2, 1, 1, 1, *("float32", "full", (-1, -1), "zigzag", "ring", 1))
+        return gather_results(results, two, ALONE, layout_positions)
 
     nothing = heads([-math.inf, 1.0])
     assert difference(nothing, nothing, ALONE)["lse"]["max_abs"] == 0.0
@@ -95,7 +95,7 @@ def test_rows_of_one_cell():
 
 
 def test_missing_library_is_no_failure():
-    task = Task(Suite("test", "", (), TIMING, 60.0), cell(), ("no_such_module:Thing",), 7)
+    task = Task(Suite("test", "", (), TIMING, 60.0), (cell(),), ("no_such_module:Thing",), 7)
     rows = CellRun(task, ALONE, lambda stage: None).run()
     assert [row.status for row in rows] == ["skipped"] * 2
     assert "cannot be imported: No module named 'no_such_module'" in rows[0].reason
@@ -128,6 +128,9 @@ def test_peak_memory_on_the_cpu():
 def test_names_of_implementations():
     assert implementations.display_name("native", "flash-attn") == "native"
     assert implementations.display_name("native", "aten") == "native[aten]"
+    assert implementations.display_name("native[fa4]", "fa4") == "native[fa4]"
+    assert implementations.display_name("native[flash-attn]", "flash-attn") == "native"
+    assert implementations.split_option("local[native[fa4]]") == ("local", "native[fa4]")
     assert implementations.display_name("triton", "") == "triton"
     assert "reference" in implementations.installed_names()
     with pytest.raises(ValueError, match=r"unknown implementation 'nothing'; installed: .*reference"):

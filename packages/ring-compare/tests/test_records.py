@@ -59,7 +59,7 @@ def test_environment_names_no_host_and_no_path(where):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"schema": 2}, "schema 2"),
+        ({"schema": 3}, "schema 3; this version reads 1 and 2"),
         ({"status": "fine"}, "status 'fine'"),
         ({"phase": "bwd"}, "phase 'bwd'"),
         ({"surprise": 1}, "unknown fields.*surprise"),
@@ -74,6 +74,16 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, where, change, message):
     path = write(tmp_path / "r.jsonl", environment_row(where), RESULT.to_dict(), row)
     with pytest.raises(RecordError, match=rf"r\.jsonl:3: .*{message}"):
         load(path)
+
+
+def test_records_of_schema_1_are_still_read(tmp_path, where):
+    row = RESULT.to_dict() | {"schema": 1}
+    old = {key: value for key, value in row.items() if key not in ("single_errors", "single_provider", "arena_bytes")}
+    del old["cell"]["documents"]
+    path = write(tmp_path / "r.jsonl", environment_row(where) | {"schema": 1}, old)
+    (loaded,) = load(path).results
+    assert loaded.cell == CELL
+    assert (loaded.single_errors, loaded.single_provider, loaded.arena_bytes) == ({}, "", 0)
 
 
 def test_closing_row_goes_to_the_environment(tmp_path, where):

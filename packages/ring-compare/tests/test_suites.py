@@ -1,6 +1,9 @@
+import dataclasses
+
 import pytest
 
-from ring_compare.suites import SUITES, Cell, Overrides, check_cell, default_suite, suite_cells
+from ring_compare.implementations import known
+from ring_compare.suites import LAYOUTS, SUITES, Cell, Overrides, by_problem, check_cell, default_suite, suite_cells
 
 
 def cells(name, **axes):
@@ -54,8 +57,40 @@ def test_length_that_does_not_divide_is_named():
 
 
 def test_cell_dict_round_trip():
-    cell = cells("cpu", masks=("window",))[0]
-    assert Cell.from_dict(cell.to_dict()) == cell
+    for cell in (cells("cpu", masks=("window",))[0], cells("packed")[0]):
+        assert Cell.from_dict(cell.to_dict()) == cell
+
+
+def test_rings_suite_is_what_was_asked_for():
+    found = cells("rings")
+    routes = {(c.layout, c.schedule) for c in found if (c.world_size, c.Sq, c.Hkv) == (4, 32768, 8)}
+    assert routes == {("zigzag", "auto"), *((x, y) for x in LAYOUTS for y in ("ring", "gather"))}
+    assert {(c.world_size, c.Sq) for c in found if c.Hkv == 8} == {(w, s) for w in (1, 2, 4) for s in (8192, 32768)}
+    assert {(c.Hq, c.world_size) for c in found if c.Hkv == 32} == {(32, 4)}  # for torch's context_parallel
+    assert {"native[fa4]", "local[native[fa4]]", "ring-flash-attn", "torch-cp"} <= set(SUITES["rings"].implementations)
+    assert all(known(name) or name.startswith(("native", "local[")) for name in SUITES["rings"].implementations)
+
+
+def test_packed_suite_is_what_was_asked_for():
+    found = cells("packed")
+    assert {c.documents for c in found} == {"realistic", "equal64"}
+    assert {c.layout for c in found} == {"contiguous", "zigzag", "balanced"}
+    assert {(c.Sq, c.world_size) for c in found} == {(32768, 4)}
+    assert cells("packed", layouts=("stripe",)) == []
+    assert "equal64 documents" in found[-1].title
+
+
+def test_problems_stand_together():
+    problems = by_problem(cells("rings"))
+    assert [cell for problem in problems for cell in problem] == cells("rings")
+    assert len({problem[0].problem for problem in problems}) == len(problems)
+
+
+def test_layouts_of_documents_and_of_sequences():
+    assert "no layout balanced of one sequence" in check_cell(dataclasses.replace(cells("smoke")[0], layout="balanced"))
+    packed = cells("packed")[0]
+    assert "no layout stripe of packed documents" in check_cell(dataclasses.replace(packed, layout="stripe"))
+    assert "batch of 1" in check_cell(dataclasses.replace(packed, B=2))
 
 
 def test_default_suites():

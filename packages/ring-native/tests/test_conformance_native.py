@@ -1,12 +1,11 @@
-"""The contract, on torch's CPU kernel and on a stand-in for flash-attn."""
+"""The contract, on torch's CPU kernel and on stand-ins for the kernels that need a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
+from native_fakes import FAKES, run_ring_case
 
 from ring_core.backend import load_backend
 from ring_core.testing.conformance import (
@@ -16,19 +15,10 @@ from ring_core.testing.conformance import (
     check_ring_case,
     kernel_cases,
     ring_cases,
-    run_ring_case,
 )
 
 NATIVE = "native"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small are slower on several threads, many times so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+STAND_INS = [f"native[fake-{name}]" for name in FAKES]
 
 
 @pytest.mark.parametrize("case", kernel_cases(), ids=str)
@@ -36,6 +26,19 @@ def test_kernel(case: KernelCase, seed: int) -> None:
     check_kernel_case(case, load_backend(NATIVE), seed=seed)
 
 
-@pytest.mark.parametrize("case", ring_cases(through=("collectives", "shared_memory")), ids=str)
+@pytest.mark.parametrize("case", kernel_cases(), ids=str)
+@pytest.mark.parametrize("backend", STAND_INS)
+def test_kernel_of_a_stand_in(case: KernelCase, backend: str, seed: int) -> None:
+    check_kernel_case(case, load_backend(backend), seed=seed)
+
+
+@pytest.mark.parametrize("case", ring_cases((1, 2, 4), through=("collectives", "shared_memory")), ids=str)
 def test_ring(case: RingCase, ranks: Any, seed: int) -> None:
     check_ring_case(case, NATIVE, ranks(case.world_size, run_ring_case, case, NATIVE, seed), seed)
+
+
+@pytest.mark.parametrize("case", ring_cases((2, 4)), ids=str)
+def test_ring_of_a_stand_in(case: RingCase, ranks: Any, seed: int) -> None:
+    """By turns, as the kernel cases have shown each by itself."""
+    backend = STAND_INS[sum(map(ord, case.name)) % len(STAND_INS)]
+    check_ring_case(case, backend, ranks(case.world_size, run_ring_case, case, backend, seed), seed)

@@ -1,4 +1,4 @@
-"""The command `ring-compare`: run, list, report, env."""
+"""The command `ring-compare`: run, list, report, targets, env."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ring_compare import environment, implementations, launch, plots, records, report, terminal
+from ring_compare import environment, implementations, launch, plots, records, report, targets, terminal
 from ring_compare.run import Outcome, Plan, execute
 from ring_compare.suites import DTYPES, LAYOUTS, MASKS, SCHEDULES, SUITES, Overrides, Suite, default_suite, suite_cells
 
@@ -47,8 +47,18 @@ def make_parser() -> argparse.ArgumentParser:
         "Axes given here replace the suite's. Exit code 1: something failed, is beyond tolerance, or nothing ran.",
     )
     run.add_argument("--suite", choices=SUITES, help="default: gpu where there are GPUs, else cpu")
-    run.add_argument("--backend", nargs="+", default=[], metavar="NAME", help="installed name, or module:factory")
-    run.add_argument("--layout", nargs="+", default=[], choices=LAYOUTS)
+    run.add_argument(
+        "--implementations",
+        "--backend",
+        dest="implementations",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="backends, with an option in brackets if they have any (native 'native[cudnn]'), peers "
+        "(ring-flash-attn, torch-cp, 'torch-cp[all-to-all]'), kernels alone ('local[native]'), or module:factory; "
+        "default: the suite's, else everything installed",
+    )
+    run.add_argument("--layout", nargs="+", default=[], choices=(*LAYOUTS, "balanced"))
     run.add_argument("--schedule", nargs="+", default=[], choices=SCHEDULES)
     run.add_argument("--mask", nargs="+", default=[], choices=MASKS)
     run.add_argument("--world-size", nargs="+", default=[], type=_positive, metavar="N")
@@ -57,12 +67,23 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there are GPUs")
     run.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: ./runs")
     run.add_argument("--seed", type=int, metavar="N", help="default: drawn afresh and recorded")
-    run.add_argument("--timeout", type=_positive, metavar="SECONDS", help="per cell; default: the suite's")
+    run.add_argument("--timeout", type=_positive, metavar="SECONDS", help="per problem; default: the suite's")
+    run.add_argument(
+        "--max-seconds", type=float, metavar="SECONDS", help="begin nothing new after so long; default: no limit"
+    )
+    run.add_argument("--measure-seconds", type=float, metavar="SECONDS", help="per implementation, route and phase")
+    run.add_argument("--warmup-seconds", type=float, metavar="SECONDS", help="likewise, before measuring")
     run.add_argument("--list-cells", action="store_true", help="print the cells and stop")
     commands.add_parser("list", help="backends with what they can do, and suites")
     again = commands.add_parser("report", help="Markdown from record files of one machine, on standard output")
     again.add_argument("files", nargs="+", type=Path, metavar="FILE")
     again.add_argument("--plots", type=Path, metavar="DIR", help="also draw charts there (needs matplotlib)")
+    reached = commands.add_parser(
+        "targets",
+        help="records of 4 GPUs against the project's targets, and peers against what they took before",
+        description="Exit code 1: a target was missed or not measured.",
+    )
+    reached.add_argument("files", nargs="+", type=Path, metavar="FILE")
     commands.add_parser("env", help="the environment as it would be recorded")
     return parser
 
@@ -73,16 +94,24 @@ def _device(wanted: str | None) -> str:
     return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _names(wanted: Sequence[str]) -> tuple[str, ...]:
+def _names(wanted: Sequence[str], suite: Suite) -> tuple[str, ...]:
     installed = implementations.installed_names()
-    unknown = [name for name in wanted if ":" not in name and name not in installed]
+    unknown = [name for name in wanted if not implementations.known(name)]
     if unknown:
-        raise UsageError(f"--backend {' '.join(unknown)}: not installed; there are {', '.join(installed) or 'none'}")
+        there = ", ".join((*installed, *implementations.BUILT_IN))
+        raise UsageError(f"--implementations {' '.join(unknown)}: not installed; there are {there}")
     # What others are compared against comes first.
-    names = sorted(dict.fromkeys(wanted or installed), key=lambda name: name != "native")
+    chosen = wanted or suite.implementations or installed
+    names = sorted(dict.fromkeys(chosen), key=lambda name: name != "native")
     if not names:
         raise UsageError("no backend is installed: pip install ring-core brings one called reference")
     return tuple(names)
+
+
+def _timing(suite: Suite, options: argparse.Namespace) -> Suite:
+    changes = {"measure_s": options.measure_seconds, "warmup_s": options.warmup_seconds}
+    given = {name: seconds for name, seconds in changes.items() if seconds is not None}
+    return dataclasses.replace(suite, timing=dataclasses.replace(suite.timing, **given))
 
 
 def _world_sizes(wanted: Sequence[int]) -> tuple[int, ...]:
@@ -96,7 +125,7 @@ def _world_sizes(wanted: Sequence[int]) -> tuple[int, ...]:
 
 def _plan(options: argparse.Namespace) -> Plan:
     device = _device(options.device)
-    suite: Suite = SUITES[options.suite or default_suite(device)]
+    suite: Suite = _timing(SUITES[options.suite or default_suite(device)], options)
     if options.timeout is not None:
         suite = dataclasses.replace(suite, timeout_s=options.timeout)
     overrides = Overrides(
@@ -108,7 +137,8 @@ def _plan(options: argparse.Namespace) -> Plan:
         dtypes=tuple(options.dtype),
     )
     cells = suite_cells(suite, overrides, all_ranks=launch.visible_ranks(device))
-    return Plan(suite, cells, _names(options.backend), device, options.seed)
+    names = _names(options.implementations, suite)
+    return Plan(suite, cells, names, device, options.seed, options.max_seconds)
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -139,7 +169,7 @@ def _list() -> int:
     console = terminal.make_console()
     console.print(terminal.backends_table(torch.device(_device(None))))
     peers = [name for name in implementations.installed_names() if name not in implementations.backend_names()]
-    console.print(f"peers: {', '.join(peers) or 'none installed'}")
+    console.print(f"peers: {', '.join((*peers, *implementations.BUILT_IN))}", markup=False)
     console.print(terminal.suites_table())
     return OK
 
@@ -151,6 +181,12 @@ def _report(options: argparse.Namespace) -> int:
         for path in plots.draw(loaded, options.plots):
             print(f"plot: {path}", file=sys.stderr)
     return OK
+
+
+def _targets(options: argparse.Namespace) -> int:
+    text, met = targets.render_targets(report.merge([records.load(file) for file in options.files]))
+    sys.stdout.write(text)
+    return OK if met else FAILED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,6 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _list()
             case "report":
                 return _report(options)
+            case "targets":
+                return _targets(options)
             case _:
                 print(json.dumps(environment.describe(_device(None), arguments), indent=2))
                 return OK

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ring_compare.documents import document_lengths
 from ring_compare.suites import Cell
 
 BACKWARD_FACTOR = 2.5  # five matrix products against two, the convention of the field
@@ -26,11 +27,19 @@ def visible_pairs(seq_q: int, seq_k: int, *, causal: bool, window_size: tuple[in
 def forward_flops(cell: Cell) -> float:
     """4·B·H·S²·D, half of it when causal (the convention of published figures); exact pairs for everything else."""
     per_pair = 4.0 * cell.B * cell.Hq * cell.D
+    if cell.documents:
+        return per_pair * sum(_document_pairs(cell, length) for length in document_lengths(cell.documents, cell.Sq))
     if cell.mask == "full":
         return per_pair * cell.Sq * cell.Sk
     if cell.mask == "causal" and cell.Sq == cell.Sk:
         return per_pair * cell.Sq * cell.Sk / 2
     return per_pair * visible_pairs(cell.Sq, cell.Sk, causal=cell.causal, window_size=cell.window_size)
+
+
+def _document_pairs(cell: Cell, length: int) -> float:
+    if cell.mask == "window":
+        return visible_pairs(length, length, causal=False, window_size=cell.window_size)
+    return length * length / (2 if cell.causal else 1)
 
 
 def phase_flops(cell: Cell, phase: str) -> float:

@@ -1,12 +1,16 @@
-"""What is compared against what: every installed ring_core backend, and peers added by entry.
+"""What is compared against what: every installed ring_core backend, other libraries' rings, yardsticks.
 
-A peer (another library's ring, say) is a zero-argument factory that returns an `Implementation`, registered under the
-entry-point group `ring_compare.implementations` or named directly on the command line as `module:factory`.
+Names may carry one option in brackets: `native[cudnn]` is the backend `native` with the provider `cudnn`,
+`local[native[cudnn]]` its kernels alone. A peer (another library's ring, say) is a factory that returns an
+`Implementation`: one of `BUILT_IN`, one registered under the entry-point group `ring_compare.implementations`, or one
+named directly on the command line as `module:factory`.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Protocol, runtime_checkable
 
@@ -14,15 +18,42 @@ import torch
 import torch.distributed as dist
 
 import ring_core
-from ring_compare.suites import Cell
+from ring_compare import packed
+from ring_compare.places import Positions
+from ring_compare.suites import OWN, Cell
 from ring_core import backend as ring_backend
 
 ENTRY_GROUP = "ring_compare.implementations"
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What sets an implementation apart from a ring_core backend; it may carry them as an attribute `traits`."""
+
+    own_schedule: bool = False
+    """It has one schedule: measured once per layout, as the route "own"."""
+    omits: frozenset[str] = frozenset()
+    """Of out, lse, dq, dk, dv: what it does not give (None). Everything else must be there."""
+    label: str = ""
+    """The name in records; "" for `display_name`."""
+    positions: Positions | None = None
+    """Which tokens each rank holds, where that is not what ring_core's layout of the same name says."""
+    arena: bool = False
+    """Its gather schedule works in ring_core's peer memory, which counts as its own."""
+
+    def routes(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The cells to measure it on."""
+        own = [replace(cell, schedule=OWN) for cell in cells] if self.own_schedule else list(cells)
+        return list(dict.fromkeys(own))
+
+    def uses_arena(self, cell: Cell) -> bool:
+        """Whether peer memory held now counts for this cell."""
+        return self.arena and cell.world_size > 1 and cell.schedule in ("gather", "auto")
+
+
 @runtime_checkable
 class Implementation(Protocol):
-    """One way to compute attention over a sequence spread over ranks."""
+    """One way to compute attention over a sequence spread over ranks. It may have `traits: Traits` besides."""
 
     name: str
 
@@ -34,22 +65,38 @@ class Implementation(Protocol):
 
     def call(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cell: Cell, group: dist.ProcessGroup | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse) of this rank's shards: out like q, lse fp32 natural log (B, Hq, Sq / world size)."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(out, lse) of this rank's shards: out like q, lse fp32 natural log (B, Hq, Sq / world size) or None."""
+
+
+def traits(made: Implementation) -> Traits:
+    """The implementation's traits, or those of any other."""
+    found = getattr(made, "traits", Traits())
+    if not isinstance(found, Traits):
+        raise TypeError(f"{made.name}.traits is a {type(found).__name__}, not Traits")
+    return found
+
+
+def split_option(name: str) -> tuple[str, str]:
+    """("native", "cudnn") of "native[cudnn]", ("native", "") of "native"."""
+    base, bracket, option = name.partition("[")
+    return (base, option.removesuffix("]")) if bracket and option.endswith("]") else (name, "")
 
 
 def display_name(name: str, provider: str) -> str:
     """The name in records and reports: `native` is reserved for flash-attn, other providers stand in brackets."""
-    if name == "native" and provider == "flash-attn":
-        return name
-    return f"{name}[{provider}]" if provider else name
+    base, _ = split_option(name)
+    if base == "native" and provider == "flash-attn":
+        return base
+    return f"{base}[{provider}]" if provider else name
 
 
 class RingCoreBackend:
-    """A kernel backend that ring_core finds by its entry point."""
+    """A kernel backend that ring_core finds by its entry point, with its option if it has one."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.traits = Traits(arena=True)
         self._backend = ring_backend.load_backend(name)
 
     def provider(self, device: torch.device) -> str:
@@ -66,12 +113,18 @@ class RingCoreBackend:
             return f"no {cell.dtype} on {device.type}; it takes {known}"
         if cell.D not in capabilities.head_dims:
             return f"no head dim {cell.D} on {device.type}; it takes {capabilities.head_dims}"
+        if cell.documents and "packed" not in capabilities.features:
+            return f"no packed documents on {device.type}"
         return None
 
     def call(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cell: Cell, group: dist.ProcessGroup | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`ring_core.ring_attention` with this backend."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`ring_core.ring_attention` with this backend; for packed documents its counterpart."""
+        if cell.documents:
+            return packed.attention(q, k, v, cell, group, backend=self.name)
+        assert cell.layout != "balanced"  # check_cell
+        assert cell.schedule != "own"
         out, lse = ring_core.ring_attention(
             q,
             k,
@@ -87,6 +140,19 @@ class RingCoreBackend:
         return out, lse
 
 
+BUILT_IN = {
+    "ring-flash-attn": "ring_compare.peers.ring_flash_attn:RingFlashAttn",
+    "torch-cp": "ring_compare.peers.torch_context_parallel:TorchContextParallel",
+    "local": "ring_compare.peers.local:LocalKernels",
+    "local-varlen": "ring_compare.peers.local_varlen:LocalVarlen",
+}
+"""Peers and yardsticks that come with this package, by name without option; what they need may not be installed."""
+
+
+class NotInstalledError(ValueError):
+    """No implementation of that name is here."""
+
+
 def backend_names() -> tuple[str, ...]:
     """The installed backends of ring_core."""
     return tuple(ring_backend.backend_names())
@@ -99,17 +165,32 @@ def installed_names() -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: name != "native"))
 
 
+def known(name: str) -> bool:
+    """Whether `load` would look for it; what it needs may still be missing."""
+    base, option = split_option(name)
+    if base == "local":
+        return known(option)
+    return ":" in name or base in (*installed_names(), *BUILT_IN)
+
+
 def load(name: str) -> Implementation:
-    """The implementation of that name; imports its library. Raises ValueError for an unknown name."""
+    """The implementation of that name; imports its library. Raises NotInstalledError for an unknown name."""
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        return _checked(name, getattr(importlib.import_module(module), attribute)())
-    if name in backend_names():
+        return _made(name, name)
+    base, option = split_option(name)
+    if base in backend_names():
         return RingCoreBackend(name)
+    if base in BUILT_IN:
+        return _made(name, BUILT_IN[base], *filter(None, [option]))
     for entry in metadata.entry_points(group=ENTRY_GROUP):
         if entry.name == name:
             return _checked(name, entry.load()())
-    raise ValueError(f"unknown implementation {name!r}; installed: {', '.join(installed_names()) or 'none'}")
+    raise NotInstalledError(f"unknown implementation {name!r}; installed: {', '.join(installed_names()) or 'none'}")
+
+
+def _made(name: str, place: str, *arguments: str) -> Implementation:
+    module, _, attribute = place.partition(":")
+    return _checked(name, getattr(importlib.import_module(module), attribute)(*arguments))
 
 
 def _checked(name: str, made: object) -> Implementation:

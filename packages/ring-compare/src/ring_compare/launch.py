@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ring_compare.measure import STARTING, CellRun, Stage, Task, Watch
+from ring_compare.measure import STARTING, CellRun, Entry, Stage, Task, Watch
 from ring_compare.ranks import Ranks
 from ring_compare.records import Result
 from ring_core.testing import RankDied, RankError, RankFailure, WorkerPool, report
@@ -51,23 +51,26 @@ class RanksLostError(RuntimeError):
 
 
 def run_task(launcher: Launcher, task: Task, watch: Watch) -> list[Result]:
-    """Results of every implementation of the task: a failed one is left out and the rest run again."""
-    names = task.names
+    """Results of every implementation of the task: a failed route is left out and the rest run again."""
     failed: list[Result] = []
-    while names:
+    while task.names:
         try:
-            outcome = launcher.attempt(dataclasses.replace(task, names=names), watch)
+            outcome = launcher.attempt(task, watch)
         except RanksLostError as lost:
             reason = f"not run: {lost}"
-            return failed + [r for name in names for r in task.results(name, status="skipped", reason=reason)]
+            return failed + [r for name in task.names for r in task.everywhere(name, status="skipped", reason=reason)]
         if not isinstance(outcome, Failure):
             return outcome + failed
-        blamed, stage = outcome.stage.name, outcome.stage
-        for name in (blamed,) if blamed else names:
-            label, provider = (stage.label, stage.provider) if blamed else (name, "")
-            reason = f"{outcome.text} (while {stage.step})"
-            failed += task.results(label, provider, status="failed", reason=reason)
-        names = tuple(name for name in names if blamed and name != blamed)
+        stage = outcome.stage
+        said = {"status": "failed", "reason": f"{outcome.text} (while {stage.step})"}
+        if not stage.name:
+            return failed + [r for name in task.names for r in task.everywhere(name, **said)]
+        if stage.cell is None:  # while loading: no route of it can run
+            failed += task.everywhere(stage.name, **said)
+            task = dataclasses.replace(task, names=tuple(name for name in task.names if name != stage.name))
+        else:
+            failed += task.results(stage.label, stage.cell, stage.provider, **said)
+            task = dataclasses.replace(task, without=task.without | {Entry(stage.name, stage.cell)})
     return failed
 
 
@@ -101,9 +104,9 @@ class OwnRanks:
 
     def attempt(self, task: Task, watch: Watch) -> list[Result] | Failure:
         """Run the task on a pool of its world size; after a failure the pool starts fresh workers by itself."""
-        if self._pool is None or self._pool.world_size != task.cell.world_size:
+        if self._pool is None or self._pool.world_size != task.world_size:
             self.close()
-            self._pool = WorkerPool(task.cell.world_size, self._device, start_timeout=START_TIMEOUT_S)
+            self._pool = WorkerPool(task.world_size, self._device, start_timeout=START_TIMEOUT_S)
 
         def first_rank(rank: int, stage: Stage) -> None:
             if rank == 0:
@@ -180,11 +183,11 @@ class GivenRanks:
         self._attempts = 0
         self._lost = ""
 
-    def share_seed(self, seed: int) -> int:
-        """The first rank's seed, on every rank."""
+    def share(self, name: str, value: int) -> int:
+        """The first rank's value, on every rank; each name once."""
         if self.rank == 0:
-            self._store.set("ring_compare/seed", str(seed))
-        return int(self._store.get("ring_compare/seed"))  # waits until it is there
+            self._store.set(f"ring_compare/{name}", str(value))
+        return int(self._store.get(f"ring_compare/{name}"))  # waits until it is there
 
     def attempt(self, task: Task, watch: Watch) -> list[Result] | Failure:
         """Run the task here; then ranks tell each other how it went, through the store: the group may be broken."""

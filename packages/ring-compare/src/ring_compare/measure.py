@@ -1,9 +1,13 @@
-"""Everything one rank does for one cell: load, check, measure memory, time. The result is the same on every rank."""
+"""Everything one rank does for one problem: load, check, measure memory, time. The result is the same on every rank.
+
+All routes of a problem (layouts and schedules, each implementation) are measured together: they share the expected
+values, and their samples are interleaved, so that ratios between them do not depend on clocks or neighbours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +15,7 @@ import torch
 from ring_compare import implementations
 from ring_compare.accuracy import (
     PHASE_TENSORS,
+    TENSORS,
     Expectation,
     HeadResults,
     Inputs,
@@ -19,7 +24,9 @@ from ring_compare.accuracy import (
     gather_results,
     make_inputs,
 )
-from ring_compare.memory import allocated, peak_memory
+from ring_compare.implementations import Traits
+from ring_compare.memory import allocated, arena_bytes, peak_memory
+from ring_compare.places import Positions, layout_positions
 from ring_compare.ranks import Ranks
 from ring_compare.records import Result
 from ring_compare.suites import PHASES, Cell, Suite
@@ -28,18 +35,37 @@ from ring_core import UnsupportedError
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One implementation on one route; the cell's schedule is "own" for an implementation that has its own."""
+
+    name: str
+    cell: Cell
+
+
+@dataclass(frozen=True)
 class Task:
-    """What ranks are asked to do; travels by pickle."""
+    """What ranks are asked to do; travels by pickle. The cells are one problem's."""
 
     suite: Suite
-    cell: Cell
+    cells: tuple[Cell, ...]
     names: tuple[str, ...]
     seed: int
+    without: frozenset[Entry] = frozenset()
+    """Failed before and left out."""
 
-    def results(self, implementation: str, provider: str = "", **fields: Any) -> list[Result]:
+    @property
+    def world_size(self) -> int:
+        """Of all cells."""
+        return self.cells[0].world_size
+
+    def results(self, implementation: str, cell: Cell, provider: str = "", **fields: Any) -> list[Result]:
         """A result per phase that say the same."""
-        same = {"suite": self.suite.name, "cell": self.cell, "seed": self.seed, **fields}
+        same = {"suite": self.suite.name, "cell": cell, "seed": self.seed, **fields}
         return [Result(implementation=implementation, provider=provider, phase=phase, **same) for phase in PHASES]
+
+    def everywhere(self, implementation: str, **fields: Any) -> list[Result]:
+        """The same result of an implementation for every cell."""
+        return [row for cell in self.cells for row in self.results(implementation, cell, **fields)]
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,7 @@ class Stage:
     label: str
     provider: str
     step: str
+    cell: Cell | None = None  # the route; None while nothing is known but the name
 
 
 STARTING = Stage(-1, "", "", "", "starting")
@@ -59,11 +86,19 @@ Watch = Callable[[Stage], None]
 
 @dataclass
 class _Candidate:
-    """An implementation on its way through the steps."""
+    """An implementation and a route on their way through the steps."""
 
     made: implementations.Implementation
+    traits: Traits
+    cell: Cell
     label: str
     provider: str
+    rows: list[Result] = field(default_factory=list)
+
+    @property
+    def positions(self) -> Positions:
+        """Which tokens each rank holds."""
+        return self.traits.positions or layout_positions
 
 
 class CellRun:
@@ -72,110 +107,146 @@ class CellRun:
     def __init__(self, task: Task, ranks: Ranks, watch: Watch) -> None:
         self.task, self.ranks, self._watch = task, ranks, watch
         self._stages = 0
-        self._candidates: dict[str, _Candidate] = {}
+        self._candidates: dict[Entry, _Candidate] = {}
+        self._shards: dict[tuple[str, object], Inputs] = {}
         self._native: list[HeadResults] | None = None
 
     def run(self) -> list[Result]:
-        """Results of every named implementation, both phases."""
-        cell = self.task.cell
-        rows = []
-        for name in self.task.names:
-            rows += self._load(name)
+        """Results of every named implementation on every route, both phases."""
+        rows = [row for name in self.task.names for row in self._load(name)]
         if not self._candidates:
             return rows
-        self._announce("", "expected values")
-        inputs = make_inputs(cell, self.task.seed, self.ranks.device)
-        expected = Expectation(cell, inputs, self.ranks)
-        shards = inputs.shard(cell, self.ranks)
+        self._announce(None, "expected values")
+        problem, limit = self.task.cells[0], self.task.suite.checked_heads
+        inputs = make_inputs(problem, self.task.seed, self.ranks.device)
+        expected = Expectation(problem, inputs, self.ranks, limit=limit)
+        for candidate in self._candidates.values():
+            key = candidate.cell.layout, candidate.traits.positions
+            if key not in self._shards:
+                self._shards[key] = inputs.shard(candidate.cell, self.ranks, candidate.positions)
         del inputs
-        checked = {name: self._check(name, shards, expected) for name in self._candidates}
+        for entry, candidate in self._candidates.items():
+            candidate.rows = self._check(entry, expected)
         for index, phase in enumerate(PHASES):
             # A wrong result has no speed.
-            sound = [name for name, pair in checked.items() if pair[index].status == "ok"]
-            calls = {name: self._timed_call(name, phase, shards) for name in sound}
+            sound = {entry: x for entry, x in self._candidates.items() if x.rows[index].status == "ok"}
+            calls = {entry: self._timed_call(candidate, phase) for entry, candidate in sound.items()}
             samples = sample_interleaved(calls, self.task.suite.timing, self.ranks, self._announcer(phase))
-            for name in sound:
-                row = checked[name][index]
-                row.samples_ms = [sample.ms for sample in samples[name]]
+            for entry, candidate in sound.items():
+                row = candidate.rows[index]
+                row.samples_ms = [sample.ms for sample in samples[entry]]
                 if self.ranks.device.type == "cuda":
-                    row.host_ms = [sample.host_ms for sample in samples[name]]
-        return rows + [row for pair in checked.values() for row in pair]
+                    row.host_ms = [sample.host_ms for sample in samples[entry]]
+        return rows + [row for candidate in self._candidates.values() for row in candidate.rows]
 
-    def _announcer(self, phase: str) -> Callable[[str, str], None]:
-        return lambda name, step: self._announce(name, f"{phase} {step}")
+    def _announcer(self, phase: str) -> Callable[[Entry, str], None]:
+        return lambda entry, step: self._announce(entry, f"{phase} {step}")
 
-    def _announce(self, name: str, step: str) -> None:
-        candidate = self._candidates.get(name)
-        label, provider = (candidate.label, candidate.provider) if candidate else (name, "")
-        self._watch(Stage(self._stages, name, label, provider, step))
+    def _announce(self, entry: Entry | None, step: str, *, name: str = "") -> None:
+        candidate = self._candidates.get(entry) if entry is not None else None
+        if entry is None or candidate is None:
+            stage = Stage(self._stages, name, name, "", step)
+        else:
+            stage = Stage(self._stages, entry.name, candidate.label, candidate.provider, step, entry.cell)
+        self._watch(stage)
         self._stages += 1
 
     def _load(self, name: str) -> list[Result]:
-        """Take the implementation in, or say in rows why not."""
-        self._announce(name, "loading")
-        cell, device = self.task.cell, self.ranks.device
+        """Take the implementation's routes in, or say in rows why not."""
+        self._announce(None, "loading", name=name)
+        device = self.ranks.device
         try:
             made = implementations.load(name)
         except ImportError as error:  # installed, but something that it needs is not: nothing of ours failed
-            return self.task.results(name, status="skipped", reason=f"cannot be imported: {error}")
-        provider = made.provider(device)
-        candidate = _Candidate(made, implementations.display_name(made.name, provider), provider)
+            return self.task.everywhere(name, status="skipped", reason=f"cannot be imported: {error}")
+        except implementations.NotInstalledError as error:
+            return self.task.everywhere(name, status="skipped", reason=str(error))
+        traits, provider = implementations.traits(made), made.provider(device)
+        label = traits.label or implementations.display_name(made.name, provider)
         limit = self.task.suite.limits.get(made.name)
-        reason = made.supports(cell, device)
-        if reason is None and limit is not None and max(cell.Sq, cell.Sk) > limit.tokens:
-            reason = f"limited to {limit.tokens} tokens in this suite: {limit.reason}"
-        if reason is not None:
-            return self.task.results(candidate.label, provider, status="skipped", reason=reason)
-        self._candidates[name] = candidate
-        return []
+        rows: list[Result] = []
+        for cell in traits.routes(self.task.cells):
+            if Entry(name, cell) in self.task.without:
+                continue
+            reason = made.supports(cell, device)
+            if reason is None and limit is not None and max(cell.Sq, cell.Sk) > limit.tokens:
+                reason = f"limited to {limit.tokens} tokens in this suite: {limit.reason}"
+            if reason is not None:
+                rows += self.task.results(label, cell, provider, status="skipped", reason=reason)
+            else:
+                self._candidates[Entry(name, cell)] = _Candidate(made, traits, cell, label, provider)
+        return rows
 
-    def _forward(self, name: str, shards: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        made = self._candidates[name].made
+    def _inputs(self, candidate: _Candidate) -> Inputs:
+        return self._shards[candidate.cell.layout, candidate.traits.positions]
+
+    def _forward(self, candidate: _Candidate) -> object:
+        shards = self._inputs(candidate)
         with torch.no_grad():
-            return made.call(shards.q, shards.k, shards.v, self.task.cell, self.ranks.group)
+            return candidate.made.call(shards.q, shards.k, shards.v, candidate.cell, self.ranks.group)
 
-    def _both(self, name: str, shards: Inputs) -> dict[str, torch.Tensor]:
-        made = self._candidates[name].made
+    def _both(self, candidate: _Candidate) -> dict[str, torch.Tensor | None]:
+        shards = self._inputs(candidate)
         q, k, v = (x.detach().requires_grad_() for x in (shards.q, shards.k, shards.v))
-        out, lse = made.call(q, k, v, self.task.cell, self.ranks.group)
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), shards.dout)
-        return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
+        out, lse = candidate.made.call(q, k, v, candidate.cell, self.ranks.group)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), shards.dout, allow_unused=True)
+        return {"out": out.detach(), "lse": lse if lse is None else lse.detach(), "dq": dq, "dk": dk, "dv": dv}
 
-    def _timed_call(self, name: str, phase: str, shards: Inputs) -> Callable[[], object]:
-        return (lambda: self._forward(name, shards)) if phase == "fwd" else (lambda: self._both(name, shards))
+    def _timed_call(self, candidate: _Candidate, phase: str) -> Callable[[], object]:
+        return (lambda: self._forward(candidate)) if phase == "fwd" else (lambda: self._both(candidate))
 
-    def _check(self, name: str, shards: Inputs, expected: Expectation) -> list[Result]:
+    def _check(self, entry: Entry, expected: Expectation) -> list[Result]:
         """Memory and accuracy; the results compared are a second call's, which reuses whatever the first kept."""
-        cell, ranks = self.task.cell, self.ranks
-        label, provider = self._candidates[name].label, self._candidates[name].provider
-        forward, both = self.task.results(label, provider)
+        candidate, ranks = self._candidates[entry], self.ranks
+        cell, label, provider = candidate.cell, candidate.label, candidate.provider
+        forward, both = self.task.results(label, cell, provider)
         baseline = allocated(ranks.device)
-        self._announce(name, "first call")
+        self._announce(entry, "first call")
         try:
-            self._both(name, shards)
+            self._both(candidate)
         except UnsupportedError as error:  # refused on the host, by all ranks alike, before anything was sent
-            return self.task.results(label, provider, status="skipped", reason=str(error))
-        self._announce(name, "memory and accuracy")
+            return self.task.results(label, cell, provider, status="skipped", reason=str(error))
+        self._announce(entry, "memory and accuracy")
         with peak_memory(ranks.device, baseline) as forward_peak:
-            kept: object = self._forward(name, shards)
+            kept: object = self._forward(candidate)
         del kept
         with peak_memory(ranks.device, baseline) as both_peak:
-            results = self._both(name, shards)
+            results = self._both(candidate)
+        arena = arena_bytes(ranks.device) if candidate.traits.uses_arena(cell) else 0
         for row, peak in ((forward, forward_peak), (both, both_peak)):
-            known = -1 if peak.bytes is None else peak.bytes
+            known = -1 if peak.bytes is None else peak.bytes + arena
             worst = int(ranks.maximum([known])[0])
             row.peak_memory_bytes, row.memory_method = (None if worst < 0 else worst), peak.method
-        is_native = self._candidates[name].made.name == "native"
-        heads = gather_results(results, cell, ranks, keep=is_native)
+            row.arena_bytes = int(ranks.maximum([arena])[0])
+        self._judge(candidate, (forward, both), results, expected)
+        return [forward, both]
+
+    def _judge(
+        self,
+        candidate: _Candidate,
+        rows: tuple[Result, Result],
+        results: Mapping[str, torch.Tensor | None],
+        expected: Expectation,
+    ) -> None:
+        """Errors against float64 and against flash-attn's results; status and reason of both rows."""
+        is_first_native = candidate.made.name == "native" and self._native is None
+        limit = self.task.suite.checked_heads
+        heads = gather_results(
+            results, candidate.cell, self.ranks, candidate.positions, limit=limit, keep=is_first_native
+        )
         errors = expected.errors(heads)
-        apart = difference(heads, self._native, ranks) if self._native is not None else {}
-        self._native = heads if is_native else self._native
-        for row in (forward, both):
+        apart = difference(heads, self._native, self.ranks) if self._native is not None else {}
+        self._native = heads if is_first_native else self._native
+        missing = [x for x in TENSORS if x not in errors and x not in candidate.traits.omits]
+        for row in rows:
             tensors = PHASE_TENSORS[row.phase]
-            row.errors = {tensor: errors[tensor] for tensor in tensors}
+            row.errors = {tensor: errors[tensor] for tensor in tensors if tensor in errors}
             row.native_errors = {tensor: apart[tensor] for tensor in tensors if tensor in apart}
-            row.reason = complaint(row.errors)
+            row.single_errors = {tensor: expected.single[tensor] for tensor in tensors if tensor in expected.single}
+            row.single_provider = expected.single_provider
+            absent = [f"it gives no {tensor}" for tensor in tensors if tensor in missing]
+            row.reason = "; ".join([*absent, *filter(None, [complaint(row.errors)])])
             row.status = "failed" if row.reason else "ok"
+        forward, both = rows
         if forward.status == "failed" and both.status == "ok":
             both.status, both.reason = "failed", "its forward is beyond tolerance"
-        return [forward, both]

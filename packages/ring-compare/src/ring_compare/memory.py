@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from ring_core import comm
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -43,6 +45,11 @@ def allocated(device: torch.device) -> int:
         return 0
     torch.cuda.synchronize(device)
     return torch.cuda.memory_allocated(device)
+
+
+def arena_bytes(device: torch.device) -> int:
+    """Bytes of peer-accessible memory that ring_core holds in this process: torch's allocator does not see them."""
+    return comm.arena_bytes() if device.type == "cuda" else 0
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from ring_compare.lines import Pair, by_cell, summary
 from ring_compare.records import Records, Result
-from ring_compare.report import Pair, by_cell, summary
 from ring_compare.suites import PHASES, Cell
 
 INSTALL = "plots need matplotlib: pip install 'ring-compare[plots]' (or: pip install matplotlib)"

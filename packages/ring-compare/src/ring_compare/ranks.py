@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ring_compare.suites import Layout
-from ring_core import join_shards
+from ring_compare.places import put_together
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,13 @@ class Ranks:
         """Elementwise sum over ranks."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
-    def join(self, shard: torch.Tensor, *, layout: Layout, dim: int) -> torch.Tensor:
-        """The whole tensor on every rank, from each rank's shard along `dim`."""
-        if self.world_size == 1:
-            return shard
-        shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
-        dist.all_gather(shards, shard.contiguous(), group=self.group)
-        return join_shards(shards, layout=layout, dim=dim)
+    def join(self, shard: torch.Tensor, positions: Sequence[torch.Tensor], *, dim: int) -> torch.Tensor:
+        """The whole tensor on every rank, from each rank's shard along `dim`; positions: each rank's tokens."""
+        shards = [shard]
+        if self.world_size > 1:
+            shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
+            dist.all_gather(shards, shard.contiguous(), group=self.group)
+        return put_together(shards, positions, dim)
 
     def barrier(self) -> None:
         """Line the ranks up: the host on CPU, the stream on a GPU (so that launches hide behind it)."""

@@ -11,7 +11,9 @@ from typing import Any, TextIO
 
 from ring_compare.suites import PHASES, Cell
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)
+"""Schema 1 had no packed documents (`documents` in cells) and no `single_errors`, `single_provider`, `arena_bytes`."""
 STATUSES = ("ok", "failed", "skipped")
 _ENVIRONMENT_KEYS = ("date", "revision", "device", "versions", "command")
 
@@ -36,8 +38,11 @@ class Result:
     host_ms: list[float] = field(default_factory=list)  # of each sample on a GPU: until the call returned on the host
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     native_errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    single_errors: dict[str, dict[str, float]] = field(default_factory=dict)  # of one call on the whole sequence
+    single_provider: str = ""
     peak_memory_bytes: int | None = None
     memory_method: str = ""
+    arena_bytes: int = 0  # of peak_memory_bytes: peer memory, which torch's allocator does not see
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, schema included."""
@@ -87,6 +92,8 @@ def _floats(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 def parse_result(row: dict[str, Any]) -> Result:
     """Result of a decoded row; raises RecordError saying what does not fit."""
     known = {f.name for f in dataclasses.fields(Result)}
+    if row.get("schema") == 1:
+        row = {"single_errors": {}, "single_provider": "", "arena_bytes": 0, **row}
     missing = sorted(known - row.keys())
     unknown = sorted(row.keys() - known - {"schema", "kind"})
     if missing or unknown:
@@ -99,7 +106,8 @@ def parse_result(row: dict[str, Any]) -> Result:
     try:
         fields["cell"] = Cell.from_dict(row["cell"])
         fields["samples_ms"] = [float(x) for x in row["samples_ms"]]
-        fields["errors"], fields["native_errors"] = _floats(row["errors"]), _floats(row["native_errors"])
+        for name in ("errors", "native_errors", "single_errors"):
+            fields[name] = _floats(row[name])
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise RecordError(f"a field does not fit: {error}") from error
     if fields["status"] == "ok" and not fields["samples_ms"]:
@@ -112,9 +120,11 @@ def _decode(path: Path, number: int, line: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise RecordError(f"{path.name}:{number}: not JSON: {error}") from error
-    if not isinstance(row, dict) or row.get("schema") != SCHEMA:
+    if not isinstance(row, dict) or row.get("schema") not in READABLE:
         found = row.get("schema") if isinstance(row, dict) else type(row).__name__
-        raise RecordError(f"{path.name}:{number}: schema {found!r}; this version reads schema {SCHEMA}")
+        raise RecordError(
+            f"{path.name}:{number}: schema {found!r}; this version reads {' and '.join(map(str, READABLE))}"
+        )
     return row
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ring_compare.flops import Summary, summarise
+from ring_compare.lines import NATIVE, Line, Pair, by_problem, summary
+from ring_compare.ratios import ratios
 from ring_compare.records import RecordError, Records, Result
-from ring_compare.suites import PHASES, Cell
+from ring_compare.suites import PHASES
 
 COLUMNS = (
     "implementation",
@@ -31,54 +31,14 @@ SPEED_COLUMNS = (
     "fwd+bwd ms [p20-p80]",
     "fwd+bwd tokens/s",
 )
-NATIVE = "native"  # the one name that flash-attn alone may bear
+RATIO_COLUMNS = (
+    "implementation",
+    "speed, × ring-flash-attn",
+    "time, × kernels alone",
+    "extra memory, × ring-flash-attn",
+    "error, × one call",
+)
 _GRADIENTS = ("dq", "dk", "dv")
-
-Pair = dict[str, Result]  # by phase
-
-
-@dataclass(frozen=True)
-class Line:
-    """One implementation on one cell, and what flash-attn did on the same cell."""
-
-    implementation: str
-    cell: Cell
-    pair: Pair
-    native: Pair | None
-
-    @property
-    def name(self) -> str:
-        """What tells it from the other lines of a table."""
-        return f"{self.implementation} · {self.cell.route}"
-
-    @property
-    def tried(self) -> bool:
-        """Whether it was not merely skipped."""
-        return any(result.status != "skipped" for result in self.pair.values())
-
-    def rate(self, phase: str) -> float | None:
-        """Iterations per second, None unless measured."""
-        found = summary(self.pair, phase)
-        return found.iterations_per_s if found else None
-
-
-def by_cell(results: Iterable[Result]) -> dict[Cell, dict[str, Pair]]:
-    """Results by cell, implementation and phase, in the order they were measured."""
-    cells: dict[Cell, dict[str, Pair]] = {}
-    for result in results:
-        cells.setdefault(result.cell, {}).setdefault(result.implementation, {})[result.phase] = result
-    return cells
-
-
-def by_problem(results: Iterable[Result]) -> dict[str, list[Line]]:
-    """The lines of each table: those of one shape, mask and world size, the fastest (forward and backward) first."""
-    problems: dict[str, list[Line]] = {}
-    for cell, pairs in by_cell(results).items():
-        lines = problems.setdefault(cell.problem, [])
-        lines += [Line(name, cell, pair, pairs.get(NATIVE)) for name, pair in pairs.items()]
-    for lines in problems.values():
-        lines.sort(key=lambda line: (line.rate("fwd+bwd") or 0.0, line.rate("fwd") or 0.0), reverse=True)
-    return problems
 
 
 def check_names(results: Iterable[Result]) -> None:
@@ -86,14 +46,6 @@ def check_names(results: Iterable[Result]) -> None:
     for result in results:
         if result.implementation == NATIVE and result.provider != "flash-attn" and result.status == "ok":
             raise RecordError(f"a row is called native, yet its provider is {result.provider or 'not named'!r}")
-
-
-def summary(pair: Pair, phase: str) -> Summary | None:
-    """Statistics of a phase, None unless it was measured."""
-    result = pair.get(phase)
-    if result is None or result.status != "ok":
-        return None
-    return summarise(result.cell, phase, result.samples_ms)
 
 
 def _number(value: float | None) -> str:
@@ -158,6 +110,16 @@ def _speed_row(line: Line) -> list[str]:
     return row
 
 
+def _both(values: Mapping[str, float | None]) -> str:
+    return " / ".join("" if x is None else f"{x:.2f}" for x in values.values()) if any(values.values()) else ""
+
+
+def _ratio_row(line: Line, lines: Sequence[Line]) -> list[str]:
+    found = ratios(line, lines)
+    plain = ("" if x is None else f"{x:.2f}" for x in (found.memory, found.accuracy))
+    return [line.name, _both(found.speed), _both(found.overhead), *plain]
+
+
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     # A bar inside a cell would end it.
@@ -200,13 +162,32 @@ def merge(files: Sequence[Records]) -> Records:
     return Records(first.environment, [result for records in files for result in records.results])
 
 
-def _apart(result: Result) -> str:
-    worst = max(result.native_errors.items(), key=lambda item: item[1]["relative"])
-    return f"{worst[0]} {worst[1]['relative']:.2g}"
+def _farthest(lines: Sequence[Line]) -> list[str]:
+    """How far each implementation's results are from flash-attn's, on the route where they are farthest."""
+    worst: dict[str, tuple[float, str]] = {}
+    for line in lines:
+        for result in line.pair.values():
+            for tensor, table in result.native_errors.items():
+                value = table["relative"]
+                if line.implementation not in worst or not value <= worst[line.implementation][0]:  # NaN is farthest
+                    worst[line.implementation] = value, f"{line.name}: {tensor} {value:.2g}"
+    return [text for _, text in worst.values()]
 
 
 def _host_bound(result: Result) -> bool:
     return bool(result.host_ms) and statistics.median(result.host_ms) >= statistics.median(result.samples_ms)
+
+
+_NOTES = """\
+Errors are against float64, over all ranks; grad: the worst of dq, dk, dv. Rates: median of the slowest rank.
+`vs native %` is fwd / fwd+bwd relative to flash-attn on the same layout and schedule; blank: it did not run.
+TFLOP/s count 4·B·H·S²·D forward (half when causal, exact pairs in windows) and 2.5 times that backward.
+Peak memory is one rank's, beyond its inputs; on a CPU the growth of the resident set, a rough figure. On GPUs it is
+what torch's allocator saw plus, for the gather schedule, all peer memory that the process then holds.
+Ratios, fwd / fwd+bwd: speed against ring-flash-attn's zigzag (of documents it cannot cut: its llama3); time against
+the same kernels with all keys local (local[…], local-varlen); peak memory beyond inputs and outputs, fwd+bwd; the
+worst of the errors of out, dq, dk, dv, each against that of one call on the whole sequence. All of one run, samples
+interleaved. Route `own`: an implementation with one schedule of its own.""".splitlines()
 
 
 def render(records: Records) -> str:
@@ -214,13 +195,7 @@ def render(records: Records) -> str:
     check_names(records.results)
     suites = ", ".join(dict.fromkeys(result.suite for result in records.results)) or "nothing"
     lines = [f"# ring-compare: {suites}", "", *_machine(records.environment)]
-    lines += [
-        "Errors are against float64, over all ranks; grad: the worst of dq, dk, dv. Rates: median of the slowest rank.",
-        "`vs native %` is fwd / fwd+bwd relative to flash-attn on the same layout and schedule; blank: it did not run.",
-        "TFLOP/s count 4·B·H·S²·D forward (half when causal, exact pairs in windows) and 2.5 times that backward.",
-        "Peak memory is one rank's, beyond its inputs; on a CPU the growth of the resident set, a rough figure.",
-        "",
-    ]
+    lines += [*_NOTES, ""]
     for problem, found in by_problem(records.results).items():
         lines += [f"## {problem}", ""]
         shown = [line for line in found if line.tried]
@@ -229,7 +204,10 @@ def render(records: Records) -> str:
         timed = [line for line in shown if any(map(line.rate, PHASES))]
         if timed:
             lines += _table(SPEED_COLUMNS, map(_speed_row, timed))
-        compared = [f"{x.name}: {_apart(r)}" for x in shown for r in x.pair.values() if r.native_errors]
+        rows = [_ratio_row(line, found) for line in timed]
+        if any(any(row[1:]) for row in rows):
+            lines += _table(RATIO_COLUMNS, rows)
+        compared = _farthest(shown)
         if compared:
             lines += [f"Largest relative difference from native's results: {'; '.join(compared)}.", ""]
         bound = [f"{line.name} ({phase})" for line in timed for phase, r in line.pair.items() if _host_bound(r)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from ring_compare.launch import GivenRanks, Launcher, OwnRanks, run_task, visibl
 from ring_compare.measure import Stage, Task
 from ring_compare.records import Records, Result
 from ring_compare.report import render
-from ring_compare.suites import Cell, Suite, check_cell
+from ring_compare.suites import Cell, Suite, by_problem, check_cell
 
 Progress = Callable[[int, Cell, Stage | None], None]
 
@@ -29,6 +30,8 @@ class Plan:
     names: tuple[str, ...]
     device: str
     seed: int | None = None
+    max_seconds: float | None = None
+    """After so long nothing new is begun; what is left is recorded as skipped."""
 
 
 @dataclass
@@ -58,11 +61,11 @@ def execute(
     """Run the plan on our own ranks, or on `given` ones. Only the first rank writes files."""
     seed = secrets.randbelow(2**31) if plan.seed is None else plan.seed
     if given is not None:
-        seed = given.share_seed(seed)
+        seed = given.share("seed", seed)
     launcher: Launcher = OwnRanks(plan.device) if given is None else given
     outcome = Outcome()
     if given is not None and given.rank > 0:
-        outcome.results = list(_measure(launcher, plan, seed, progress))
+        outcome.results = list(_measure(launcher, plan, seed, progress, given))
         launcher.close()
         return outcome
     largest = max(cell.world_size for cell in plan.cells)
@@ -72,7 +75,7 @@ def execute(
     with outcome.record_file.open("w", encoding="utf-8") as file:
         records.write_row(file, records.environment_row({**environment, "seed": seed}))
         try:
-            for result in _measure(launcher, plan, seed, progress):
+            for result in _measure(launcher, plan, seed, progress, given):
                 outcome.results.append(result)
                 records.write_row(file, result.to_dict())
         finally:
@@ -86,13 +89,25 @@ def execute(
     return outcome
 
 
-def _measure(launcher: Launcher, plan: Plan, seed: int, progress: Progress) -> Iterator[Result]:
-    for index, cell in enumerate(plan.cells):
-        progress(index, cell, None)
-        task = Task(plan.suite, cell, plan.names, seed + index)  # recorded: `--seed` gives the whole run again
-        reason = _reason_to_skip(cell, plan.device)
-        if reason is None:
-            yield from run_task(launcher, task, functools.partial(progress, index, cell))
-        else:
-            for name in plan.names:
-                yield from task.results(name, status="skipped", reason=reason)
+def _measure(
+    launcher: Launcher, plan: Plan, seed: int, progress: Progress, given: GivenRanks | None
+) -> Iterator[Result]:
+    start, done = time.monotonic(), 0
+    for index, problem in enumerate(by_problem(plan.cells)):
+        progress(done, problem[0], None)
+        reasons = {cell: _reason_to_skip(cell, plan.device) for cell in problem}
+        late = plan.max_seconds is not None and time.monotonic() - start > plan.max_seconds
+        if given is not None and plan.max_seconds is not None:  # ranks' clocks differ, the first one's counts
+            late = bool(given.share(f"late/{index}", late))
+        if late:
+            reasons = dict.fromkeys(problem, f"not begun after {plan.max_seconds:g} s (--max-seconds)")
+        # Recorded: `--seed` gives the whole run again.
+        able = tuple(cell for cell in problem if reasons[cell] is None)
+        task = Task(plan.suite, able, plan.names, seed + index)
+        for cell, reason in reasons.items():
+            if reason is not None:
+                for name in plan.names:
+                    yield from task.results(name, cell, status="skipped", reason=reason)
+        if able:
+            yield from run_task(launcher, task, functools.partial(progress, done, problem[0]))
+        done += len(problem)

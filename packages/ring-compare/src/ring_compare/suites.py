@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-Layout = Literal["contiguous", "zigzag", "stripe"]
-Schedule = Literal["ring", "gather", "auto"]
+Layout = Literal["contiguous", "zigzag", "stripe", "balanced"]
+Schedule = Literal["ring", "gather", "auto", "own"]
 
 T = TypeVar("T")
 
 PHASES = ("fwd", "fwd+bwd")
 MASKS = ("full", "causal", "window")
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag", "stripe")
+DOCUMENT_LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag", "balanced")
+"""Of packed documents."""
 SCHEDULES: tuple[Schedule, ...] = ("ring", "gather", "auto")
+OWN: Schedule = "own"
+"""What an implementation's route is called that has one schedule, its own: it is measured once per layout."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 NO_WINDOW = (-1, -1)
 
@@ -37,6 +41,8 @@ class Cell:
     layout: Layout
     schedule: Schedule
     world_size: int
+    documents: str = ""
+    """A mix of document lengths (`ring_compare.documents`) that fill the sequence; "" for one sequence."""
 
     @property
     def causal(self) -> bool:
@@ -50,7 +56,8 @@ class Cell:
         mask = self.mask if self.mask != "window" else f"window {self.window_size[0]},{self.window_size[1]}"
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         heads = f"{self.Hq}/{self.Hkv}"
-        return f"B {self.B} · S {length} · H {heads} · D {self.D} · {self.dtype} · {mask} · {ranks}"
+        documents = f" · {self.documents} documents" if self.documents else ""
+        return f"B {self.B} · S {length}{documents} · H {heads} · D {self.D} · {self.dtype} · {mask} · {ranks}"
 
     @property
     def route(self) -> str:
@@ -95,6 +102,7 @@ class Grid:
     schedules: tuple[Schedule, ...]
     world_sizes: tuple[int, ...]
     window_size: tuple[int, int] = (1023, 0)
+    documents: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,11 @@ class Suite:
     timing: Timing
     timeout_s: float
     limits: dict[str, Limit] = dataclasses.field(default_factory=dict)
+    implementations: tuple[str, ...] = ()
+    """What is compared unless the command line says so; empty: everything installed."""
+    checked_heads: int = 0
+    """How many key heads (with their query heads) each rank compares with float64; 0: all. They are spread evenly, the
+    first and the last among them."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +155,16 @@ class Overrides:
 _INTERPRETED = "Triton's interpreter runs this on the CPU, far too slowly for more tokens"
 _SMALL = Shape(B=1, Hq=4, Hkv=2, D=32)
 _LLAMA = Shape(B=1, Hq=32, Hkv=8, D=128)
+_MHA = Shape(B=1, Hq=32, Hkv=32, D=128)
+_BF16 = ("bfloat16",)
+_PROVIDERS = ("native", "native[cudnn]", "native[fa4]")
+_PEERS = ("ring-flash-attn", "torch-cp", "torch-cp[all-to-all]")
+# Some 25 routes of a problem are measured together: about a second for each.
+_SHORT = Timing(warmup_s=0.1, measure_s=0.3, min_samples=10, max_samples=100)
+# Scores of one rank in fp32 at 8192 tokens and world size 1 are 8 GiB, and autograd keeps several of them.
+_TOO_LARGE = {
+    "reference": Limit(8192, "the plain PyTorch backend materialises scores: too slow and too large beyond this")
+}
 
 _SUITES = (
     Suite(
@@ -189,13 +212,45 @@ _SUITES = (
             ),
         ),
         timing=Timing(warmup_s=0.5, measure_s=1.0, min_samples=10, max_samples=200),
+        timeout_s=600,
+        limits=_TOO_LARGE,
+        checked_heads=2,
+    ),
+    Suite(
+        name="rings",
+        description="rings of 1, 2 and all GPUs against ring-flash-attn, torch context_parallel and the kernels alone",
+        grids=(
+            Grid((_LLAMA,), (8192, 32768), _BF16, ("causal",), ("zigzag",), ("ring", "gather", "auto"), (1, 2, 0)),
+            Grid((_LLAMA,), (8192, 32768), _BF16, ("causal",), ("contiguous", "stripe"), ("ring", "gather"), (0,)),
+            # torch's context_parallel takes no grouped heads.
+            Grid((_MHA,), (8192, 32768), _BF16, ("causal",), ("zigzag",), ("gather",), (0,)),
+        ),
+        timing=_SHORT,
         timeout_s=300,
-        limits={
-            # Scores of one rank in fp32 at 8192 tokens and world size 1 are 8 GiB, and autograd keeps several of them.
-            "reference": Limit(
-                8192, "the plain PyTorch backend materialises scores: too slow and too large beyond this"
+        limits=_TOO_LARGE,
+        implementations=(*_PROVIDERS, *(f"local[{name}]" for name in _PROVIDERS), *_PEERS),
+        checked_heads=2,
+    ),
+    Suite(
+        name="packed",
+        description="packed documents on all GPUs against one varlen call per rank and ring-flash-attn's varlen rings",
+        grids=(
+            Grid(
+                shapes=(_LLAMA,),
+                seqlens=(32768,),
+                dtypes=_BF16,
+                masks=("causal",),
+                layouts=DOCUMENT_LAYOUTS,
+                schedules=("ring", "gather"),
+                world_sizes=(0,),
+                documents=("realistic", "equal64"),
             ),
-        },
+        ),
+        timing=_SHORT,
+        timeout_s=300,
+        limits=_TOO_LARGE,
+        implementations=(*_PROVIDERS, "local-varlen", "ring-flash-attn", "ring-flash-attn[llama3]"),
+        checked_heads=2,
     ),
 )
 
@@ -216,21 +271,27 @@ def _grid_cells(grid: Grid, overrides: Overrides, all_ranks: int) -> list[Cell]:
     world_sizes = overrides.world_sizes or tuple(size or all_ranks for size in grid.world_sizes)
     cells = []
     # World size outermost: one set of worker processes serves all cells of a size.
-    for world_size, shape, seqlen, dtype, mask in itertools.product(
+    for world_size, shape, documents, seqlen, dtype, mask in itertools.product(
         dict.fromkeys(world_sizes),
         grid.shapes,
+        grid.documents,
         overrides.seqlens or grid.seqlens,
         overrides.dtypes or grid.dtypes,
         overrides.masks or grid.masks,
     ):
         for layout, schedule in itertools.product(
-            _one_rank(overrides.layouts or grid.layouts, world_size),
+            _one_rank(_known(overrides.layouts or grid.layouts, documents), world_size),
             _one_rank(overrides.schedules or grid.schedules, world_size),
         ):
             window = grid.window_size if mask == "window" else NO_WINDOW
             size = (shape.B, seqlen, seqlen, shape.Hq, shape.Hkv, shape.D)
-            cells.append(Cell(*size, dtype, mask, window, layout, schedule, world_size))
+            cells.append(Cell(*size, dtype, mask, window, layout, schedule, world_size, documents))
     return cells
+
+
+def _known(layouts: Sequence[Layout], documents: str) -> tuple[Layout, ...]:
+    known = DOCUMENT_LAYOUTS if documents else LAYOUTS
+    return tuple(layout for layout in layouts if layout in known)
 
 
 def suite_cells(suite: Suite, overrides: Overrides, *, all_ranks: int) -> list[Cell]:
@@ -239,11 +300,27 @@ def suite_cells(suite: Suite, overrides: Overrides, *, all_ranks: int) -> list[C
     An axis in `overrides` replaces the suite's values on that axis; `all_ranks` stands for world size 0 in suite data.
     """
     cells = [cell for grid in suite.grids for cell in _grid_cells(grid, overrides, all_ranks)]
-    return sorted(dict.fromkeys(cells), key=lambda cell: cell.world_size)  # sorted() is stable
+    return [cell for problem in by_problem(sorted(dict.fromkeys(cells), key=_size)) for cell in problem]
+
+
+def _size(cell: Cell) -> int:
+    return cell.world_size  # sorted() is stable
+
+
+def by_problem(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells of each problem together, which are measured together: its routes."""
+    problems: dict[str, list[Cell]] = {}
+    for cell in cells:
+        problems.setdefault(cell.problem, []).append(cell)
+    return list(problems.values())
 
 
 def check_cell(cell: Cell) -> str | None:
     """Why this cell cannot be cut into equal shards, or None."""
+    if cell.layout not in (DOCUMENT_LAYOUTS if cell.documents else LAYOUTS):
+        return f"no layout {cell.layout} of {'packed documents' if cell.documents else 'one sequence'}"
+    if cell.documents and cell.B != 1:
+        return f"packed documents stand in a batch of 1, not {cell.B}"
     pieces = cell.world_size * (2 if cell.layout == "zigzag" else 1)
     for name, length in (("Sq", cell.Sq), ("Sk", cell.Sk)):
         if length % pieces:

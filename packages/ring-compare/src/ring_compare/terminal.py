@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from ring_compare.lines import by_problem
 from ring_compare.measure import Stage
 from ring_compare.records import Result
-from ring_compare.report import COLUMNS, by_problem, main_row
+from ring_compare.report import COLUMNS, main_row
 from ring_compare.run import Progress as ProgressCall
 from ring_compare.suites import SUITES, Cell
 from ring_core import backend as ring_backend
@@ -42,10 +43,11 @@ def progress_bar(total: int, *, show: bool) -> Iterator[ProgressCall]:
 
 
 def results_table(results: Sequence[Result]) -> Table:
-    """Every implementation, layout and schedule that was tried, one line each, in a section per problem."""
+    """Every implementation, layout and schedule that was tried, one line each, in a section per problem; what was only
+    skipped is listed with its reasons elsewhere."""
     table = Table("problem", Column(COLUMNS[0], no_wrap=True), *COLUMNS[1:], "status")
     for problem, lines in by_problem(results).items():
-        for index, line in enumerate(lines):
+        for index, line in enumerate([line for line in lines if line.tried] or lines):
             statuses = dict.fromkeys(result.status for result in line.pair.values())
             # Implementation names hold brackets, which rich would take for markup.
             row = (problem if index == 0 else "", *main_row(line), ", ".join(statuses))

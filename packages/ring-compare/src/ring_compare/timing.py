@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ from ring_compare.ranks import Ranks
 from ring_compare.suites import Timing
 
 Call = Callable[[], object]
+K = TypeVar("K")
 _FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 _ESTIMATE = 5
 
@@ -69,23 +70,23 @@ def _warm_up(timer: Timer, call: Call, timing: Timing) -> float:
 
 
 def sample_interleaved(
-    calls: Mapping[str, Call], timing: Timing, ranks: Ranks, announce: Callable[[str, str], None]
-) -> dict[str, list[Sample]]:
-    """Raw samples per name. Rounds take one sample of each call, so that clocks and neighbours hit all alike.
+    calls: Mapping[K, Call], timing: Timing, ranks: Ranks, announce: Callable[[K, str], None]
+) -> dict[K, list[Sample]]:
+    """Raw samples per key. Rounds take one sample of each call, so that clocks and neighbours hit all alike.
 
-    `announce(name, step)` is told what runs next: whoever watches can then say who hung.
+    `announce(key, step)` is told what runs next: whoever watches can then say who hung.
     """
     timer = Timer(ranks)
-    counts: dict[str, int] = {}
-    for name, call in calls.items():
-        announce(name, "warm-up")
+    counts: dict[K, int] = {}
+    for key, call in calls.items():
+        announce(key, "warm-up")
         expected = max(_warm_up(timer, call, timing), 1e-6)
         wanted = int(timing.measure_s * 1e3 / expected)
-        counts[name] = min(max(wanted, timing.min_samples), timing.max_samples)
-    samples: dict[str, list[Sample]] = {name: [] for name in calls}
+        counts[key] = min(max(wanted, timing.min_samples), timing.max_samples)
+    samples: dict[K, list[Sample]] = {key: [] for key in calls}
     for turn in range(max(counts.values(), default=0)):
-        for name, call in calls.items():
-            if turn < counts[name]:
-                announce(name, "timing")
-                samples[name].append(timer.sample(call))
+        for key, call in calls.items():
+            if turn < counts[key]:
+                announce(key, "timing")
+                samples[key].append(timer.sample(call))
     return samples

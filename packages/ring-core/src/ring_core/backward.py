@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ring_core.backend import Backend, HeadPart, Params, of_heads, on_device
-from ring_core.comm import Transport
+from ring_core.comm import Transport, Turns, compute_after
 from ring_core.plan import Plan
 
 
@@ -27,52 +27,41 @@ def backward(
     params: Params,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dsinks, in the dtypes of q, k, v and the sinks, from the gradients of out and lse."""
-    done: list[tuple[HeadPart, Tensor, Tensor | None]] = []
-    part: HeadPart | None = None
-    state: Any = None
+    dq = dsinks = None
+    if transport.independent:  # every head group is a backward of its own, and writes its part of these
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dsinks = None if params.sinks is None else torch.empty_like(params.sinks)
+    turns = Turns(q.device, several=transport.independent)
     homeward = transport.gradients(k)
+    state: Any = None
     for number, keys in enumerate(transport.keys(k, v)):
-        if part is None or part.kv != keys.heads:  # every head group is a backward of its own
-            if part is not None:
-                done.append((part, *backend.finish(state, params=part.params(params))))
-            part = of_heads(keys.heads, k.shape[2], q.shape[2])
-            given = None if dlse is None else part.lse(dlse)
-            shape = torch.Size((*k.shape[:2], keys.k.shape[3], k.shape[3]))
-            rows = (part.rows(q), shape, part.rows(out), part.rows(dout))
-            state = backend.prepare(*rows, part.lse(lse), given, params=part.params(params))
-        dk, dv = homeward.buffers(number)
-        step = plan.steps[keys.step]
-        if len(step.backward):
-            table = on_device(step.backward, q.device)
-            backend.backward(
-                state,
-                part.rows(q),
-                keys.k,
-                keys.v,
-                part.rows(dout),
-                dk,
-                dv,
-                table,
-                params=part.params(params),
-                flags=keys.flags,
-            )
-        homeward.depart(number)
-    assert part is not None, "a transport yields keys at least once"
-    done.append((part, *backend.finish(state, params=part.params(params))))
-    dq, dsinks = _joined(done, q, params)
+        part = of_heads(keys.heads, k.shape[2], q.shape[2])
+        given = part.params(params)
+        with turns.turn(number):
+            compute_after(keys.arrived)
+            if number == 0 or transport.independent:
+                shape = torch.Size((*k.shape[:2], keys.k.shape[3], k.shape[3]))
+                rows = (part.rows(q), shape, part.rows(out), part.rows(dout))
+                some_dlse = None if dlse is None else part.lse(dlse)
+                state = backend.prepare(*rows, part.lse(lse), some_dlse, params=given)
+            dk, dv = homeward.buffers(number)
+            step = plan.steps[keys.step]
+            if len(step.backward):
+                table = on_device(step.backward, q.device)
+                tensors = (part.rows(q), keys.k, keys.v, part.rows(dout), dk, dv)
+                backend.backward(state, *tensors, table, params=given, flags=keys.flags)
+            keys.read()
+            homeward.depart(number)
+            if dq is not None:
+                _keep(part, dq, dsinks, *backend.finish(state, params=given))
+    turns.join()
+    if dq is None:
+        dq, dsinks = backend.finish(state, params=params)
     return dq, *homeward.collect(), dsinks
 
 
-def _joined(
-    done: list[tuple[HeadPart, Tensor, Tensor | None]], q: Tensor, params: Params
-) -> tuple[Tensor, Tensor | None]:
-    """dq (B, Sq, Hq, D) and dsinks (Hq,) of all heads."""
-    if len(done) == 1:
-        return done[0][1:]
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dsinks = None if params.sinks is None else torch.empty_like(params.sinks)
-    for part, dq_part, dsinks_part in done:
-        part.rows(dq).copy_(dq_part)
-        if dsinks is not None and dsinks_part is not None:
-            dsinks[part.q].copy_(dsinks_part)
-    return dq, dsinks
+def _keep(part: HeadPart, dq: Tensor, dsinks: Tensor | None, dq_part: Tensor, dsinks_part: Tensor | None) -> None:
+    """Puts a head group's dq (B, Sq, h, D) and dsinks (h,) among those of all heads."""
+    part.rows(dq).copy_(dq_part)
+    if dsinks is not None and dsinks_part is not None:
+        dsinks[part.q].copy_(dsinks_part)

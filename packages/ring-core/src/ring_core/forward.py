@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ring_core.backend import Backend, Params, accumulation_dtype, of_heads, on_device
-from ring_core.comm import Transport
+from ring_core.comm import Transport, Turns, compute_after
 from ring_core.plan import Plan
 
 
@@ -20,23 +20,26 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, num_heads, q_len, dtype=sums, device=q.device)
     state = torch.empty(q.shape, dtype=sums, device=q.device) if plan.spans_steps else None
-    for keys in transport.keys(k, v):
+    turns = Turns(q.device, several=transport.independent)
+    for number, keys in enumerate(transport.keys(k, v)):
         step = plan.steps[keys.step]
-        if len(step.forward):
-            table = on_device(step.forward, q.device)
-            part = of_heads(keys.heads, k.shape[2], num_heads)
-            running = None if state is None else part.rows(state)
-            backend.forward(
-                part.rows(q),
-                keys.k,
-                keys.v,
-                part.rows(out),
-                part.lse(lse),
-                running,
-                table,
-                params=part.params(params),
-                flags=keys.flags,
-            )
+        with turns.turn(number):
+            compute_after(keys.arrived)
+            if len(step.forward):
+                part = of_heads(keys.heads, k.shape[2], num_heads)
+                backend.forward(
+                    part.rows(q),
+                    keys.k,
+                    keys.v,
+                    part.rows(out),
+                    part.lse(lse),
+                    None if state is None else part.rows(state),
+                    on_device(step.forward, q.device),
+                    params=part.params(params),
+                    flags=keys.flags,
+                )
+            keys.read()
+    turns.join()
     _void_padding(plan, lse, params)
     return out, lse
 

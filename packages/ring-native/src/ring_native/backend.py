@@ -93,7 +93,7 @@ class NativeBackend:
             return
         keys, values = _joined(k), _joined(v)
         for call, landings in plan.calls:
-            whole = landings == (Landing(call.rows, True, True),)
+            whole = len(landings) == 1 and landings[0].in_out
             target = (out[call.entries, call.rows], lse[call.entries, :, call.rows])
             found = _run_forward(provider, call, q, keys, values, target if whole else (None, None), params)
             if not whole:
@@ -236,18 +236,17 @@ def _land(
     state: Tensor | None,
 ) -> None:
     """Puts or merges a call's result into what its rows have so far."""
-    assert state is not None, "rows that do not begin and end in one call have a state"
     for landing in landings:
         rows, rows_lse = (call.entries, landing.rows), (call.entries, slice(None), landing.rows)
         part = slice(landing.rows.start - call.q_start, landing.rows.stop - call.q_start)
         block, block_lse = found[:, part], found_lse[:, :, part]
-        if not landing.fresh:
-            merge_(state[rows], lse[rows_lse], block, block_lse)
-            if landing.last:
-                out[rows].copy_(state[rows])
-        else:
-            (out if landing.last else state)[rows].copy_(block)
+        running = out if landing.between or landing.in_out else state
+        assert running is not None, "rows that several calls make up have a state"
+        if landing.fresh:
+            running[rows].copy_(block)
             lse[rows_lse].copy_(block_lse)
+        else:
+            merge_(running[rows], lse[rows_lse], block, block_lse, out[rows] if landing.last else None)
 
 
 __all__ = ["BackwardState", "NativeBackend"]

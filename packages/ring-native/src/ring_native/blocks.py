@@ -1,8 +1,8 @@
 """Segments of a table joined into as few rectangles as possible: every rectangle is a call of somebody's kernel.
 
 Pure integers. A block has absolute coordinates: queries are local rows, keys are counted through all pieces (piece *
-piece_length + k_start), and its band bounds (key - query). Then bands of neighbours that continue each other are equal,
-and two blocks are one iff their bounding rectangle shows, under the common band, exactly the pairs that they show.
+piece_length + k_start), and its band bounds (key - query). Then two blocks are one iff
+their bounding rectangle, under the narrowest band that holds both, shows as many pairs as they do.
 """
 
 from __future__ import annotations
@@ -78,25 +78,27 @@ def _pairs_up_to(q_len: int, k_len: int, upper: int) -> int:
 
 
 def merged(a: Block, b: Block) -> Block | None:
-    """Both as one block, or None where that would show other pairs."""
+    """Both, which share no pair, as one block, or None where that would show other pairs.
+
+    If any band over the bounding rectangle shows just those, the narrowest that shows all of them does. A lower bound
+    is not made where neither has one: a run of documents of one token is no window, which not every kernel has.
+    """
     if a.batch != b.batch:
         return None
-    lower, upper = max(a.lower, b.lower), min(a.upper, b.upper)
-    for block in (a, b):
-        nearest = max(block.lower, block.k_start - block.q_stop + 1)
-        furthest = min(block.upper, block.k_stop - 1 - block.q_start)
-        if lower > nearest or upper < furthest:
-            return None
     union = Block(
         a.batch,
         min(a.q_start, b.q_start),
         max(a.q_stop, b.q_stop),
         min(a.k_start, b.k_start),
         max(a.k_stop, b.k_stop),
-        lower,
-        upper,
+        min(max(block.lower, block.k_start - block.q_stop + 1) for block in (a, b)),
+        max(min(block.upper, block.k_stop - 1 - block.q_start) for block in (a, b)),
     )
-    return trimmed(union) if pairs(union) == pairs(a) + pairs(b) else None
+    if pairs(union) != pairs(a) + pairs(b):
+        return None
+    tight = trimmed(union)
+    windows = max(a.lower, b.lower) > -UNBOUNDED
+    return tight if tight is not None and (windows or tight.lower == -UNBOUNDED) else None
 
 
 def coalesced(segments: Iterable[Segment], piece_length: int) -> list[Block]:

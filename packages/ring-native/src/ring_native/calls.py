@@ -81,12 +81,19 @@ class Call:
 class Landing(NamedTuple):
     """What becomes of a call's result for some of its rows.
 
-    fresh: nothing came before; else it is merged. last: the rows are finished, over the whole ring.
+    fresh: nothing came before; else it is merged. last: the rows are finished, over the whole ring. between: the rows
+    are between the two calls that make them up, and wait in `out`: what a kernel rounded to its dtype needs no state.
     """
 
     rows: slice
     fresh: bool
     last: bool
+    between: bool = False
+
+    @property
+    def in_out(self) -> bool:
+        """Whether the result goes to `out` as it is."""
+        return self.fresh and (self.last or self.between)
 
 
 class Idle(NamedTuple):
@@ -108,7 +115,7 @@ class Forward:
     @cached_property
     def keeps_state(self) -> bool:
         """Whether some result cannot go straight to `out`."""
-        return any(landing[1:] != (True, True) for _, landings in self.calls for landing in landings)
+        return any(not (landing.in_out or landing.between) for _, landings in self.calls for landing in landings)
 
 
 def forward_calls(table: Table, piece_length: int, batch: int, style: Style, varlen: bool) -> Forward:
@@ -151,9 +158,10 @@ def _forward(table: Table, piece_length: int, batch: int, style: Style, varlen: 
         fresh = begins[rows] & (done[rows] == 0)
         done[rows] += 1
         last = ends[rows] & (done[rows] == visits[rows])
+        between = begins[rows] & ends[rows] & (visits[rows] == 2)
         landings = tuple(
-            Landing(slice(call.q_start + a, call.q_start + b), kind % 2 == 1, kind >= 2)
-            for a, b, kind in _runs(fresh + 2 * last)
+            Landing(slice(call.q_start + a, call.q_start + b), bool(kind & 1), bool(kind & 2), bool(kind & 4))
+            for a, b, kind in _runs(fresh + 2 * last + 4 * between)
         )
         landed.append((call, landings))
     idle = tuple(

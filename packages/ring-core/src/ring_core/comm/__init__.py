@@ -14,7 +14,7 @@ from ring_core.comm.channel import RingCommError
 from ring_core.comm.collectives import CollectiveCourier
 from ring_core.comm.gather import Courier, GatherTransport
 from ring_core.comm.heads import head_groups
-from ring_core.comm.lane import Lane
+from ring_core.comm.lane import Lane, Turns, compute_after
 from ring_core.comm.peer import PeerCourier
 from ring_core.comm.ring import RingTransport
 from ring_core.comm.shared_memory import shared_memory
@@ -29,7 +29,9 @@ __all__ = [
     "RingCommError",
     "Traffic",
     "Transport",
+    "Turns",
     "arena_bytes",
+    "compute_after",
     "gather_through",
     "record_traffic",
     "transport",

@@ -69,13 +69,14 @@ class GatherTransport:
         self.plan = plan
         self.courier = courier
         self.groups = groups
+        self.independent = len(groups) > 1
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
         plan, courier, lane = self.plan, self.courier, self.courier.lane
         shape = pieces_shape(plan, k, self.groups)
         # Allocated here and freed here, on the compute stream, which by then has waited for all that the lane did.
         buffers = [k.new_empty(shape) for _ in self.groups[:BUFFERS]]
-        read: list[torch.cuda.Event | None] = []
+        marks: list[torch.cuda.Event | None] = []  # behind the reading of each group
         lane.after_compute()
         with lane.on():
             courier.offer(k, v, self.groups)
@@ -87,13 +88,11 @@ class GatherTransport:
                 landed = lane.now()
                 if number + 1 < len(self.groups):
                     if number:
-                        lane.after(read[number - 1])
+                        lane.after(marks[number - 1])
                     arrival = courier.fetch(number + 1, buffers[(number + 1) % BUFFERS])
                 else:
                     courier.fetched()
-            compute_after(landed)
-            yield Keys(0, heads, *by_piece(pieces, plan))
-            read.append(compute_now(lane))
+            yield Keys(0, heads, *by_piece(pieces, plan), landed, lambda: marks.append(compute_now(lane)))
 
     def gradients(self, k: Tensor) -> Gradients:
         return GatherGradients(self.plan, self.courier, self.groups, k)

@@ -1,8 +1,10 @@
-"""Where communication runs beside computation: a stream of its own on CUDA, nothing elsewhere."""
+"""What runs beside what: communication beside computation, and computations that do not wait for each other. Streams on
+CUDA, nothing elsewhere."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 
@@ -40,3 +42,29 @@ def compute_after(mark: torch.cuda.Event | None) -> None:
     """What comes next on the current stream comes after a mark on another."""
     if mark is not None:
         torch.cuda.current_stream().wait_event(mark)
+
+
+class Turns:
+    """Computations that do not depend on each other, on two streams in turn: the last tiles of one and the first of the
+    next share the GPU, which a kernel boundary on one stream would leave half empty."""
+
+    def __init__(self, device: torch.device, *, several: bool) -> None:
+        self._streams: tuple[torch.cuda.Stream, ...] = ()
+        if several and device.type == "cuda":
+            self._streams = _pair(device)
+            for stream in self._streams:
+                stream.wait_stream(torch.cuda.current_stream(device))
+
+    def turn(self, number: int) -> AbstractContextManager[object]:
+        """Where the number-th computation is enqueued."""
+        return torch.cuda.stream(self._streams[number % 2]) if self._streams else nullcontext()
+
+    def join(self) -> None:
+        """The current stream goes on when all are done."""
+        for stream in self._streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+@cache
+def _pair(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)

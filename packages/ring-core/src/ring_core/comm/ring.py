@@ -24,6 +24,8 @@ from ring_core.ranges import Ranges, count
 class RingTransport:
     """Moves what a `RingPlan` says between the ranks of a group."""
 
+    independent = False
+
     def __init__(self, plan: RingPlan, group: ProcessGroup) -> None:
         self.plan = plan
         self.group = group
@@ -49,9 +51,12 @@ class RingTransport:
                 with link.on_stream():
                     sends = [(after, _message(pair, held, hop.send))] if hop.send else []
                 pending = link.post(sends, [(before, received)] if landing else [])
-            yield Keys(step, slice(0, k.shape[2]), pair[0][None], pair[1][None])
-            if link.stream is not None:
-                buffer_free[step % 2] = torch.cuda.current_stream().record_event()
+
+            def read(buffer: int = step % 2) -> None:
+                if link.stream is not None:
+                    buffer_free[buffer] = torch.cuda.current_stream().record_event()
+
+            yield Keys(step, slice(0, k.shape[2]), pair[0][None], pair[1][None], read=read)
             if pending is not None:
                 pending.wait()
                 pair, held = received, landing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,6 +12,10 @@ from ring_core.backend import Flags, accumulation_dtype
 from ring_core.ranges import Ranges, count, overlaps
 
 
+def _nothing() -> None:
+    pass
+
+
 class Keys(NamedTuple):
     """Pieces of one step of the plan, of some heads."""
 
@@ -19,6 +23,10 @@ class Keys(NamedTuple):
     heads: slice  # of the key heads
     k: Tensor  # (C, B, S_piece, h, D)
     v: Tensor  # (C, B, S_piece, h, D)
+    arrived: torch.cuda.Event | None = None
+    """What the current stream must wait for before it reads them."""
+    read: Callable[[], None] = _nothing
+    """To be called when all reading of them is enqueued on the current stream."""
     flags: Flags | None = None
 
 
@@ -42,9 +50,11 @@ class Gradients(Protocol):
 class Transport(Protocol):
     """Moves keys out and gradients home as one plan says."""
 
+    independent: bool
+    """Whether what it yields is about different heads each time, so that nothing of it waits for the others."""
+
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
-        """The pieces of each step in turn, or of each group of heads, from this rank's k, v (B, S, Hkv, D); asking for
-        the next says that the last was read."""
+        """The pieces of each step in turn, or of each group of heads, from this rank's k, v (B, S, Hkv, D)."""
         ...
 
     def gradients(self, k: Tensor) -> Gradients:
@@ -54,6 +64,8 @@ class Transport(Protocol):
 
 class LocalTransport:
     """One rank: nothing travels."""
+
+    independent = False
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
         yield Keys(0, slice(0, k.shape[2]), k[None], v[None])

@@ -1,0 +1,1 @@
+"""Other libraries' rings, and yardsticks, as implementations to compare with."""
