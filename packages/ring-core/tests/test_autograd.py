@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ring_core import autograd, join_shards, ring_attention, shard_sequence
+from ring_core import autograd, join_shards, plan_packed, ring_attention, shard_sequence
 from ring_core.layout import LAYOUTS
 from ring_core.testing import attention_oracle, compare
 from ring_core.testing.plugin import RunRanks
@@ -206,7 +206,7 @@ CALL = autograd.Call(
     backend="reference",
     group_name="",
 )
-OPTIONS = (CALL.numbers, CALL.integers, *CALL.names)
+OPTIONS = (None, CALL.numbers, CALL.integers, *CALL.names)
 
 
 def test_opcheck_forward() -> None:
@@ -217,8 +217,11 @@ def test_opcheck_forward() -> None:
     everything = replace(
         CALL, softcap=3.0, dropout_p=0.2, left=6, right=2, q_total=13, k_total=14, deterministic=True, layout="zigzag"
     )
-    options = (everything.numbers, everything.integers, *everything.names)
+    options = (None, everything.numbers, everything.integers, *everything.names)
     torch.library.opcheck(OP, (q, k, v, slopes, sinks, seed, *options))
+    plan = plan_packed([0, 3, 3, 16], layout="balanced", causal=True)
+    options = (plan.code, *OPTIONS[1:])
+    torch.library.opcheck(OP, (*(x.detach()[:1].requires_grad_() for x in (q, k, v)), None, None, None, *options))
     # bf16: lse stays in fp32; strided inputs: contiguous outputs
     bf16 = [x.detach().bfloat16().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(OP, (*bf16, None, None, None, *OPTIONS))

@@ -42,7 +42,16 @@ KEYWORDS: dict[str, Any] = {
     "total_length": None,
 }
 
+VARLEN = [
+    f"{family}_flash_attn_varlen_{kind}func"
+    for family in ("ring", "zigzag_ring", "balanced_ring", "llama3")
+    for kind in ("", "kvpacked_", "qkvpacked_")
+]
+VARLEN_HEAD = ["cu_seqlens", "max_seqlen"]
+LLAMA3_HEAD = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "heads_k_stride", "local_k_slice"]
+
 FUNCTIONS = flash_attn_functions("reference")
+BATCHED = FUNCTIONS[: len(NAMES)]
 
 
 def layout_of(name: str) -> str:
@@ -50,8 +59,8 @@ def layout_of(name: str) -> str:
 
 
 def test_names() -> None:
-    assert list(AttentionFunctions._fields) == NAMES
-    for name, function in zip(NAMES, FUNCTIONS, strict=True):
+    assert list(AttentionFunctions._fields) == NAMES + VARLEN
+    for name, function in zip(NAMES + VARLEN, FUNCTIONS, strict=True):
         assert function.__name__ == name
 
 
@@ -69,6 +78,23 @@ def test_signatures(name: str) -> None:
     assert {parameters[parameter].kind for parameter in KEYWORDS} == {inspect.Parameter.KEYWORD_ONLY}
 
 
+@pytest.mark.parametrize("name", VARLEN)
+def test_signatures_for_packed_documents(name: str) -> None:
+    tensors = ["qkv"] if "qkvpacked" in name else ["q", "kv"] if "kvpacked" in name else ["q", "k", "v"]
+    head = LLAMA3_HEAD if "llama3" in name else VARLEN_HEAD
+    keywords = {key: default for key, default in KEYWORDS.items() if key != "total_length"}
+    if "llama3" not in name and "qkvpacked" not in name:
+        keywords["cu_seqlens_k"] = None
+    parameters = inspect.signature(getattr(FUNCTIONS, name)).parameters
+    assert list(parameters)[: len(tensors) + len(head) + len(TAIL)] == [*tensors, *head, *TAIL]
+    assert set(parameters) == {*tensors, *head, *TAIL, *keywords}
+    for parameter, default in {**TAIL, **keywords}.items():
+        assert parameters[parameter].default == default
+    assert {parameters[key].kind for key in keywords} == {inspect.Parameter.KEYWORD_ONLY}
+    doc = inspect.getdoc(getattr(FUNCTIONS, name)) or ""
+    assert "Returns:" in doc and "{" not in doc and "(Hq, T_local)" in doc
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_docstrings(name: str) -> None:
     doc = inspect.getdoc(getattr(FUNCTIONS, name)) or ""
@@ -82,7 +108,7 @@ def test_prefix_and_module() -> None:
     """As a backend package makes them: names that pickle finds again."""
     module = types.ModuleType("some_backend")
     made = flash_attn_functions("reference", prefix="some_", module="some_backend")
-    for name, function in zip(NAMES, made, strict=True):
+    for name, function in zip(NAMES + VARLEN, made, strict=True):
         assert function.__name__ == f"some_{name}" and function.__module__ == "some_backend"
         assert getattr(function, "__qualname__") == f"some_{name}"  # noqa: B009
         setattr(module, function.__name__, function)
@@ -117,7 +143,7 @@ def layouts_differ(seed: int) -> list[list[float]]:
     expected = attention_oracle(q, k, v, dout=dout, **options)
     truth = (expected.out, expected.dq, expected.dk, expected.dv)
     errors = []
-    for name, function in zip(NAMES, FUNCTIONS, strict=True):
+    for name, function in zip(NAMES, BATCHED, strict=True):
         call: Any = function
         layout: Any = layout_of(name)
         a, b, c, d = (shard_sequence(x, layout=layout).requires_grad_() for x in (q, k, v, dout))

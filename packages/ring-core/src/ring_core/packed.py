@@ -120,7 +120,8 @@ class PackedPlan:
     def positions(self, device: torch.device | str | None = None, *, keys: bool = False) -> Tensor:
         """int64 (local_length,): the position of each local token in its document, for rotary embeddings. Where a
         document has more keys than queries, its last query sits at its last key."""
-        return torch.from_numpy(self._positions[keys].copy()).to(device)
+        in_queries, in_keys = self._positions
+        return torch.from_numpy((in_keys if keys else in_queries).copy()).to(device)
 
     @cached_property
     def _positions(self) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], ...]:
