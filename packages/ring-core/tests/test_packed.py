@@ -325,9 +325,8 @@ def compiled_on_ranks(layout: Any) -> float:
         fullgraph=True,
         backend="aot_eager",
     )
-    results = []
-    for out in (layer(q, k, v), ring_attention_packed(q, k, v, plan)):
-        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    outs = (layer(q, k, v), ring_attention_packed(q, k, v, plan))
+    results = [(out, *torch.autograd.grad(out.square().sum(), (q, k, v))) for out in outs]
     return max(compare(a, b).max_abs for a, b in zip(*results, strict=True))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ring_core.backend import Capabilities, HeadDims, Params, accumulation_dtype
 from ring_core.testing import conformance
-from ring_core.testing.conformance import RingCase
+from ring_core.testing.conformance import PackedCase, RingCase
 from ring_native.calls import Sequences
 from ring_native.masks import Mask, Style
 from ring_native.providers import PROVIDERS
@@ -178,3 +178,8 @@ PROVIDERS.update({fake.name: fake for fake in (make() for make in FAKES.values()
 def run_ring_case(case: RingCase, backend: str, seed: int) -> dict[str, Tensor] | None:
     """A rank's part, where the fakes are known."""
     return conformance.run_ring_case(case, backend, seed)
+
+
+def run_packed_case(case: PackedCase, backend: str, seed: int) -> dict[str, Tensor] | None:
+    """The same for packed documents."""
+    return conformance.run_packed_case(case, backend, seed)

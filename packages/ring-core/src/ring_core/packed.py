@@ -215,6 +215,8 @@ def _on_host(name: str, cu_seqlens: CuSeqlens) -> tuple[int, ...]:
             raise ValueError(
                 f"{name} must be int32 or int64 of one dimension, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
             )
+        if torch.compiler.is_compiling():
+            raise TypeError(f"{name} as a tensor cannot be read in a compiled graph: pass a plan made outside of it")
         return tuple(cu_seqlens.tolist())  # of a CUDA tensor: waits for it
     if not isinstance(cu_seqlens, Sequence) or not all(isinstance(end, (int, np.integer)) for end in cu_seqlens):
         raise TypeError(f"{name} must be a list of ints or a tensor, got {type(cu_seqlens).__name__}")

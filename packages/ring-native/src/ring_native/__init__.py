@@ -32,18 +32,42 @@ zigzag_ring_flash_attn_qkvpacked_func = _family.zigzag_ring_flash_attn_qkvpacked
 stripe_flash_attn_func = _family.stripe_flash_attn_func
 stripe_flash_attn_kvpacked_func = _family.stripe_flash_attn_kvpacked_func
 stripe_flash_attn_qkvpacked_func = _family.stripe_flash_attn_qkvpacked_func
+ring_flash_attn_varlen_func = _family.ring_flash_attn_varlen_func
+ring_flash_attn_varlen_kvpacked_func = _family.ring_flash_attn_varlen_kvpacked_func
+ring_flash_attn_varlen_qkvpacked_func = _family.ring_flash_attn_varlen_qkvpacked_func
+zigzag_ring_flash_attn_varlen_func = _family.zigzag_ring_flash_attn_varlen_func
+zigzag_ring_flash_attn_varlen_kvpacked_func = _family.zigzag_ring_flash_attn_varlen_kvpacked_func
+zigzag_ring_flash_attn_varlen_qkvpacked_func = _family.zigzag_ring_flash_attn_varlen_qkvpacked_func
+balanced_ring_flash_attn_varlen_func = _family.balanced_ring_flash_attn_varlen_func
+balanced_ring_flash_attn_varlen_kvpacked_func = _family.balanced_ring_flash_attn_varlen_kvpacked_func
+balanced_ring_flash_attn_varlen_qkvpacked_func = _family.balanced_ring_flash_attn_varlen_qkvpacked_func
+llama3_flash_attn_varlen_func = _family.llama3_flash_attn_varlen_func
+llama3_flash_attn_varlen_kvpacked_func = _family.llama3_flash_attn_varlen_kvpacked_func
+llama3_flash_attn_varlen_qkvpacked_func = _family.llama3_flash_attn_varlen_qkvpacked_func
 
 __all__ = [
     "PROVIDERS",
     "NativeBackend",
+    "balanced_ring_flash_attn_varlen_func",
+    "balanced_ring_flash_attn_varlen_kvpacked_func",
+    "balanced_ring_flash_attn_varlen_qkvpacked_func",
     "flash_attn_functions",
+    "llama3_flash_attn_varlen_func",
+    "llama3_flash_attn_varlen_kvpacked_func",
+    "llama3_flash_attn_varlen_qkvpacked_func",
     "ring_flash_attn_func",
     "ring_flash_attn_kvpacked_func",
     "ring_flash_attn_qkvpacked_func",
+    "ring_flash_attn_varlen_func",
+    "ring_flash_attn_varlen_kvpacked_func",
+    "ring_flash_attn_varlen_qkvpacked_func",
     "stripe_flash_attn_func",
     "stripe_flash_attn_kvpacked_func",
     "stripe_flash_attn_qkvpacked_func",
     "zigzag_ring_flash_attn_func",
     "zigzag_ring_flash_attn_kvpacked_func",
     "zigzag_ring_flash_attn_qkvpacked_func",
+    "zigzag_ring_flash_attn_varlen_func",
+    "zigzag_ring_flash_attn_varlen_kvpacked_func",
+    "zigzag_ring_flash_attn_varlen_qkvpacked_func",
 ]
