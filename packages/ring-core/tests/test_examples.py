@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import ring_core
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "ten_lines.py"
+PACKED = ROOT / "examples" / "packed.py"
 
 
 @pytest.mark.parametrize("readme", ["README.md", "packages/ring-core/README.md"])
@@ -23,15 +25,25 @@ def test_the_readme_shows_the_example(readme: str) -> None:
     assert EXAMPLE.read_text() in blocks
 
 
-def loss_on_one_device() -> float:
+def test_ring_cores_readme_shows_packed_documents() -> None:
+    text = (ROOT / "packages/ring-core/README.md").read_text()
+    assert PACKED.read_text() in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def loss_on_one_device(example: Path) -> float:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 1200, heads, 64, generator=generator).double().transpose(1, 2) for heads in (8, 2, 2))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out.square().sum().item()
+    ends = [0, 1200] if example == EXAMPLE else [0, 700, 701, 1000, 1937]
+    q, k, v = (torch.randn(ends[-1], heads, 64, generator=generator).double().transpose(0, 1) for heads in (8, 2, 2))
+    loss = 0.0
+    for a, b in pairwise(ends):
+        x = (tensor[None, :, a:b] for tensor in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True)
+        loss += out.square().sum().item()
+    return loss
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_the_example_agrees_with_one_device(world_size: int) -> None:
+@pytest.mark.parametrize(("example", "world_size"), [(EXAMPLE, 1), (EXAMPLE, 3), (PACKED, 3)])
+def test_the_example_agrees_with_one_device(example: Path, world_size: int) -> None:
     # Ranks of torchrun find this process's ring_core wherever it came from.
     paths = [str(Path(ring_core.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     command = [
@@ -40,7 +52,7 @@ def test_the_example_agrees_with_one_device(world_size: int) -> None:
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={world_size}",
-        str(EXAMPLE),
+        str(example),
     ]
     done = subprocess.run(
         command,
@@ -53,4 +65,4 @@ def test_the_example_agrees_with_one_device(world_size: int) -> None:
     assert done.returncode == 0, done.stderr
     losses = [float(x) for x in re.findall(r"loss (\S+)", done.stdout)]
     assert len(losses) == world_size
-    assert sum(losses) == pytest.approx(loss_on_one_device(), rel=2e-6)
+    assert sum(losses) == pytest.approx(loss_on_one_device(example), rel=2e-6)

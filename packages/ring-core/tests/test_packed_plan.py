@@ -134,7 +134,7 @@ def check_rank(plan: Any, forward: Array, backward: Array) -> None:
     assert plan.spans_steps == (not unbroken)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 @given(problems())
 @example(packed([], layout="balanced", world_size=3))
 @example(packed([0, 0], [0, 5], layout="zigzag", world_size=2))
@@ -154,7 +154,7 @@ def test_every_visible_pair_is_computed_once_on_the_right_rank(problem: PackedPr
     assert problem.visible_pairs() == seen.sum()
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 @given(problems())
 def test_only_keys_that_are_seen_travel(problem: PackedProblem) -> None:
     world_size, seen = problem.world_size, visible(problem)
@@ -202,7 +202,7 @@ def test_only_keys_that_are_seen_travel(problem: PackedProblem) -> None:
         assert owner_plan.home == home and tokens(home[2] if home else ()) == summed
 
 
-@settings(max_examples=100, deadline=None, print_blob=True)
+@settings(max_examples=60, deadline=None, print_blob=True)
 @given(problems(st.integers(1, 64)))
 def test_tokens_are_dealt_out_evenly(problem: PackedProblem) -> None:
     for cells, length in ((problem.queries, problem.q_length), (problem.keys, problem.k_length)):
@@ -212,7 +212,7 @@ def test_tokens_are_dealt_out_evenly(problem: PackedProblem) -> None:
         assert sizes == cells.lengths.tolist() and max(sizes) - min(sizes) <= 1
 
 
-@settings(max_examples=100, deadline=None, print_blob=True)
+@settings(max_examples=60, deadline=None, print_blob=True)
 @given(problems(st.integers(1, 64)))
 def test_a_problem_is_its_code(problem: PackedProblem) -> None:
     again = PackedProblem.decode(problem.code)

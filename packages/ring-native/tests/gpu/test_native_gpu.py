@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +19,15 @@ from ring_core.backend import Capabilities, register_backend
 from ring_core.interface import attend
 from ring_core.testing.conformance import (
     KernelCase,
+    PackedCase,
     RingCase,
     check_kernel_case,
+    check_packed_case,
     check_ring_case,
     kernel_cases,
+    packed_cases,
     ring_cases,
+    run_packed_case,
     run_ring_case,
 )
 from ring_core.testing.oracle import attention_oracle
@@ -70,14 +75,20 @@ def test_kernel_of_few_tokens(name: str, case: KernelCase, seed: int) -> None:
     check_kernel_case(case, load_backend(f"native[{name}]"), "cuda", seed=seed)
 
 
-def by_world_size() -> list[Any]:
-    return [
-        pytest.param(case, marks=pytest.mark.multi_gpu(case.world_size), id=str(case))
-        for case in ring_cases((1, 2, 4), scale=15)
-    ]
+def by_world_size(cases: Sequence[RingCase | PackedCase]) -> list[Any]:
+    return [pytest.param(case, marks=pytest.mark.multi_gpu(case.world_size), id=str(case)) for case in cases]
 
 
-@pytest.mark.parametrize("case", by_world_size())
+@pytest.mark.parametrize("case", by_world_size(packed_cases((1, 2, 4), scale=15)))
+@pytest.mark.parametrize("name", NAMES)
+def test_packed(name: str, case: PackedCase, ranks: RunRanks, seed: int) -> None:
+    capabilities(name)
+    backend = f"native[{name}]"
+    results = ranks(case.world_size, run_packed_case, case, backend, seed, "cuda")
+    check_packed_case(case, backend, results, seed, "cuda")
+
+
+@pytest.mark.parametrize("case", by_world_size(ring_cases((1, 2, 4), scale=15)))
 @pytest.mark.parametrize("name", NAMES)
 def test_ring(name: str, case: RingCase, ranks: RunRanks, seed: int) -> None:
     capabilities(name)
