@@ -119,7 +119,7 @@ def test_a_silent_peer_is_named(ranks: RunRanks) -> None:
     from ring_core.testing import get_pool
 
     message = ranks(2, silent_peer, env={"RING_TIMEOUT": "1"}, timeout=60)[0]
-    get_pool(2).stop()
+    get_pool(2, "cuda").stop()
     assert "rank 0 of 2: rank 1 did not answer in time" in message, message
     assert "RING_TIMEOUT sets how many seconds to wait" in message
 
