@@ -1,5 +1,6 @@
 """scripts/gpu_tests.sh, where a checkout is there: what it runs, says and returns without a GPU."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,10 @@ SCRIPT = Path(__file__).parents[3] / "scripts" / "gpu_tests.sh"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="not in a checkout")
 
 
+# The script only asks it for GPUs, and the real one takes seconds to import.
+QUICK_TORCH = "__version__ = '0'\nclass cuda:\n    device_count = staticmethod(lambda: 0)\n"
+
+
 @pytest.fixture
 def tree(tmp_path):
     """A checkout with two packages that have GPU tests, and one that has none."""
@@ -19,6 +24,8 @@ def tree(tmp_path):
     for package in ("ring-a", "ring-b"):
         (tmp_path / "packages" / package / "tests" / "gpu").mkdir(parents=True)
     (tmp_path / "packages" / "ring-c" / "tests").mkdir(parents=True)
+    (tmp_path / "quick").mkdir()
+    (tmp_path / "quick" / "torch.py").write_text(QUICK_TORCH)
     return tmp_path
 
 
@@ -29,6 +36,7 @@ def write(tree, package, text):
 def run(tree, subprocess_env, *arguments):
     command = [str(tree / "scripts" / "gpu_tests.sh"), *arguments]
     environment = {**subprocess_env, "PYTHON": sys.executable, "PYTEST_ADDOPTS": ""}
+    environment["PYTHONPATH"] = str(tree / "quick") + os.pathsep + environment["PYTHONPATH"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 

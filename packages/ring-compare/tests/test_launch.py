@@ -1,3 +1,4 @@
+import dataclasses
 import time
 
 import pytest
@@ -33,6 +34,17 @@ def test_one_rank_that_raises_costs_its_own_row_only(ranks):
     assert rows["raises"].provider == "torch"
     assert rows["plain"].status == "ok"
     assert rows["plain"].samples_ms
+
+
+def test_an_implementation_is_given_up_after_two_failures(ranks):
+    first = Cell(1, 16, 16, 2, 1, 8, "float32", "causal", (-1, -1), "zigzag", "ring", 1)
+    cells = [dataclasses.replace(first, schedule=schedule) for schedule in ("ring", "gather", "auto")]
+    task = Task(Suite("test", "", (), TIMING, 60.0), tuple(cells), ("compare_fakes:RaisesEverywhere", "reference"), 0)
+    rows = run_task(ranks, task, lambda stage: None)
+    found = {(row.implementation, row.cell.schedule): (row.status, row.reason) for row in rows}
+    assert [found["reference", schedule] for schedule in ("ring", "gather", "auto")] == [("ok", "")] * 3
+    assert [found["refuses[torch]", schedule][0] for schedule in ("ring", "gather")] == ["failed"] * 2
+    assert found["refuses[torch]", "auto"] == ("skipped", "not run: 2 of its routes failed")
 
 
 def test_of_ranks_that_hang_the_one_behind_is_blamed():

@@ -23,6 +23,7 @@ from ring_compare.records import Result
 from ring_core.testing import RankDied, RankError, RankFailure, WorkerPool, report
 
 START_TIMEOUT_S = 180.0  # importing torch on a busy machine, NCCL on a cold one
+_FAILURES = 2
 _LOG_LINES = 6
 _STACK_LINE = re.compile(r'\s*File "|\s*<no Python frame>|(Current thread|Thread) 0x|Extension modules: |$')
 
@@ -51,7 +52,9 @@ class RanksLostError(RuntimeError):
 
 
 def run_task(launcher: Launcher, task: Task, watch: Watch) -> list[Result]:
-    """Results of every implementation of the task: a failed route is left out and the rest run again."""
+    """Results of every implementation of the task: a failed route is left out and the rest run again.
+
+    Each failure costs a whole run, so an implementation is given up when two of its routes have failed."""
     failed: list[Result] = []
     while task.names:
         try:
@@ -71,6 +74,12 @@ def run_task(launcher: Launcher, task: Task, watch: Watch) -> list[Result]:
         else:
             failed += task.results(stage.label, stage.cell, stage.provider, **said)
             task = dataclasses.replace(task, without=task.without | {Entry(stage.name, stage.cell)})
+            if sum(entry.name == stage.name for entry in task.without) == _FAILURES:
+                reason = f"not run: {_FAILURES} of its routes failed"
+                left = [cell for cell in task.cells if Entry(stage.name, cell) not in task.without]
+                for cell in left:
+                    failed += task.results(stage.label, cell, stage.provider, status="skipped", reason=reason)
+                task = dataclasses.replace(task, names=tuple(name for name in task.names if name != stage.name))
     return failed
 
 

@@ -43,9 +43,9 @@ class Sequences:
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """cu_seqlens of queries and keys: int32 (n + 1,) each."""
         if device not in self._tensors:
-            edges = torch.tensor([self.q_edges, self.k_edges], dtype=torch.int32)
-            cu_q, cu_k = edges.to(device)
-            self._tensors[device] = cu_q, cu_k.clone()  # clone: each starts at an aligned address
+            # Tensors of their own, aligned, by copies that wait: another stream may be the next to read them.
+            cu_q, cu_k = (torch.tensor(edges, dtype=torch.int32).to(device) for edges in (self.q_edges, self.k_edges))
+            self._tensors[device] = cu_q, cu_k
         return self._tensors[device]
 
 

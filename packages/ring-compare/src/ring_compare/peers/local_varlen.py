@@ -62,7 +62,7 @@ class LocalVarlen:
     """flash-attn's varlen function on a rank's share."""
 
     name = "local-varlen"
-    traits = Traits(own_schedule=True, omits=frozenset(("lse", "dk", "dv")))
+    traits = Traits(own_schedule=True, label=name, omits=frozenset(("lse", "dk", "dv")))
 
     def __init__(self) -> None:
         self._shares: dict[tuple[Cell, int, int], _Share] = {}

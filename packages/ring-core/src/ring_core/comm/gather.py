@@ -86,16 +86,29 @@ class GatherTransport:
             with lane.on():
                 arrival()
                 landed = lane.now()
-                if number + 1 < len(self.groups):
-                    if number:
-                        lane.after(marks[number - 1])
-                    arrival = courier.fetch(number + 1, buffers[(number + 1) % BUFFERS])
-                else:
-                    courier.fetched()
+                if lane.stream is None:  # the host is about to compute: post before
+                    arrival = self._next(number, buffers, marks)
             yield Keys(0, heads, *by_piece(pieces, plan), landed, lambda: marks.append(compute_now(lane)))
+            if lane.stream is not None:  # the GPU is about to compute, and its host should first tell it so
+                with lane.on():
+                    arrival = self._next(number, buffers, marks)
+
+    def _next(self, number: int, buffers: list[Tensor], marks: list[torch.cuda.Event | None]) -> Callable[[], None]:
+        """Starts fetching the group after the number-th."""
+        following = number + 1
+        if following == len(self.groups):
+            self.courier.fetched()
+            return _nothing
+        if number:
+            self.courier.lane.after(marks[number - 1])
+        return self.courier.fetch(following, buffers[following % BUFFERS])
 
     def gradients(self, k: Tensor) -> Gradients:
         return GatherGradients(self.plan, self.courier, self.groups, k)
+
+
+def _nothing() -> None:
+    pass
 
 
 class GatherGradients:

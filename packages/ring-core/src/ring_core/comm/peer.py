@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,15 @@ from ring_core.ranges import count
 PUBLISHED, READ = 0, 1
 COUNTERS = 2
 GENERATIONS = 2
+
+
+class Copy(NamedTuple):
+    """Bytes of a rank's slot, and where they go in the target."""
+
+    rank: int
+    source: int
+    target: int
+    nbytes: int
 
 
 class PeerMemory(Protocol):
@@ -64,6 +73,14 @@ class PeerMemory(Protocol):
         is up (on CUDA: at a later call)."""
         ...
 
+    def pull(self, target: Tensor, generation: int, copies: list[Copy]) -> None:
+        """Copies bytes of ranks' slots into `target`, which is contiguous."""
+        ...
+
+    def watch(self, epoch: int) -> None:
+        """All waiting for this epoch is enqueued: from now on it has so long as RING_TIMEOUT says."""
+        ...
+
     def poison(self) -> None:
         """Tells all who wait for this rank that it has failed."""
         ...
@@ -90,9 +107,10 @@ class PeerCourier:
         self._dtype = k.dtype
         with _poisoning(memory):
             longest = self._plan.problem.longest_key_chunk
-            memory.reserve(2 * k.shape[0] * k.shape[2:].numel() * longest * k.element_size())
+            memory.reserve(2 * k.shape[0] * longest * k.shape[2:].numel() * k.element_size())
             self._epoch = self._begin(memory)
-            mine = self._slot_of(memory.rank)
+            slot = memory.slot(memory.rank, self._epoch % GENERATIONS)
+            mine = _typed(slot, self._dtype, self._shape)
             for side, x in enumerate((k, v)):
                 mine[:, :, :, side].copy_(x.unflatten(2, (len(groups), heads)).movedim(2, 0))
             memory.signal(PUBLISHED, self._epoch)
@@ -101,17 +119,24 @@ class PeerCourier:
 
     def fetch(self, number: int, pieces: Tensor) -> Callable[[], None]:
         plan, memory = self._plan, self._keys
+        _, batch, *_ = self._shape
+        token = self._shape[3:].numel() * self._dtype.itemsize
         with _poisoning(memory):
-            for source in plan.order:  # own first; no two ranks pull from one peer at the same time
+            for source, places in _places(plan):  # own first; no two ranks pull from one peer at the same time
                 if number == 0 and source != plan.rank:
                     memory.wait(PUBLISHED, self._epoch, (source,))
-                theirs = self._slot_of(source)[number]
-                for start, at, length in stretches(plan, source):
-                    _pull(pieces[:, at : at + length], theirs[:, start : start + length])
+                chunk, span = plan.problem.key_chunk(source), plan.piece_count * plan.piece_length
+                copies = [
+                    Copy(source, ((number * batch + b) * chunk + start) * token, (b * span + at) * token, n * token)
+                    for b in range(batch)
+                    for start, at, n in places
+                ]
+                memory.pull(pieces, self._epoch % GENERATIONS, copies)
         return _done
 
     def fetched(self) -> None:
         self._keys.signal(READ, self._epoch)
+        self._keys.watch(self._epoch)
 
     def parts(self, shape: torch.Size) -> Tensor:
         memory = self._gradients
@@ -133,20 +158,25 @@ class PeerCourier:
 
     def _arrived(self, parts: Tensor, epoch: int) -> dict[int, Tensor]:
         plan, memory = self._plan, self._gradients
+        batch, token = parts.shape[0], parts.shape[2:].numel() * parts.element_size()
         arrived = {}
         with _poisoning(memory):
             nearest_first = sorted(plan.send, key=lambda peer: (peer - plan.rank) % plan.problem.world_size)
             for peer in nearest_first:
                 memory.wait(PUBLISHED, epoch, (peer,))
-                tokens, places = _place_at(plan, peer)
-                shape = torch.Size((parts.shape[0], tokens, *parts.shape[2:]))
-                theirs = _typed(memory.slot(peer, epoch % GENERATIONS), parts.dtype, shape)
-                mine = arrived[peer] = parts.new_empty(parts.shape[0], count(plan.send[peer]), *parts.shape[2:])
-                offset = 0
-                for _, at, length in places:
-                    _pull(mine[:, offset : offset + length], theirs[:, at : at + length])
-                    offset += length
+                span, places = _places_at(plan, peer)
+                tokens = count(plan.send[peer])
+                arrived[peer] = parts.new_empty(batch, tokens, *parts.shape[2:])
+                copies, offset = [], 0
+                for _, at, n in places:
+                    copies += [
+                        Copy(peer, (b * span + at) * token, (b * tokens + offset) * token, n * token)
+                        for b in range(batch)
+                    ]
+                    offset += n
+                memory.pull(arrived[peer], epoch % GENERATIONS, copies)
             memory.signal(READ, epoch)
+            memory.watch(epoch)
         return arrived
 
     def _begin(self, memory: PeerMemory) -> int:
@@ -155,25 +185,19 @@ class PeerCourier:
         memory.wait(READ, epoch - GENERATIONS, self._others)
         return epoch
 
-    def _slot_of(self, rank: int) -> Tensor:
-        """The keys that a rank has published, (G, B, S, 2, h, D)."""
-        groups, batch, _, *rest = self._shape
-        shape = torch.Size((groups, batch, self._plan.problem.key_chunk(rank), *rest))
-        return _typed(self._keys.slot(rank, self._epoch % GENERATIONS), self._dtype, shape)
+
+@lru_cache(maxsize=256)
+def _places(plan: GatherPlan) -> tuple[tuple[int, tuple[tuple[int, int, int], ...]], ...]:
+    """Each source, in the order of taking, and the stretches of its keys."""
+    return tuple((source, tuple(stretches(plan, source))) for source in plan.order)
 
 
-@lru_cache(maxsize=1024)  # plans of packed documents come and go
-def _place_at(plan: GatherPlan, peer: int) -> tuple[int, tuple[tuple[int, int, int], ...]]:
+@lru_cache(maxsize=256)
+def _places_at(plan: GatherPlan, peer: int) -> tuple[int, tuple[tuple[int, int, int], ...]]:
     """How many tokens a peer's contributions span, and the stretches of this rank's keys among them."""
     theirs = make_plan(plan.problem, peer, "gather")
     assert isinstance(theirs, GatherPlan)
     return theirs.piece_count * theirs.piece_length, tuple(stretches(theirs, plan.rank))
-
-
-def _pull(target: Tensor, source: Tensor) -> None:
-    """Copies (B, n, …), entry by entry: each is contiguous on both sides, so a copy engine can do it."""
-    for into, out_of in zip(target, source, strict=True):
-        into.copy_(out_of)
 
 
 def _typed(slot: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:

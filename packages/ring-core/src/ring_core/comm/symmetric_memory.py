@@ -25,8 +25,8 @@ from torch.distributed import ProcessGroup
 from ring_core._torch import symmetric_buffer, symmetric_rendezvous
 from ring_core.comm.channel import RingCommError, timeout
 from ring_core.comm.lane import Lane
-from ring_core.comm.peer import COUNTERS, GENERATIONS
-from ring_core.comm.stream_memory import wait_words, write_words
+from ring_core.comm.peer import COUNTERS, GENERATIONS, PUBLISHED, READ, Copy
+from ring_core.comm.stream_memory import copy_bytes, wait_words, write_words
 
 _ALIGNMENT = 512  # bytes; slots begin at multiples of it
 _PATIENCE = 600.0  # seconds, without RING_TIMEOUT
@@ -45,6 +45,7 @@ class SymmetricMemory:
         self._epoch = 0
         self._size = 0
         self._arenas: list[Tensor] = []
+        self._addresses: list[int] = []
         self._failure = ""
         self._header = -(-COUNTERS * self.world_size * 4 // _ALIGNMENT) * _ALIGNMENT
 
@@ -64,6 +65,7 @@ class SymmetricMemory:
         own = symmetric_buffer(self._header + GENERATIONS * nbytes, self._device)
         own[: self._header].view(torch.int32).fill_(self._epoch)
         self._arenas = symmetric_rendezvous(own, self._group)
+        self._addresses = [arena.data_ptr() for arena in self._arenas]
         self._size = nbytes
         torch.cuda.synchronize(self._device)
         dist.barrier(group=self._group)  # nobody signals before all have set their counters
@@ -82,28 +84,42 @@ class SymmetricMemory:
         write_words(torch.cuda.current_stream(self._device), words, epoch)
 
     def wait(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
+        words = [self._word(self.rank, counter, rank) for rank in ranks]
+        wait_words(torch.cuda.current_stream(self._device), words, epoch)
+
+    def pull(self, target: Tensor, generation: int, copies: list[Copy]) -> None:
+        stream, into = torch.cuda.current_stream(self._device), target.data_ptr()
+        offset = self._header + generation * self._size
+        for rank, source, place, nbytes in copies:
+            copy_bytes(stream, into + place, self._addresses[rank] + offset + source, nbytes)
+
+    def watch(self, epoch: int) -> None:
         stream = torch.cuda.current_stream(self._device)
-        wait_words(stream, [self._word(self.rank, counter, rank) for rank in ranks], epoch)
-        _watchdog().guard(_Wait(self, counter, epoch, ranks, stream.record_event(), _deadline()))
+        _watchdog().guard(_Wait(self, epoch, stream.record_event(), _deadline()))
 
     def poison(self) -> None:
         """Others learn of it when their waits run out of time: a failed rank may not have a working stream left."""
 
-    def release(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
+    def release(self, epoch: int) -> None:
         """Ends every wait of this rank, and makes its next call raise. Called by the watchdog, beside all streams."""
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
             words = self._arenas[self.rank][: self._header].view(torch.int32)
-            seen = words[: COUNTERS * self.world_size].view(COUNTERS, self.world_size)[counter].tolist()
-            late = [str(rank) for rank in ranks if seen[rank] < epoch] or ["?"]
+            seen = words[: COUNTERS * self.world_size].view(COUNTERS, self.world_size).tolist()
+            late = [
+                str(rank)
+                for rank in range(self.world_size)
+                if rank != self.rank and (seen[PUBLISHED][rank] < epoch or seen[READ][rank] < epoch - GENERATIONS)
+            ]
             self._failure = (
-                f"rank {self.rank} of {self.world_size}: rank {', '.join(late)} did not answer in time ({self._name}, "
-                f"epoch {epoch}), and what was computed since is void. RING_TIMEOUT sets how many seconds to wait."
+                f"rank {self.rank} of {self.world_size}: rank {', '.join(late) or '?'} did not answer in time "
+                f"({self._name}, epoch {epoch}), and what was computed since is void. RING_TIMEOUT sets how many "
+                f"seconds to wait."
             )
             words.fill_(_RELEASE)
             torch.cuda.current_stream().synchronize()
 
     def _word(self, owner: int, counter: int, writer: int) -> int:
-        return self._arenas[owner].data_ptr() + 4 * (counter * self.world_size + writer)
+        return self._addresses[owner] + 4 * (counter * self.world_size + writer)
 
     def _check(self) -> None:
         if self._failure:
@@ -113,9 +129,7 @@ class SymmetricMemory:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Wait:
     memory: SymmetricMemory
-    counter: int
     epoch: int
-    ranks: tuple[int, ...]
     passed: torch.cuda.Event
     deadline: float
 
@@ -147,7 +161,7 @@ class _Watchdog:
                 if wait.passed.query():
                     continue
                 if time.monotonic() > wait.deadline:
-                    wait.memory.release(wait.counter, wait.epoch, wait.ranks)
+                    wait.memory.release(wait.epoch)
                 else:
                     late.append(wait)
             with self._lock:

@@ -1,5 +1,5 @@
 """The flash-attn 2 inside torch, which `scaled_dot_product_attention` runs on CUDA. Private names of torch stand here
-and in `cudnn`, `cpu`; checked against torch 2.7 to 2.13.
+and in `cudnn`, `cpu`.
 
 It allocates what it returns, makes out and dout contiguous for itself, and has no softcap. It is deterministic only
 where `torch.use_deterministic_algorithms(True)` says so for the whole process, which is not ours to say.
