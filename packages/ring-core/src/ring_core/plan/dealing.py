@@ -191,25 +191,23 @@ def _place(circle: _Circle, tokens: int) -> int:
     place = np.unique(np.concatenate([good, good - tokens, even, even - tokens]) % length)
     miss = circle.arc(place, tokens) - share
     allowed = TOLERANCE * share
-    if np.abs(miss).min() > allowed:
-        place, miss = _crossings(circle, tokens, share, place, miss)
-        allowed = max(allowed, np.abs(miss).min())
-    close = np.abs(miss) <= allowed
+    more, missed = _crossings(circle, tokens, share, place, miss)
+    place, miss = np.concatenate([place, more]), np.concatenate([miss, missed])
+    close = np.abs(miss) <= max(allowed, np.abs(miss).min())
     place, miss = place[close], miss[close]
     return int(place[np.lexsort([np.abs(miss), _cost(circle, place, tokens)])[0]])
 
 
 def _crossings(circle: _Circle, tokens: int, share: float, place: Array, miss: Array) -> tuple[Array, Array]:
-    """(places, misses) where an arc comes closest to its share: between two places on both sides of it there is one
-    that has it, up to one token."""
+    """(places, misses) between those given: between two on both sides of the share there is one that has it, up to one
+    token. Fewer than SAMPLES of them."""
     above = miss > 0
     crossing = np.flatnonzero(above != np.roll(above, -1))
-    if not len(crossing):  # every arc has more than its share, or none: rounding
-        return place, miss
+    crossing = crossing[:: len(crossing) // SAMPLES + 1]
     low, high = place[crossing], np.append(place[1:], place[0] + circle.length)[crossing]
     rising = ~above[crossing]
     found, missed = low, miss[crossing]
-    while (high - low).max() > 1 and np.abs(missed).min() > TOLERANCE * share:
+    while ((high - low > 1) & (np.abs(missed) > TOLERANCE * share)).any():
         found = (low + high) // 2
         missed = circle.arc(found, tokens) - share
         before = (missed <= 0) == rising
@@ -226,5 +224,5 @@ def _cost(circle: _Circle, place: Array, tokens: int) -> Array:
         old = np.isin(end % circle.length, gaps)
         inside = inside + old
         cost = cost + np.where(old, 0, circle.documents.cut_cost(circle.at(end)) / tokens)
-    result: Array = cost + 2.0 * (len(gaps) - inside + 1 > HOLES)
+    result: Array = cost + np.maximum(0, len(gaps) - inside + 1 - HOLES)
     return result
