@@ -69,7 +69,6 @@ class CollectiveCourier:
             (source, torch.cat([parts[:, at : at + n] for _, at, n in stretches(plan, source)], dim=1))
             for source in plan.receive
         ]
-        # Messages are contiguous, and so are several entries' only each by itself.
         arriving = {
             peer: parts.new_empty(parts.shape[0], count(plan.send[peer]), *parts.shape[2:]) for peer in plan.send
         }

@@ -1,5 +1,5 @@
-"""What the ranks have contributed to the gradients of one rank's keys, and their sum: in rank order, so that it does not
-depend on who was first."""
+"""What the ranks have contributed to the gradients of one rank's keys, and their sum: in rank order, so that it does
+not depend on who was first."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ def head_groups(problem: Problem, k: Tensor, direction: Direction, at_once: int 
     Args:
         k: (B, S, Hkv, D): local keys.
         direction: "forward" or "backward".
-        at_once: heads in a group; 0: as many groups, up to those of MOST_GROUPS, as leave each enough work (one on a CPU, where
-            nothing runs side by side).
+        at_once: heads in a group; 0: as many groups, up to those of MOST_GROUPS, as leave each enough work (one on a
+            CPU, where nothing runs side by side).
     """
     heads = k.shape[2]
     if not at_once:
