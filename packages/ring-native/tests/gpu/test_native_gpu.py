@@ -175,7 +175,7 @@ def test_a_zigzag_gather_calls_twice_a_head_group(name: str, ranks: RunRanks, se
     capabilities(name)
     half = 256
     for rank, calls in enumerate(ranks(4, count_zigzag, name, seed)):
-        a_group = [(half, half * (rank + 1), True), (half, half * (8 - rank), True)]
+        a_group = [(half, half * (8 - rank), True), (half, half * (rank + 1), True)]
         if rank == 3:  # whose halves are neighbours
             a_group = [(2 * half, 5 * half, True)]
         for phase in ("forward", "backward"):
