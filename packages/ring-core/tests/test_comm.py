@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ring_core import RingCommError, local_positions, ring_attention, shard_sequence, unshard_sequence
 from ring_core.comm import channel as channels
 from ring_core.comm import gather_through
-from ring_core.comm.gather import sum_in_rank_order
+from ring_core.comm.contributions import sum_in_rank_order
 from ring_core.comm.peer import GENERATIONS, PUBLISHED, READ
 from ring_core.comm.shared_memory import SharedMemory, shared_memory
 from ring_core.group import rank_and_size
@@ -294,10 +294,10 @@ def test_contributions_are_summed_in_rank_order(rank: int) -> None:
     assert isinstance(plan, GatherPlan)
     values = (1e8, 1.0, -1e8)
     parts = torch.full((1, 6, 2, 1, 4), values[rank])
-    arrived = {peer: torch.full((1, 2, 2, 1, 4), values[peer]) for peer in reversed(range(3)) if peer != rank}
-    total = sum_in_rank_order(plan, 2, parts, arrived)
-    assert total.shape == (1, 2, 2, 1, 4)
-    assert not total.any()
+    arrived = torch.cat([torch.full((1, 2, 2, 1, 4), values[peer]) for peer in range(3) if peer != rank], dim=1)
+    dk, dv = torch.ones(2, 1, 2, 1, 4)
+    sum_in_rank_order(plan, parts, arrived, dk, dv)
+    assert not dk.any() and not dv.any()
 
 
 # --- head groups

@@ -57,7 +57,6 @@ def _merge(
     old_share, new_share = tl.exp(old - base), tl.exp(new - base)
     total = old_share + new_share
     weight = tl.where(total > 0, new_share / total, 0.0)
-    tl.store(lse_at, base + tl.log(total), mask=there)
 
     inside = there[:, None] & (d < head_dim)[None, :]
     seen = inside & (old > float("-inf"))[:, None]
@@ -67,6 +66,8 @@ def _merge(
     a, b = a.to(tl.float32), b.to(tl.float32)
     merged = a + weight[:, None] * (b - a)
     target = result + (batch * result_b + s * result_s + h * result_h)[:, None] + d[None, :]
+    tl.debug_barrier()  # several threads read the same lse, each for itself: all must have, before one overwrites it
+    tl.store(lse_at, base + tl.log(total), mask=there)
     tl.store(target, merged.to(result.dtype.element_ty), mask=inside)
 
 

@@ -196,7 +196,7 @@ def _per_entry(segments: tuple[Segment, ...], batch: int) -> list[Segment]:
 def _calls(segments: list[Segment], piece_length: int, batch: int, style: Style, varlen: bool) -> list[Call]:
     blocks = sorted(part for block in coalesced(segments, piece_length) for part in split(block, style))
     if not varlen:
-        return [_call([block], Choice.of(block)) for block in blocks]
+        return sorted((_call([block], Choice.of(block)) for block in blocks), key=_largest_first)
     chains: dict[tuple[int, int, int], _Chain] = {}  # by where they end
     closed: list[Call] = []
     for block in blocks:
@@ -216,7 +216,13 @@ def _calls(segments: list[Segment], piece_length: int, batch: int, style: Style,
             closed.append(_call(other.blocks, other.choice))
         chains[end] = chain
     closed += [_call(chain.blocks, chain.choice) for chain in chains.values()]
-    return sorted(closed, key=lambda call: (call.batch, call.q_start, call.k_start))
+    return sorted(closed, key=_largest_first)
+
+
+def _largest_first(call: Call) -> tuple[int, ...]:
+    """Head groups run side by side: while one ends with small calls, the next begins with a large one."""
+    area = (call.q_stop - call.q_start) * (call.k_stop - call.k_start)
+    return -area, call.batch, call.q_start, call.k_start
 
 
 @dataclass

@@ -58,6 +58,8 @@ class QueryGradient:
 
     def finish(self) -> Tensor:
         """dq (B, Sq, Hq, D) in q's dtype; rows that nothing was added to are 0."""
+        if (self._status == ONCE).all():  # most calls: nothing left to do
+            return self._dq
         for status in (UNTOUCHED, SUMMED):
             here = self._status == status
             if here.all():

@@ -126,7 +126,8 @@ def test_unequal_lengths_align_at_the_ends(name: str, mask: str, q_length: int, 
     found = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout), strict=True)) | {"out": out}
     for what, value in found.items():
         wanted = getattr(truth, what).to(value.device)
-        error = float((value.detach().double() - wanted).norm() / wanted.norm().clamp(min=1e-6))
+        size = dout.double().norm() if what == "dq" and k_length == 1 else wanted.norm()  # one key: dq is 0
+        error = float((value.detach().double() - wanted).norm() / size)
         assert error < 0.02, f"{what} is {error:.1%} off"
 
 
@@ -185,7 +186,7 @@ def test_a_zigzag_gather_calls_twice_a_head_group(name: str, ranks: RunRanks, se
     capabilities(name)
     half = 256
     for rank, calls in enumerate(ranks(4, count_zigzag, name, seed)):
-        a_group = [(half, half * (rank + 1), True), (half, half * (8 - rank), True)]
+        a_group = [(half, half * (8 - rank), True), (half, half * (rank + 1), True)]
         if rank == 3:  # whose halves are neighbours
             a_group = [(2 * half, 5 * half, True)]
         for phase in ("forward", "backward"):

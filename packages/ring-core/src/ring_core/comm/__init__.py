@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from ring_core.comm.channel import RingCommError
 from ring_core.comm.collectives import CollectiveCourier
 from ring_core.comm.gather import Courier, GatherTransport
-from ring_core.comm.heads import head_groups
+from ring_core.comm.heads import Direction, head_groups
 from ring_core.comm.lane import Lane, Turns, compute_after
 from ring_core.comm.peer import PeerCourier
 from ring_core.comm.ring import RingTransport
@@ -59,18 +59,21 @@ def gather_through(name: str) -> Iterator[None]:
         _gather_transport = before
 
 
-def transport(plan: Plan, group: ProcessGroup | None, k: Tensor, heads_at_once: int = 0) -> Transport:
+def transport(
+    plan: Plan, group: ProcessGroup | None, k: Tensor, direction: Direction, heads_at_once: int = 0
+) -> Transport:
     """What moves keys and gradients for a plan.
 
     Args:
         k: (B, S, Hkv, D): local keys, for their shape, dtype and device.
+        direction: of the pass.
         heads_at_once: key heads in a group of the gather schedule; 0: as `ring_core.comm.heads` has it.
     """
     if group is None or plan.problem.world_size == 1:
         return LocalTransport()
     if isinstance(plan, RingPlan):
         return RingTransport(plan, group)
-    return GatherTransport(plan, _courier(plan, group, k), head_groups(plan.problem, k, heads_at_once))
+    return GatherTransport(plan, _courier(plan, group, k), head_groups(plan.problem, k, direction, heads_at_once))
 
 
 def _courier(plan: GatherPlan, group: ProcessGroup, k: Tensor) -> Courier:

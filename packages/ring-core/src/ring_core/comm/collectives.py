@@ -10,7 +10,8 @@ from torch.distributed import ProcessGroup
 
 from ring_core.backend import accumulation_dtype
 from ring_core.comm.channel import channel
-from ring_core.comm.gather import Heads, stretches, take
+from ring_core.comm.contributions import arrival_places, stretches
+from ring_core.comm.gather import Heads
 from ring_core.comm.lane import Lane
 from ring_core.plan import GatherPlan
 from ring_core.ranges import Ranges, count
@@ -62,17 +63,21 @@ class CollectiveCourier:
     def parts(self, shape: torch.Size) -> Tensor:
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
-    def ship(self, parts: Tensor) -> Callable[[], dict[int, Tensor]]:
+    def ship(self, parts: Tensor) -> Callable[[], Tensor]:
         plan = self._plan
-        sends = [(source, take(parts, plan, source)) for source in plan.receive]
+        sends = [
+            (source, torch.cat([parts[:, at : at + n] for _, at, n in stretches(plan, source)], dim=1))
+            for source in plan.receive
+        ]
         arriving = {
-            peer: parts.new_empty(parts.shape[0], count(given), *parts.shape[2:]) for peer, given in plan.send.items()
+            peer: parts.new_empty(parts.shape[0], count(plan.send[peer]), *parts.shape[2:]) for peer in plan.send
         }
         pending = self._gradients.post(sends, list(arriving.items()))
 
-        def home() -> dict[int, Tensor]:
+        def home() -> Tensor:
             pending.wait()
-            return arriving
+            found = [arriving[peer] for peer in arrival_places(plan)]
+            return torch.cat(found, dim=1) if found else parts[:, :0]
 
         return home
 

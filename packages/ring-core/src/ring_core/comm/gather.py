@@ -21,10 +21,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ring_core.comm.contributions import sum_in_rank_order
 from ring_core.comm.lane import Lane, compute_after, compute_now
 from ring_core.comm.transport import Gradients, Keys
 from ring_core.plan import GatherPlan
-from ring_core.ranges import Ranges
 
 BUFFERS = 2
 Heads = tuple[slice, ...]
@@ -56,9 +56,9 @@ class Courier(Protocol):
         most BUFFERS of them are in use."""
         ...
 
-    def ship(self, parts: Tensor) -> Callable[[], dict[int, Tensor]]:
-        """Starts bringing contributions home; calling the result gives those of others to this rank's keys:
-        (B, n, 2, h, D) by rank, packed as `plan.send` says."""
+    def ship(self, parts: Tensor) -> Callable[[], Tensor]:
+        """Starts bringing contributions home; calling the result gives those of others to this rank's keys, one after
+        the other by rank: (B, m, 2, h, D)."""
         ...
 
 
@@ -76,19 +76,19 @@ class GatherTransport:
         shape = pieces_shape(plan, k, self.groups)
         # Allocated here and freed here, on the compute stream, which by then has waited for all that the lane did.
         buffers = [k.new_empty(shape) for _ in self.groups[:BUFFERS]]
+        views = [by_piece(buffer, plan) for buffer in buffers]
         marks: list[torch.cuda.Event | None] = []  # behind the reading of each group
         lane.after_compute()
         with lane.on():
             courier.offer(k, v, self.groups)
             arrival = courier.fetch(0, buffers[0])
         for number, heads in enumerate(self.groups):
-            pieces = buffers[number % BUFFERS]
             with lane.on():
                 arrival()
                 landed = lane.now()
                 if lane.stream is None:  # the host is about to compute: post before
                     arrival = self._next(number, buffers, marks)
-            yield Keys(0, heads, *by_piece(pieces, plan), landed, lambda: marks.append(compute_now(lane)))
+            yield Keys(0, heads, *views[number % BUFFERS], landed, lambda: marks.append(compute_now(lane)))
             if lane.stream is not None:  # the GPU is about to compute, and its host should first tell it so
                 with lane.on():
                     arrival = self._next(number, buffers, marks)
@@ -122,7 +122,7 @@ class GatherGradients:
         self._dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         self._dv = torch.empty_like(self._dk)
         self._parts: list[Tensor] = []
-        self._homecomings: dict[int, Callable[[], dict[int, Tensor]]] = {}
+        self._homecomings: dict[int, Callable[[], Tensor]] = {}
         self._home: list[torch.cuda.Event | None] = []
 
     def buffers(self, number: int) -> tuple[Tensor, Tensor]:
@@ -154,9 +154,7 @@ class GatherGradients:
         if homecoming is None:
             return
         parts, heads = self._parts[number], self._groups[number]
-        total = sum_in_rank_order(self._plan, self._dk.shape[1], parts, homecoming())
-        self._dk[:, :, heads].copy_(total[:, :, 0])
-        self._dv[:, :, heads].copy_(total[:, :, 1])
+        sum_in_rank_order(self._plan, parts, homecoming(), self._dk[:, :, heads], self._dv[:, :, heads])
 
 
 def pieces_shape(plan: GatherPlan, k: Tensor, groups: Heads) -> torch.Size:
@@ -169,35 +167,3 @@ def by_piece(pieces: Tensor, plan: GatherPlan) -> tuple[Tensor, Tensor]:
     """Keys and values, or their gradients, as a backend wants them: two views (C, B, S_piece, h, D)."""
     apart = pieces.unflatten(1, (plan.piece_count, plan.piece_length)).transpose(0, 1)
     return apart[:, :, :, 0], apart[:, :, :, 1]
-
-
-def stretches(plan: GatherPlan, source: int) -> Iterator[tuple[int, int, int]]:
-    """(start in the chunk of `source`, place in the flat pieces, length) of all that lies there, by start."""
-    for _, start, length, piece, offset in sorted(p for p in plan.placements if p.source == source):
-        yield start, piece * plan.piece_length + offset, length
-
-
-def take(parts: Tensor, plan: GatherPlan, source: int) -> Tensor:
-    """(B, n, 2, h, D), packed: the contributions in parts (B, C * S_piece, 2, h, D) to the keys taken from `source`."""
-    found = [parts[:, at : at + length] for _, at, length in stretches(plan, source)]
-    return torch.cat(found, dim=1)
-
-
-def sum_in_rank_order(plan: GatherPlan, tokens: int, parts: Tensor, arrived: dict[int, Tensor]) -> Tensor:
-    """(B, S, 2, h, D): the sum of the contributions to own keys of rank 0, 1, … in turn, in their dtype."""
-    total = parts.new_zeros(parts.shape[0], tokens, *parts.shape[2:])
-    for rank in range(plan.problem.world_size):
-        if rank == plan.rank:
-            for start, at, length in stretches(plan, rank):
-                total[:, start : start + length].add_(parts[:, at : at + length])
-        elif rank in arrived:
-            add_packed(total, arrived[rank], plan.send[rank])
-    return total
-
-
-def add_packed(total: Tensor, packed: Tensor, ranges: Ranges) -> None:
-    """Adds packed tokens (B, n, …) to total (B, S, …), where `ranges` says that they belong."""
-    offset = 0
-    for start, stop in ranges:
-        total[:, start:stop].add_(packed[:, offset : offset + stop - start])
-        offset += stop - start

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ring_core.backend import accumulation_dtype
-from ring_core.comm.gather import Heads, stretches
+from ring_core.comm.contributions import arrival_places, arrivals, stretches
+from ring_core.comm.gather import Heads
 from ring_core.comm.lane import Lane
 from ring_core.comm.traffic import count_sent
 from ring_core.plan import GatherPlan, make_plan
@@ -122,14 +123,14 @@ class PeerCourier:
         _, batch, *_ = self._shape
         token = self._shape[3:].numel() * self._dtype.itemsize
         with _poisoning(memory):
-            for source, places in _places(plan):  # own first; no two ranks pull from one peer at the same time
+            for source in plan.order:  # own first; no two ranks pull from one peer at the same time
                 if number == 0 and source != plan.rank:
                     memory.wait(PUBLISHED, self._epoch, (source,))
                 chunk, span = plan.problem.key_chunk(source), plan.piece_count * plan.piece_length
                 copies = [
                     Copy(source, ((number * batch + b) * chunk + start) * token, (b * span + at) * token, n * token)
                     for b in range(batch)
-                    for start, at, n in places
+                    for start, at, n in stretches(plan, source)
                 ]
                 memory.pull(pieces, self._epoch % GENERATIONS, copies)
         return _done
@@ -148,7 +149,7 @@ class PeerCourier:
             slot = memory.slot(memory.rank, self._parts_epoch % GENERATIONS)
             return _typed(slot, dtype, shape).zero_()
 
-    def ship(self, parts: Tensor) -> Callable[[], dict[int, Tensor]]:
+    def ship(self, parts: Tensor) -> Callable[[], Tensor]:
         plan, memory, epoch = self._plan, self._gradients, self._parts_epoch
         with _poisoning(memory):
             memory.signal(PUBLISHED, epoch)
@@ -156,25 +157,23 @@ class PeerCourier:
             count_sent("gradients", owner, parts[:, : count(taken)].nbytes)
         return lambda: self._arrived(parts, epoch)
 
-    def _arrived(self, parts: Tensor, epoch: int) -> dict[int, Tensor]:
+    def _arrived(self, parts: Tensor, epoch: int) -> Tensor:
         plan, memory = self._plan, self._gradients
         batch, token = parts.shape[0], parts.shape[2:].numel() * parts.element_size()
-        arrived = {}
+        tokens = arrivals(plan)
+        arrived = parts.new_empty(batch, tokens, *parts.shape[2:])
         with _poisoning(memory):
-            nearest_first = sorted(plan.send, key=lambda peer: (peer - plan.rank) % plan.problem.world_size)
-            for peer in nearest_first:
+            for peer in _nearest_first(plan):
                 memory.wait(PUBLISHED, epoch, (peer,))
                 span, places = _places_at(plan, peer)
-                tokens = count(plan.send[peer])
-                arrived[peer] = parts.new_empty(batch, tokens, *parts.shape[2:])
-                copies, offset = [], 0
+                copies, offset = [], arrival_places(plan)[peer]
                 for _, at, n in places:
                     copies += [
                         Copy(peer, (b * span + at) * token, (b * tokens + offset) * token, n * token)
                         for b in range(batch)
                     ]
                     offset += n
-                memory.pull(arrived[peer], epoch % GENERATIONS, copies)
+                memory.pull(arrived, epoch % GENERATIONS, copies)
             memory.signal(READ, epoch)
             memory.watch(epoch)
         return arrived
@@ -186,10 +185,9 @@ class PeerCourier:
         return epoch
 
 
-@lru_cache(maxsize=256)
-def _places(plan: GatherPlan) -> tuple[tuple[int, tuple[tuple[int, int, int], ...]], ...]:
-    """Each source, in the order of taking, and the stretches of its keys."""
-    return tuple((source, tuple(stretches(plan, source))) for source in plan.order)
+def _nearest_first(plan: GatherPlan) -> list[int]:
+    """Those who contribute to this rank's keys, by ring distance."""
+    return sorted(plan.send, key=lambda peer: (peer - plan.rank) % plan.problem.world_size)
 
 
 @lru_cache(maxsize=256)
@@ -197,7 +195,7 @@ def _places_at(plan: GatherPlan, peer: int) -> tuple[int, tuple[tuple[int, int, 
     """How many tokens a peer's contributions span, and the stretches of this rank's keys among them."""
     theirs = make_plan(plan.problem, peer, "gather")
     assert isinstance(theirs, GatherPlan)
-    return theirs.piece_count * theirs.piece_length, tuple(stretches(theirs, plan.rank))
+    return theirs.piece_count * theirs.piece_length, stretches(theirs, plan.rank)
 
 
 def _typed(slot: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:

@@ -1,7 +1,7 @@
 """What streams do without a kernel, by the CUDA driver: write 32-bit words, wait for them, copy.
 
-torch offers the write but not the wait (cuStreamBatchMemOp: CUDA driver API, "Stream Memory Operations"). The thread's
-current device must be the stream's.
+torch offers the write but not the wait (cuStreamBatchMemOp: CUDA driver API, "Stream Memory Operations"). Streams are
+given by the driver's handle, and the thread's current device must be theirs.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-
-import torch
 
 _WAIT, _WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32, …_WRITE_VALUE_32
 _GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ: (int32)(word - value) >= 0
@@ -31,33 +29,33 @@ class _Operation(ctypes.Structure):
     )
 
 
-def write_words(stream: torch.cuda.Stream, addresses: Sequence[int], value: int) -> None:
+def write_words(stream: int, addresses: Sequence[int], value: int) -> None:
     """Enqueues writing `value` to each address, after everything the stream holds: whoever sees the word sees all of
     that (the operation has a system-wide barrier)."""
     _enqueue(stream, _WRITE, addresses, value, 0)
 
 
-def wait_words(stream: torch.cuda.Stream, addresses: Sequence[int], value: int) -> None:
+def wait_words(stream: int, addresses: Sequence[int], value: int) -> None:
     """Makes the stream wait until each word is at least `value`."""
     _enqueue(stream, _WAIT, addresses, value, _GEQ)
 
 
-def _enqueue(stream: torch.cuda.Stream, operation: int, addresses: Sequence[int], value: int, flags: int) -> None:
+def _enqueue(stream: int, operation: int, addresses: Sequence[int], value: int, flags: int) -> None:
     if not addresses:
         return
     word = value & 0xFFFFFFFF
     batch = (_Operation * len(addresses))(
         *(_Operation(operation=operation, address=address, value=word, flags=flags) for address in addresses)
     )
-    _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream.cuda_stream, len(addresses), batch, 0))
+    _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream, len(addresses), batch, 0))
 
 
-def copy_bytes(stream: torch.cuda.Stream, target: int, source: int, nbytes: int) -> None:
+def copy_bytes(stream: int, target: int, source: int, nbytes: int) -> None:
     """Enqueues a copy between device addresses, which a copy engine does where one of them is another GPU's.
 
     What torch's `copy_` would do, at a fifth of its time on the host.
     """
-    _checked("cuMemcpyDtoDAsync", _driver().cuMemcpyDtoDAsync_v2(target, source, nbytes, stream.cuda_stream))
+    _checked("cuMemcpyDtoDAsync", _driver().cuMemcpyDtoDAsync_v2(target, source, nbytes, stream))
 
 
 def _checked(name: str, code: int) -> None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ring_core._torch import symmetric_buffer, symmetric_rendezvous
+from ring_core._torch import current_stream_handle, symmetric_buffer, symmetric_rendezvous
 from ring_core.comm.channel import RingCommError, timeout
 from ring_core.comm.lane import Lane
 from ring_core.comm.peer import COUNTERS, GENERATIONS, PUBLISHED, READ, Copy
@@ -81,14 +81,14 @@ class SymmetricMemory:
 
     def signal(self, counter: int, epoch: int) -> None:
         words = [self._word(peer, counter, self.rank) for peer in range(self.world_size) if peer != self.rank]
-        write_words(torch.cuda.current_stream(self._device), words, epoch)
+        write_words(current_stream_handle(self._device), words, epoch)
 
     def wait(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
         words = [self._word(self.rank, counter, rank) for rank in ranks]
-        wait_words(torch.cuda.current_stream(self._device), words, epoch)
+        wait_words(current_stream_handle(self._device), words, epoch)
 
     def pull(self, target: Tensor, generation: int, copies: list[Copy]) -> None:
-        stream, into = torch.cuda.current_stream(self._device), target.data_ptr()
+        stream, into = current_stream_handle(self._device), target.data_ptr()
         offset = self._header + generation * self._size
         for rank, source, place, nbytes in copies:
             copy_bytes(stream, into + place, self._addresses[rank] + offset + source, nbytes)

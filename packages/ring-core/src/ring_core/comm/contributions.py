@@ -1,0 +1,112 @@
+"""What the ranks have contributed to the gradients of one rank's keys, and their sum: in rank order, so that it does
+not depend on who was first."""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ring_core.plan import GatherPlan
+from ring_core.ranges import count
+
+
+def stretches(plan: GatherPlan, source: int) -> tuple[tuple[int, int, int], ...]:
+    """(start in the chunk of `source`, place in the flat pieces, length) of all that lies there, by start."""
+    return _stretches(plan)[source]
+
+
+@lru_cache(maxsize=1024)
+def _stretches(plan: GatherPlan) -> dict[int, tuple[tuple[int, int, int], ...]]:
+    found: dict[int, list[tuple[int, int, int]]] = {source: [] for source in range(plan.problem.world_size)}
+    for source, start, length, piece, offset in plan.placements:
+        found[source].append((start, piece * plan.piece_length + offset, length))
+    return {source: tuple(sorted(places)) for source, places in found.items()}
+
+
+@lru_cache(maxsize=256)
+def arrival_places(plan: GatherPlan) -> dict[int, int]:
+    """Where each peer's contributions begin in the buffer (B, m, 2, h, D) that takes all of them, in tokens."""
+    places, begin = {}, 0
+    for peer in sorted(plan.send):
+        places[peer] = begin
+        begin += count(plan.send[peer])
+    return places
+
+
+def arrivals(plan: GatherPlan) -> int:
+    """m: tokens of all contributions of others to this rank's keys."""
+    return sum(count(given) for given in plan.send.values())
+
+
+def sum_in_rank_order(plan: GatherPlan, parts: Tensor, arrived: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Writes the sums of all contributions to this rank's keys.
+
+    Args:
+        parts: (B, C * S_piece, 2, h, D): this rank's contributions to all that it sees.
+        arrived: (B, m, 2, h, D): those of others to its keys, one after the other by rank.
+        dk, dv: (B, S, h, D), any dtype.
+    """
+    if parts.is_cuda and parts.dtype == torch.float32 and dk.stride(2) == dk.shape[3] and _triton_is_importable():
+        from ring_core.comm.sum_triton import sum_contributions
+
+        cells = _cells(plan)
+        longest = int(cells[:, 1].max(initial=0))
+        if longest:
+            table = _on_device(plan, parts.device)
+            sum_contributions(parts, arrived, table, longest, plan.rank, plan.problem.world_size, dk, dv)
+        return
+    total = parts.new_zeros(dk.shape[0], dk.shape[1], *parts.shape[2:])
+    begins = arrival_places(plan)
+    for rank in range(plan.problem.world_size):
+        if rank == plan.rank:
+            for start, at, length in stretches(plan, rank):
+                total[:, start : start + length].add_(parts[:, at : at + length])
+        elif rank in plan.send:
+            offset = begins[rank]
+            for start, stop in plan.send[rank]:
+                total[:, start:stop].add_(arrived[:, offset : offset + stop - start])
+                offset += stop - start
+    dk.copy_(total[:, :, 0])
+    dv.copy_(total[:, :, 1])
+
+
+@lru_cache(maxsize=256)
+def _cells(plan: GatherPlan) -> NDArray[np.int32]:
+    """int32 (cells, 2 + W): the chunk cut where contributors change. Start, length, then for each rank the token in its
+    buffer (for others: in that of all arrivals) at which the cell lies, or -1."""
+    rank, tokens = plan.rank, plan.problem.key_chunk(plan.rank)
+    given: dict[int, list[tuple[int, int, int]]] = {rank: list(stretches(plan, rank))}
+    for peer, ranges in plan.send.items():
+        offset = arrival_places(plan)[peer]
+        given[peer] = []
+        for start, stop in ranges:
+            given[peer].append((start, offset, stop - start))
+            offset += stop - start
+    edges = {0, tokens}
+    for places in given.values():
+        edges |= {edge for start, _, length in places for edge in (start, start + length)}
+    rows = []
+    for start, stop in pairwise(sorted(edges)):
+        row = [start, stop - start] + [-1] * plan.problem.world_size
+        for contributor, places in given.items():
+            for first, at, length in places:
+                if first <= start < first + length:
+                    row[2 + contributor] = at + start - first
+        rows.append(row)
+    return np.array(rows, np.int32).reshape(-1, 2 + plan.problem.world_size)
+
+
+@lru_cache(maxsize=256)
+def _on_device(plan: GatherPlan, device: torch.device) -> Tensor:
+    return torch.from_numpy(_cells(plan)).to(device)
+
+
+@cache
+def _triton_is_importable() -> bool:
+    return find_spec("triton") is not None

@@ -1,0 +1,80 @@
+"""The sum of all ranks' contributions to one rank's dk and dv, as one kernel: what `ring_core.comm.contributions` does
+with an operation a rank and stretch.
+
+One program takes TOKENS tokens of one batch entry in one cell (a stretch of the chunk to which the same ranks
+contributed), all their heads, keys and values, and adds the ranks' numbers in rank order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _sum(
+    own,
+    arrived,
+    cells,
+    dk,
+    dv,
+    own_b,
+    arrived_b,
+    target_b,
+    target_s,
+    row,
+    WORLD: tl.constexpr,
+    RANK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROW: tl.constexpr,
+):
+    cell = cells + tl.program_id(1) * (2 + WORLD)
+    start, length = tl.load(cell), tl.load(cell + 1)
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    batch = tl.program_id(2).to(tl.int64)
+    column = tl.arange(0, ROW)
+    inside = (tokens < length)[:, None] & (column < row)[None, :]
+    for side in tl.static_range(2):
+        total = tl.zeros([TOKENS, ROW], tl.float32)
+        for rank in tl.static_range(WORLD):
+            place = tl.load(cell + 2 + rank)  # token in the rank's buffer, -1: it did not contribute here
+            if place >= 0:
+                at = ((place + tokens).to(tl.int64) * 2 + side)[:, None] * row + column[None, :]
+                if rank == RANK:
+                    total += tl.load(own + batch * own_b + at, mask=inside, other=0.0)
+                else:
+                    total += tl.load(arrived + batch * arrived_b + at, mask=inside, other=0.0)
+        target = batch * target_b + (start + tokens).to(tl.int64)[:, None] * target_s + column[None, :]
+        out = dk if side == 0 else dv
+        tl.store(out + target, total.to(out.dtype.element_ty), mask=inside)
+
+
+def sum_contributions(
+    own: Tensor, arrived: Tensor, cells: Tensor, longest: int, rank: int, world_size: int, dk: Tensor, dv: Tensor
+) -> None:
+    """own (B, n, 2, h, D), arrived (B, m, 2, h, D): contiguous, fp32; cells: int32 (cells, 2 + W): start, length, and
+    for each rank the token in its buffer at which the cell lies; dk, dv (B, S, h, D): alike in strides, heads dense."""
+    batch, _, _, heads, head_dim = own.shape
+    row = heads * head_dim
+    width = triton.next_power_of_2(row)
+    tokens = max(1, 4096 // width)
+    grid = (triton.cdiv(longest, tokens), cells.shape[0], batch)
+    with torch.cuda.device(own.device):
+        _sum[grid](
+            own,
+            arrived,
+            cells,
+            dk,
+            dv,
+            own.stride(0),
+            arrived.stride(0),
+            dk.stride(0),
+            dk.stride(1),
+            row,
+            WORLD=world_size,
+            RANK=rank,
+            TOKENS=tokens,
+            ROW=width,
+        )
