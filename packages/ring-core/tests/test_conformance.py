@@ -14,12 +14,16 @@ from ring_core.backend import Capabilities, HeadDims, UnsupportedError, _registe
 from ring_core.reference import ReferenceBackend
 from ring_core.testing.conformance import (
     KernelCase,
+    PackedCase,
     RingCase,
     check_kernel_case,
     check_late_piece,
+    check_packed_case,
     check_ring_case,
     kernel_cases,
+    packed_cases,
     ring_cases,
+    run_packed_case,
     run_ring_case,
 )
 
@@ -47,6 +51,11 @@ def test_a_late_piece_is_not_read() -> None:
 @pytest.mark.parametrize("case", ring_cases(through=("collectives", "shared_memory")), ids=str)
 def test_ring(case: RingCase, ranks: Any, seed: int) -> None:
     check_ring_case(case, REFERENCE, ranks(case.world_size, run_ring_case, case, REFERENCE, seed), seed)
+
+
+@pytest.mark.parametrize("case", packed_cases(through=("collectives", "shared_memory")), ids=str)
+def test_packed(case: PackedCase, ranks: Any, seed: int) -> None:
+    check_packed_case(case, REFERENCE, ranks(case.world_size, run_packed_case, case, REFERENCE, seed), seed)
 
 
 # --- what the suite does with backends that can less than everything
@@ -91,6 +100,11 @@ def test_what_a_backend_lacks_is_refused(case: KernelCase, modest: Modest, seed:
     check_kernel_case(case, modest, seed=seed)
 
 
+def test_packed_documents_that_a_backend_lacks_are_refused(modest: Modest, ranks: Any, seed: int) -> None:
+    for case in packed_cases([1]):
+        assert run_packed_case(case, "modest", seed) is None
+
+
 def test_a_gradient_of_lse_is_refused(modest: Modest) -> None:
     """Known only in backward, where lse turns out to have been used."""
     q = torch.randn(1, 4, 2, 32, requires_grad=True)
@@ -121,4 +135,5 @@ def test_scaled_cases_keep_their_shape(seed: int) -> None:
     for case in large:
         if str(case) in ("packed-window-cuts", "wide-stripe-gather-3", "padding-unequal-stripe-ring-3"):
             check_kernel_case(case, load_backend(REFERENCE), seed=seed)
+    assert [str(case) for case in packed_cases()] == [str(case) for case in packed_cases(scale=3)]
     assert [str(case) for case in ring_cases()] == [str(case) for case in ring_cases(scale=3)]

@@ -20,6 +20,7 @@ LAYERS: dict[str, int] = {
     "agreement": 0,
     "layout": 1,
     "plan": 2,
+    "packed": 3,
     "backend": 3,
     "merge": 3,
     "merge_triton": 0,
@@ -30,8 +31,10 @@ LAYERS: dict[str, int] = {
     "backward": 6,
     "autograd": 7,
     "interface": 8,
-    "functions": 9,
-    "__init__": 10,
+    "packed_attention": 9,
+    "varlen": 10,
+    "functions": 11,
+    "__init__": 12,
 }
 BOTTOM = {"segment", "ranges", "philox", "merge_triton", "agreement"}  # import nothing of ring_core
 EXTERNAL = {"torch", "numpy"}

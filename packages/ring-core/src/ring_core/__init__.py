@@ -16,21 +16,29 @@ from ring_core.layout import (
     shard_sequence,
     unshard_sequence,
 )
+from ring_core.packed import PackedPlan, global_cu_seqlens, plan_packed
+from ring_core.packed_attention import ring_attention_packed
+from ring_core.varlen import llama3_flash_attn_prepare_cu_seqlens
 
 __all__ = [
     "AttentionFunctions",
     "Backend",
     "Capabilities",
+    "PackedPlan",
     "RingCommError",
     "UnsupportedError",
     "backend_names",
     "flash_attn_functions",
+    "global_cu_seqlens",
     "join_shards",
+    "llama3_flash_attn_prepare_cu_seqlens",
     "load_backend",
     "local_positions",
     "pad_sequence",
     "padded_length",
+    "plan_packed",
     "ring_attention",
+    "ring_attention_packed",
     "shard_sequence",
     "unshard_sequence",
 ]

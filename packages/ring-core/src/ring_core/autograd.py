@@ -11,7 +11,7 @@ Plans are made (and cached) inside, from true sizes, so that dynamic shapes need
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -35,7 +35,8 @@ from ring_core.backend import (
     load_backend,
 )
 from ring_core.comm import transport
-from ring_core.plan import Plan, Problem, make_plan, message_bytes
+from ring_core.packed import PackedPlan
+from ring_core.plan import PackedProblem, Plan, Problem, make_plan, message_bytes
 
 NO_GROUP = ""
 UNPADDED = -1
@@ -62,6 +63,7 @@ class Call:
     schedule: str
     backend: str  # "": chosen by capability
     group_name: str  # NO_GROUP: this process alone
+    packed: PackedProblem | None = None
 
     @property
     def numbers(self) -> list[float]:
@@ -77,23 +79,41 @@ class Call:
         return self.layout, self.schedule, self.backend, self.group_name
 
     @staticmethod
-    def of(numbers: Sequence[float], integers: Sequence[int], *names: str) -> Call:
+    def of(code: Tensor | None, numbers: Sequence[float], integers: Sequence[int], *names: str) -> Call:
         scale, softcap, dropout_p = numbers
         left, right, q_total, k_total, deterministic, shared_seed, heads_at_once = integers
-        layout, schedule, backend, group_name = names
         bounds = left, right, q_total, k_total
         flags = bool(deterministic), bool(shared_seed)
-        return Call(scale, softcap, dropout_p, *bounds, *flags, heads_at_once, layout, schedule, backend, group_name)
+        layout, schedule, backend, group_name = names
+        packed = None if code is None else _problem(code.numpy().tobytes())
+        return Call(
+            scale, softcap, dropout_p, *bounds, *flags, heads_at_once, layout, schedule, backend, group_name, packed
+        )
+
+
+@lru_cache(maxsize=256)
+def _problem(code: bytes) -> PackedProblem:
+    return PackedProblem.decode(code)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None, call: Call
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    call: Call,
+    plan: PackedPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Sq, Hq, D) and lse (B, Hq, Sq), differentiable in q, k, v and sinks; seed: int64 (1,) where there is
-    dropout."""
+    dropout; plan: of packed documents, which custom ops get as a tensor, so that new documents need no new graph."""
     if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter) or dispatch_mode_active():
-        out, lse, _ = _attention_op(q, k, v, alibi_slopes, sinks, seed, call.numbers, call.integers, *call.names)
+        code = None if plan is None else plan.code
+        out, lse, _ = _attention_op(q, k, v, alibi_slopes, sinks, seed, code, call.numbers, call.integers, *call.names)
     else:
+        if plan is not None:
+            call = replace(call, packed=plan.problem)
         out, lse = _Attention.apply(q, k, v, alibi_slopes, sinks, seed, call)  # type: ignore[no-untyped-call]
     return out, lse
 
@@ -148,6 +168,7 @@ def _attention_op(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     seed: Tensor | None,
+    code: Tensor | None,
     numbers: Sequence[float],
     integers: Sequence[int],
     layout: str,
@@ -156,7 +177,7 @@ def _attention_op(
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and the dropout seed that all ranks used ((0,) without dropout)."""
-    call = Call.of(numbers, integers, layout, schedule, backend, group_name)
+    call = Call.of(code, numbers, integers, layout, schedule, backend, group_name)
     out, lse, seed = _forward(q, k, v, alibi_slopes, sinks, seed, call)
     return out, lse, q.new_empty(0, dtype=torch.int64) if seed is None else seed.clone()
 
@@ -182,6 +203,7 @@ def _attention_backward_op(
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
     seed: Tensor,
+    code: Tensor | None,
     numbers: Sequence[float],
     integers: Sequence[int],
     layout: str,
@@ -190,7 +212,7 @@ def _attention_backward_op(
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and this rank's part of dsinks ((0,) without sinks)."""
-    call = Call.of(numbers, integers, layout, schedule, backend, group_name)
+    call = Call.of(code, numbers, integers, layout, schedule, backend, group_name)
     used = seed if seed.numel() else None
     dq, dk, dv, dsinks = _backward(dout, dlse, q, k, v, out, lse, alibi_slopes, sinks, used, call)
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
@@ -214,20 +236,20 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, alibi_slopes, sinks, _, *rest = inputs
+    q, k, v, alibi_slopes, sinks, _, code, *rest = inputs
     out, lse, seed = output
-    ctx.save_for_backward(q, k, v, out, lse, alibi_slopes, sinks, seed)
+    ctx.save_for_backward(q, k, v, out, lse, alibi_slopes, sinks, seed, code)
     ctx.rest = rest
     ctx.mark_non_differentiable(seed)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, alibi_slopes, sinks, seed = ctx.saved_tensors
+    *tensors, sinks, seed, code = ctx.saved_tensors
     if dout is None:
-        dout = torch.zeros_like(out)
-    dq, dk, dv, dsinks = _attention_backward_op(dout, dlse, q, k, v, out, lse, alibi_slopes, sinks, seed, *ctx.rest)
-    return dq, dk, dv, None, None if sinks is None else dsinks, *[None] * 7
+        dout = torch.zeros_like(tensors[3])
+    dq, dk, dv, dsinks = _attention_backward_op(dout, dlse, *tensors, sinks, seed, code, *ctx.rest)
+    return dq, dk, dv, None, None if sinks is None else dsinks, *[None] * 8
 
 
 def _refuse(*_: Any) -> Any:
@@ -246,10 +268,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out, lse and the seed that all ranks use."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    group, way = _prepare(q, k, call, alibi=alibi_slopes is not None, sinks=sinks is not None)
+    group = _group(call)
     if group is not None and agreement.wanted():
-        described = {"q.shape": tuple(q.shape), "k.shape": tuple(k.shape), "dtype": q.dtype}
-        agreement.check_agreement(group, described | asdict(call) | {"group_name": ""})  # whose names may differ
+        agreement.check_agreement(group, _description(q, k, call))
+    way = _prepare(q, k, call, group, alibi=alibi_slopes is not None, sinks=sinks is not None)
     if seed is not None and group is not None and not call.shared_seed:
         seed = seed.clone()
         dist.broadcast(seed, src=dist.get_global_rank(group, 0), group=group)
@@ -281,7 +303,8 @@ def _backward(
     """dq, dk, dv, dsinks."""
     q, k, v, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, dout))
     asked = {"alibi": alibi_slopes is not None, "sinks": sinks is not None, "lse_grad": dlse is not None}
-    group, way = _prepare(q, k, call, **asked)
+    group = _group(call)
+    way = _prepare(q, k, call, group, **asked)
     return orchestration_backward.backward(
         dout,
         dlse,
@@ -297,6 +320,15 @@ def _backward(
     )
 
 
+def _description(q: Tensor, k: Tensor, call: Call) -> dict[str, Any]:
+    """What all ranks must have in common."""
+    described = {field.name: getattr(call, field.name) for field in fields(call)} | {"dtype": q.dtype}
+    del described["group_name"], described["packed"]  # names of one group may differ
+    if call.packed is None:
+        return described | {"q.shape": tuple(q.shape), "k.shape": tuple(k.shape)}
+    return described | call.packed.description | {"q heads": q.shape[2], "k heads": k.shape[2], "head_dim": q.shape[3]}
+
+
 class _Way(NamedTuple):
     """How a kind of call is computed."""
 
@@ -304,12 +336,15 @@ class _Way(NamedTuple):
     backend: Backend
 
 
+def _group(call: Call) -> ProcessGroup | None:
+    return None if call.group_name == NO_GROUP else group_by_name(call.group_name)
+
+
 def _prepare(
-    q: Tensor, k: Tensor, call: Call, *, alibi: bool, sinks: bool, lse_grad: bool = False
-) -> tuple[ProcessGroup | None, _Way]:
-    group = None if call.group_name == NO_GROUP else group_by_name(call.group_name)
+    q: Tensor, k: Tensor, call: Call, group: ProcessGroup | None, *, alibi: bool, sinks: bool, lse_grad: bool = False
+) -> _Way:
     place = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    return group, _way(q.shape, k.shape, q.dtype, q.device, alibi, sinks, lse_grad, *place, call)
+    return _way(q.shape, k.shape, q.dtype, q.device, alibi, sinks, lse_grad, *place, call)
 
 
 @lru_cache(maxsize=256)
@@ -333,6 +368,7 @@ def _way(
         "dropout": call.dropout_p > 0,
         "gqa": q_shape[2] != k_shape[2],
         "lse_grad": lse_grad,
+        "packed": call.packed is not None,
         "sinks": sinks,
         "softcap": call.softcap > 0,
     }
@@ -341,8 +377,28 @@ def _way(
     name = call.backend or choose_backend(device, dtype, head_dim, features)
     check_supported(name, device, dtype, head_dim, features)
 
+    problem = _problem_of(q_shape, k_shape, rank, world_size, call)
+    schedule = call.schedule
+    if world_size == 1:
+        schedule = "ring"  # of one step, on the keys as they lie
+    elif schedule == "auto":
+        batch, _, num_kv_heads, _ = k_shape
+        tokens = problem.most_needed if isinstance(problem, PackedProblem) else problem.k_length
+        gathered = message_bytes(
+            tokens, batch=batch, num_kv_heads=num_kv_heads, head_dim=head_dim, element_size=dtype.itemsize
+        )
+        schedule = "gather" if gathered <= GATHER_BYTES else "ring"
+    return _Way(make_plan(problem, rank, schedule), accumulating(load_backend(name), device))
+
+
+def _problem_of(
+    q_shape: torch.Size, k_shape: torch.Size, rank: int, world_size: int, call: Call
+) -> Problem | PackedProblem:
+    if call.packed is not None:
+        call.packed.check_lengths(rank, world_size, q_shape[1], k_shape[1])
+        return call.packed
     q_length, k_length = q_shape[1] * world_size, k_shape[1] * world_size
-    problem = Problem(
+    return Problem(
         q_length,
         k_length,
         q_length if call.q_total == UNPADDED else call.q_total,
@@ -352,16 +408,6 @@ def _way(
         call.layout,
         world_size,
     )
-    schedule = call.schedule
-    if world_size == 1:
-        schedule = "ring"  # of one step, on the keys as they lie
-    elif schedule == "auto":
-        batch, _, num_kv_heads, _ = k_shape
-        gathered = message_bytes(
-            k_length, batch=batch, num_kv_heads=num_kv_heads, head_dim=head_dim, element_size=dtype.itemsize
-        )
-        schedule = "gather" if gathered <= GATHER_BYTES else "ring"
-    return _Way(make_plan(problem, rank, schedule), accumulating(load_backend(name), device))
 
 
 def _params(call: Call, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None) -> Params:

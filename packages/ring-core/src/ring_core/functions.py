@@ -3,16 +3,14 @@ packages."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
 
 from ring_core.group import Group
-from ring_core.interface import ScheduleName, attend
+from ring_core.interface import BATCHED, ScheduleName, attend
 from ring_core.layout import LayoutName
-
-Result = Tensor | tuple[Tensor, Tensor, None]
+from ring_core.varlen import Result, VarlenFunction, unpack, varlen_functions, with_tail
 
 
 class AttentionFunction(Protocol):
@@ -105,6 +103,18 @@ class AttentionFunctions(NamedTuple):
     stripe_flash_attn_func: AttentionFunction
     stripe_flash_attn_kvpacked_func: KVPackedFunction
     stripe_flash_attn_qkvpacked_func: QKVPackedFunction
+    ring_flash_attn_varlen_func: VarlenFunction
+    ring_flash_attn_varlen_kvpacked_func: VarlenFunction
+    ring_flash_attn_varlen_qkvpacked_func: VarlenFunction
+    zigzag_ring_flash_attn_varlen_func: VarlenFunction
+    zigzag_ring_flash_attn_varlen_kvpacked_func: VarlenFunction
+    zigzag_ring_flash_attn_varlen_qkvpacked_func: VarlenFunction
+    balanced_ring_flash_attn_varlen_func: VarlenFunction
+    balanced_ring_flash_attn_varlen_kvpacked_func: VarlenFunction
+    balanced_ring_flash_attn_varlen_qkvpacked_func: VarlenFunction
+    llama3_flash_attn_varlen_func: VarlenFunction
+    llama3_flash_attn_varlen_kvpacked_func: VarlenFunction
+    llama3_flash_attn_varlen_qkvpacked_func: VarlenFunction
 
 
 _FAMILIES: tuple[tuple[str, LayoutName, str], ...] = (
@@ -131,10 +141,13 @@ def flash_attn_functions(backend: str | None, *, prefix: str = "", module: str =
     for family, layout, share in _FAMILIES:
         for (kind, head), make in zip(_HEADS.items(), (_plain, _kvpacked, _qkvpacked), strict=True):
             function: Any = make(backend, layout)
-            function.__name__ = function.__qualname__ = f"{prefix}{family}_{kind}"
-            function.__module__ = module
+            function.__name__ = f"{family}_{kind}"
             function.__doc__ = _DOC.format(layout=layout, share=share, head=head)
             functions.append(function)
+    functions += varlen_functions(backend)
+    for function in functions:
+        function.__name__ = function.__qualname__ = prefix + function.__name__
+        function.__module__ = module
     return AttentionFunctions(*functions)
 
 
@@ -197,33 +210,17 @@ def _kvpacked(backend: str | None, layout: LayoutName) -> KVPackedFunction:
     plain = _plain(backend, layout)
 
     def function(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Result:
-        k, v = _unpack(kv, 2, "kv")
+        k, v = unpack(kv, 2, "kv", BATCHED)
         return plain(q, k, v, *args, **kwargs)
 
-    return cast(KVPackedFunction, _with_tail(function, plain, "q", "kv"))
+    return cast(KVPackedFunction, with_tail(function, plain, 3, "q", "kv"))
 
 
 def _qkvpacked(backend: str | None, layout: LayoutName) -> QKVPackedFunction:
     plain = _plain(backend, layout)
 
     def function(qkv: Tensor, *args: Any, **kwargs: Any) -> Result:
-        q, k, v = _unpack(qkv, 3, "qkv")
+        q, k, v = unpack(qkv, 3, "qkv", BATCHED)
         return plain(q, k, v, *args, **kwargs)
 
-    return cast(QKVPackedFunction, _with_tail(function, plain, "qkv"))
-
-
-def _with_tail(function: Any, plain: Any, *heads: str) -> Any:
-    """Gives `function` the signature of `plain` with other tensors in front."""
-    signature = inspect.signature(plain)
-    q, _, _, *tail = signature.parameters.values()
-    function.__signature__ = signature.replace(parameters=[*(q.replace(name=head) for head in heads), *tail])
-    return function
-
-
-def _unpack(packed: Tensor, count: int, name: str) -> tuple[Tensor, ...]:
-    if not isinstance(packed, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(packed).__name__}")
-    if packed.dim() != 5 or packed.shape[2] != count:
-        raise ValueError(f"{name} must be (batch, sequence, {count}, heads, head_dim), got shape {tuple(packed.shape)}")
-    return packed.unbind(dim=2)
+    return cast(QKVPackedFunction, with_tail(function, plain, 3, "qkv"))

@@ -170,15 +170,15 @@ def attend(
     heads_at_once: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`ring_attention` with everything given; what all public functions end in."""
-    _check_tensors(q, k, v)
+    check_tensors(q, k, v, BATCHED)
     members = process_group(group)
     world_size = 1 if members is None else members.size()
     _check_layout(q, k, layout, schedule, world_size)
-    left, right = _check_window(window_size, causal)
+    left, right = check_window(window_size, causal)
     q_total, k_total = _check_total(total_length, q.shape[1] * world_size, k.shape[1] * world_size)
-    _check_scores(q, softcap, alibi_slopes, sinks)
+    check_scores(q, softcap, alibi_slopes, sinks)
     call = autograd.Call(
-        scale=_scale(q, softmax_scale),
+        scale=scale_of(q, softmax_scale),
         softcap=float(softcap),
         dropout_p=float(dropout_p),
         left=left,
@@ -193,16 +193,20 @@ def attend(
         backend="" if backend is None else backend,
         group_name=autograd.NO_GROUP if members is None else members.group_name,
     )
-    seed = _seed(q, dropout_p, dropout_seed)
+    seed = seed_of(q, dropout_p, dropout_seed)
     return autograd.attention(q, k, v, alibi_slopes, sinks, seed, call)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+BATCHED = "(batch, sequence, heads, head_dim)"
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, form: str) -> None:
+    """Raises TypeError or ValueError unless q, k and v fit together and have the dimensions that `form` names."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be (batch, sequence, heads, head_dim), got shape {tuple(x.shape)}")
+        if x.dim() != form.count(",") + 1:
+            raise ValueError(f"{name} must be {form}, got shape {tuple(x.shape)}")
     if not q.is_floating_point():
         raise TypeError(f"q, k, v must be floating point, got {q.dtype}")
     if k.dtype != q.dtype or v.dtype != q.dtype:
@@ -213,23 +217,20 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    if (q.dim() == 4 and q.shape[0] != k.shape[0]) or q.shape[-1] != k.shape[-1]:
+        agree = "batch and head_dim" if q.dim() == 4 else "head_dim"
+        raise ValueError(f"q and k must agree in {agree}, got shapes {tuple(q.shape)} and {tuple(k.shape)} {form}")
+    if not k.shape[-2] or q.shape[-2] % k.shape[-2]:
         raise ValueError(
-            f"q and k must agree in batch and head_dim, got shapes {tuple(q.shape)} and {tuple(k.shape)} "
-            f"(batch, sequence, heads, head_dim)"
-        )
-    if not k.shape[2] or q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"the number of query heads must be a multiple of the number of key heads, got {q.shape[2]} and "
-            f"{k.shape[2]}"
+            f"the number of query heads must be a multiple of the number of key heads, got {q.shape[-2]} and "
+            f"{k.shape[-2]}"
         )
 
 
 def _check_layout(q: Tensor, k: Tensor, layout: str, schedule: str, world_size: int) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; there are {', '.join(map(repr, LAYOUTS))}")
-    if schedule != "auto" and schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; there are 'auto', {', '.join(map(repr, SCHEDULES))}")
+    check_schedule(schedule)
     share = multiple(layout, world_size) // world_size
     for name, x in (("q", q), ("k", k)):
         if x.shape[1] % share:
@@ -240,8 +241,14 @@ def _check_layout(q: Tensor, k: Tensor, layout: str, schedule: str, world_size: 
             )
 
 
-def _check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
-    """left and right, -1 for unbounded, with the causal mask in `right`."""
+def check_schedule(schedule: str) -> None:
+    """Raises ValueError unless there is such a schedule."""
+    if schedule != "auto" and schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; there are 'auto', {', '.join(map(repr, SCHEDULES))}")
+
+
+def check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
+    """Left and right, -1 for unbounded, with the causal mask in `right`. Raises TypeError or ValueError."""
     message = f"window_size must be (left, right), two ints, each >= 0 or -1 for unbounded, got {window_size!r}"
     if not isinstance(window_size, (tuple, list)):
         raise TypeError(message)
@@ -278,7 +285,8 @@ def _check_total(total_length: int | tuple[int, int] | None, q_length: int, k_le
     return q_total, k_total
 
 
-def _check_scores(q: Tensor, softcap: float, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
+def check_scores(q: Tensor, softcap: float, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
+    """Raises ValueError unless what changes the scores of q (B, Sq, Hq, D) has the right shapes."""
     batch, num_heads = q.shape[0], q.shape[2]
     if not softcap >= 0:
         raise ValueError(f"softcap must be >= 0 (0 is none), got {softcap}")
@@ -295,13 +303,14 @@ def _check_scores(q: Tensor, softcap: float, alibi_slopes: Tensor | None, sinks:
         raise ValueError(f"sinks must be ({num_heads},) on {q.device}, got {tuple(sinks.shape)} on {sinks.device}")
 
 
-def _scale(q: Tensor, softmax_scale: float | None) -> float:
+def scale_of(q: Tensor, softmax_scale: float | None) -> float:
+    """The scale of q·k: 1 / sqrt(head_dim) where none is given."""
     if softmax_scale is None:
-        return 1.0 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
+        return 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
     return float(softmax_scale)
 
 
-def _seed(q: Tensor, dropout_p: float, dropout_seed: int | Tensor | None) -> Tensor | None:
+def seed_of(q: Tensor, dropout_p: float, dropout_seed: int | Tensor | None) -> Tensor | None:
     """int64 (1,) on q's device, without waiting for it."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")

@@ -96,7 +96,7 @@ def shard_sequence(
     Raises:
         ValueError: the length does not divide; `pad_sequence` makes it.
     """
-    rank, world_size = _place(rank, world_size, group)
+    rank, world_size = place_of(rank, world_size, group)
     length = tensor.shape[dim]
     _check_length(length, layout, world_size)
     if layout == "stripe":
@@ -153,7 +153,7 @@ def local_positions(
     Returns:
         int64 (length / world_size,), in the order of the local tokens.
     """
-    rank, world_size = _place(rank, world_size, group)
+    rank, world_size = place_of(rank, world_size, group)
     _check_length(length, layout, world_size)
     runs = local_runs(layout, rank, world_size, length)
     return torch.cat([run.index + run.stride * torch.arange(run.length, device=device) for run in runs])
@@ -178,7 +178,19 @@ class _AllGather(torch.autograd.Function):
         return total[rank], None
 
 
-def _place(rank: int | None, world_size: int | None, group: Group | None) -> tuple[int, int]:
+def gather_uneven(tensor: Tensor, lengths: Sequence[int], dim: int, group: Group | None) -> list[Tensor]:
+    """The tensors of all ranks, of those lengths along `dim`. Differentiable, see `unshard_sequence`."""
+    if len(lengths) == 1:
+        return [tensor]
+    missing = list(tensor.shape)
+    missing[dim] = max(lengths) - tensor.shape[dim]
+    even = torch.cat([tensor, tensor.new_zeros(missing)], dim=dim) if missing[dim] else tensor
+    shards = _AllGather.apply(even, process_group(group))  # type: ignore[no-untyped-call]
+    return [shard.narrow(dim, 0, length) for shard, length in zip(shards, lengths, strict=True)]
+
+
+def place_of(rank: int | None, world_size: int | None, group: Group | None) -> tuple[int, int]:
+    """(rank, world_size) as given, else this process's in the group."""
     if (rank is None) != (world_size is None):
         raise ValueError(f"give both rank and world_size, or neither (then the group's): got {rank=}, {world_size=}")
     if rank is None or world_size is None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ring_core.plan import Problem
+from ring_core.plan import PackedProblem, Problem
 
 MOST_GROUPS = 4
 TOKENS_OF_A_GROUP = 2048
 """Local tokens times key heads at which a group's kernels still fill a GPU."""
 
 
-def head_groups(problem: Problem, k: Tensor, at_once: int = 0) -> tuple[slice, ...]:
+def head_groups(problem: Problem | PackedProblem, k: Tensor, at_once: int = 0) -> tuple[slice, ...]:
     """Equal groups of key heads, the same on all ranks.
 
     Args:

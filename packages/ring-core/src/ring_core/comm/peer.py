@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -90,7 +90,7 @@ class PeerCourier:
         self._dtype = k.dtype
         with _poisoning(memory):
             longest = self._plan.problem.longest_key_chunk
-            memory.reserve(2 * k[:, :1].numel() * longest * k.element_size())
+            memory.reserve(2 * k.shape[0] * k.shape[2:].numel() * longest * k.element_size())
             self._epoch = self._begin(memory)
             mine = self._slot_of(memory.rank)
             for side, x in enumerate((k, v)):
@@ -162,7 +162,7 @@ class PeerCourier:
         return _typed(self._keys.slot(rank, self._epoch % GENERATIONS), self._dtype, shape)
 
 
-@cache
+@lru_cache(maxsize=1024)  # plans of packed documents come and go
 def _place_at(plan: GatherPlan, peer: int) -> tuple[int, tuple[tuple[int, int, int], ...]]:
     """How many tokens a peer's contributions span, and the stretches of this rank's keys among them."""
     theirs = make_plan(plan.problem, peer, "gather")

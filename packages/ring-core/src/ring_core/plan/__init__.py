@@ -20,18 +20,24 @@ No tensors and no process groups here: a plan for any rank of 1,024 can be made,
 """
 
 from ring_core.plan.cost import attention_flops, message_bytes
+from ring_core.plan.dealing import PACKED_LAYOUTS, PackedLayoutName
+from ring_core.plan.make import SCHEDULES, make_plan
+from ring_core.plan.packed import PackedProblem
 from ring_core.plan.problem import Problem
-from ring_core.plan.schedule import SCHEDULES, GatherPlan, GradientHop, Hop, Placement, Plan, RingPlan, Step, make_plan
+from ring_core.plan.schedule import GatherPlan, GradientHop, Hop, Placement, Plan, RingPlan, Step
 from ring_core.segment import COLUMNS, FIRST, LAST, Segment, Table, count_pairs
 
 __all__ = [
     "COLUMNS",
     "FIRST",
     "LAST",
+    "PACKED_LAYOUTS",
     "SCHEDULES",
     "GatherPlan",
     "GradientHop",
     "Hop",
+    "PackedLayoutName",
+    "PackedProblem",
     "Placement",
     "Plan",
     "Problem",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +10,11 @@ import numpy as np
 from ring_core import ranges
 from ring_core.layout import local_runs
 from ring_core.plan.needs import Keys, needed, needed_by
+from ring_core.plan.packed import PackedProblem
 from ring_core.plan.problem import Problem
 from ring_core.plan.tiling import K_START, PIECE, RUN, STEP, key_major, query_major, table, tables_by_step
 from ring_core.ranges import Ranges
 from ring_core.segment import Array, Table
-
-SCHEDULES = ("ring", "gather")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ class RingPlan:
     """Neighbour to neighbour: step h computes on the keys of rank (r - h) mod W, which arrived by hop h. One piece a
     step: the ranges of that rank's chunk that this rank or one behind it needs."""
 
-    problem: Problem
+    problem: Problem | PackedProblem
     rank: int
     steps: tuple[Step, ...]
     hops: tuple[Hop, ...]  # hops[0] is empty: own keys are here
@@ -108,7 +106,7 @@ class GatherPlan:
     of the peer's and of the own chunk, by peer, peers without any left out.
     """
 
-    problem: Problem
+    problem: Problem | PackedProblem
     rank: int
     steps: tuple[Step, ...]
     piece_count: int
@@ -138,17 +136,8 @@ class GatherPlan:
 Plan = RingPlan | GatherPlan
 
 
-@lru_cache(maxsize=256)
-def make_plan(problem: Problem, rank: int, schedule: str) -> Plan:
-    """The plan of one rank, in 'ring' or 'gather'. Cached: every layer of a model asks for the same one."""
-    if not 0 <= rank < problem.world_size:
-        raise ValueError(f"rank {rank} is not in a world of {problem.world_size}")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; there are {', '.join(map(repr, SCHEDULES))}")
-    return _ring_plan(problem, rank) if schedule == "ring" else _gather_plan(problem, rank)
-
-
-def _ring_plan(problem: Problem, rank: int) -> RingPlan:
+def ring_plan(problem: Problem, rank: int) -> RingPlan:
+    """The ring for one sequence."""
     world_size = problem.world_size
     distance = np.arange(world_size)
     keys = Keys.of(problem, (rank - distance) % world_size)
@@ -172,7 +161,7 @@ def _ring_plan(problem: Problem, rank: int) -> RingPlan:
     query_rows, query_strips = query_major(problem, rank, keys)
     key_rows, key_strips = key_major(problem, rank, keys)
     for rows in (query_rows, key_rows):
-        _into_parcels(rows, incoming)
+        into_parcels(rows, incoming)
     steps = tuple(
         Step(forward, backward)
         for forward, backward in zip(
@@ -185,7 +174,7 @@ def _ring_plan(problem: Problem, rank: int) -> RingPlan:
     return RingPlan(problem, rank, steps, tuple(hops), tuple(gradient_hops), _way_home(problem, rank), spans)
 
 
-def _into_parcels(rows: Array, parcels: list[Ranges]) -> None:
+def into_parcels(rows: Array, parcels: list[Ranges]) -> None:
     """Turns k_start, local to the owner's chunk, into the place in the packed parcel that arrived; own keys are read in
     place."""
     shift = [0 if not parcel else -parcel[0][0] for parcel in parcels]
@@ -216,7 +205,8 @@ def _way_home(problem: Problem, rank: int) -> tuple[int, int, Ranges] | None:
     return (rank + visits[-1]) % world_size, visits[-1], everyone
 
 
-def _gather_plan(problem: Problem, rank: int) -> GatherPlan:
+def gather_plan(problem: Problem, rank: int) -> GatherPlan:
+    """The gather for one sequence."""
     world_size = problem.world_size
     distance = np.arange(world_size)
     keys = Keys.of(problem, (rank - distance) % world_size)

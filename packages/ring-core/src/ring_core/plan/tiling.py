@@ -52,7 +52,7 @@ def _columns(problem: Problem, query: Run, keys: Keys, at: tuple[Array, ...], bl
 
 
 STEP, RUN, _, _, PIECE, K_START = range(6)
-_FLAGS = 2 + COLUMNS.index("flags")
+FLAGS = 2 + COLUMNS.index("flags")
 
 
 def query_major(problem: Problem, rank: int, keys: Keys) -> tuple[Array, Array]:
@@ -79,8 +79,8 @@ def query_major(problem: Problem, rank: int, keys: Keys) -> tuple[Array, Array]:
                 at = (np.zeros(1, np.int64), np.zeros(1, np.int64))
                 block = tuple(np.array([x]) for x in (a, b, 0, 0))
             rows = _columns(problem, run, keys, at, block)
-            rows[0, _FLAGS] |= FIRST
-            rows[-1, _FLAGS] |= LAST
+            rows[0, FLAGS] |= FIRST
+            rows[-1, FLAGS] |= LAST
             parts.append(rows)
             strips.append(np.full(len(rows), count))
             count += 1

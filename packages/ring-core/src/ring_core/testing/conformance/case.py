@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ring_core.backend import Backend, Capabilities, UnsupportedError, accumulation_dtype, backend_names
 from ring_core.interface import ring_attention
+from ring_core.packed_attention import ring_attention_packed
 from ring_core.testing.measure import InputKind, Tolerance, assert_close_to_oracle, make_inputs, tolerances
 from ring_core.testing.oracle import OracleResult, attention_oracle
 
@@ -243,29 +244,33 @@ def _rounded_out(
 
 
 def check_refused(case: AttentionCase, backend: Backend, device: torch.device | str = "cpu") -> None:
-    """Raises AssertionError unless `ring_attention(..., backend=its name)` refuses the (resolved) case in words that
-    help.
+    """Raises AssertionError unless `ring_attention(..., backend=its name)` (or `ring_attention_packed`) refuses the
+    (resolved) case in words that help.
 
     Nothing is ignored and nothing falls back in silence: what a backend cannot do is an error that names the backend,
     each thing that it cannot do, and who can.
     """
     missing = case.missing(backend.capabilities(torch.device(device)))
-    tensors = make_tensors(case, 0, device)
+    x = make_tensors(case, 0, device)
+    options: dict[str, Any] = {
+        "causal": case.causal,
+        "window_size": case.window,
+        "backend": backend.name,
+        "softcap": case.softcap,
+        "alibi_slopes": x.alibi_slopes,
+        "sinks": x.sinks,
+        "dropout_p": case.dropout_p,
+        "dropout_seed": x.dropout_seed,
+        "deterministic": case.deterministic,
+    }
     try:
-        ring_attention(
-            tensors.q,
-            tensors.k,
-            tensors.v,
-            causal=case.causal,
-            window_size=case.window,
-            backend=backend.name,
-            softcap=case.softcap,
-            alibi_slopes=tensors.alibi_slopes,
-            sinks=tensors.sinks,
-            dropout_p=case.dropout_p,
-            dropout_seed=tensors.dropout_seed,
-            deterministic=case.deterministic,
-        )
+        if "packed" in case.features:
+            if x.alibi_slopes is not None:
+                options["alibi_slopes"] = x.alibi_slopes.reshape(-1, case.q_heads)[0]
+            options["cu_seqlens_k"] = [0, case.k_length]
+            ring_attention_packed(x.q[0], x.k[0], x.v[0], [0, case.q_length], **options)
+        else:
+            ring_attention(x.q, x.k, x.v, **options)
     except UnsupportedError as error:
         message = str(error)
         absent = [word for word in (*missing, repr(backend.name)) if word not in message]

@@ -73,9 +73,7 @@ def check_kernel_case(case: KernelCase, backend: Backend, device: torch.device |
     if not can.available:
         pytest.skip(f"backend {backend.name!r} is not available on {device}: {can.reason}")
     case = case.resolved(can)
-    if missing := case.missing(can):
-        if missing == {"packed"}:  # tables that ring_attention has no words for
-            pytest.skip(f"backend {backend.name!r} cannot do packed documents")
+    if case.missing(can):
         check_refused(case, backend, device)
         return
     tensors = make_tensors(case, seed, device)

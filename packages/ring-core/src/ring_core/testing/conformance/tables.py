@@ -69,6 +69,7 @@ def _positions(length: int, problem: Problem, rank: int) -> Tensor:
 def _stored(plan: Plan) -> Iterator[Tensor]:
     """Which keys lie where in each step, (C, S_piece), as a transport would have put them there."""
     problem = plan.problem
+    assert isinstance(problem, Problem)
     if isinstance(plan, GatherPlan):
         pieces = torch.full((plan.piece_count, plan.piece_length), -1)
         for source, start, length, piece, offset in plan.placements:
