@@ -136,6 +136,7 @@ class CellRun:
                 row = candidate.rows[index]
                 row.samples_ms = [sample.ms for sample in samples[entry]]
                 if self.ranks.device.type == "cuda":
+                    row.latency_ms = [sample.latency_ms for sample in samples[entry]]
                     row.host_ms = [sample.host_ms for sample in samples[entry]]
         return rows + [row for candidate in self._candidates.values() for row in candidate.rows]
 

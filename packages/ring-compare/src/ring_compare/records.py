@@ -34,8 +34,9 @@ class Result:
     status: str = "ok"
     reason: str = ""
     seed: int = 0
-    samples_ms: list[float] = field(default_factory=list)
-    host_ms: list[float] = field(default_factory=list)  # of each sample on a GPU: until the call returned on the host
+    samples_ms: list[float] = field(default_factory=list)  # on a GPU: per call, of several in a row
+    latency_ms: list[float] = field(default_factory=list)  # on a GPU: of one call alone
+    host_ms: list[float] = field(default_factory=list)  # and until it returned on the host
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     native_errors: dict[str, dict[str, float]] = field(default_factory=dict)
     single_errors: dict[str, dict[str, float]] = field(default_factory=dict)  # of one call on the whole sequence
@@ -93,7 +94,7 @@ def parse_result(row: dict[str, Any]) -> Result:
     """Result of a decoded row; raises RecordError saying what does not fit."""
     known = {f.name for f in dataclasses.fields(Result)}
     if row.get("schema") == 1:
-        row = {"single_errors": {}, "single_provider": "", "arena_bytes": 0, **row}
+        row = {"single_errors": {}, "single_provider": "", "arena_bytes": 0, "latency_ms": [], **row}
     missing = sorted(known - row.keys())
     unknown = sorted(row.keys() - known - {"schema", "kind"})
     if missing or unknown:

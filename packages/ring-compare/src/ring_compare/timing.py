@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,12 +17,15 @@ Call = Callable[[], object]
 K = TypeVar("K")
 _FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 _ESTIMATE = 5
+_ROW_MS, _LONGEST_ROW = 15.0, 10
+"""A row of calls, in which the host runs ahead as in training, takes some such time and no more calls."""
 
 
 class Sample(NamedTuple):
-    """Milliseconds of one call: of the device, and until it returned on the host."""
+    """Milliseconds of a call: among others in a row; alone; and until it, alone, returned on the host."""
 
     ms: float
+    latency_ms: float
     host_ms: float
 
 
@@ -33,31 +37,36 @@ class Timer:
         self._gpu = ranks.device.type == "cuda"
         self._flush = torch.empty(_FLUSH_BYTES if self._gpu else 0, dtype=torch.int8, device=ranks.device)
 
-    def sample(self, call: Call) -> Sample:
-        """One call, each time the maximum over ranks."""
-        ms, host_ms = self._on_gpu(call) if self._gpu else self._on_cpu(call)
-        ms, host_ms = self._ranks.maximum((ms, host_ms))
-        return Sample(round(ms, 4), round(host_ms, 4))  # 0.1 µs: clocks tell no more, and records stay small
+    def sample(self, call: Call, in_a_row: int = 1) -> Sample:
+        """One call alone, then on a GPU so many in a row; each time the maximum over ranks."""
+        if self._gpu:
+            latency, host_ms = self._on_gpu(call, 1)
+            ms = self._on_gpu(call, in_a_row)[0] if in_a_row > 1 else latency
+        else:
+            ms = latency = host_ms = self._on_cpu(call)
+        found = self._ranks.maximum((ms, latency, host_ms))
+        return Sample(*(round(x, 4) for x in found))  # 0.1 µs: clocks tell no more, and records stay small
 
-    def _on_cpu(self, call: Call) -> Sample:
+    def _on_cpu(self, call: Call) -> float:
         self._ranks.barrier()
-        ms = _host_ms(call)
-        return Sample(ms, ms)
+        return _host_ms(call, 1)
 
-    def _on_gpu(self, call: Call) -> Sample:
+    def _on_gpu(self, call: Call, in_a_row: int) -> tuple[float, float]:
+        """A call's milliseconds on the device and on the host."""
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()  # a cold L2 for everyone; it also gives the host a head start on launches
+        self._flush.zero_()  # a cold L2 for everyone
         self._ranks.barrier()
         start.record()
-        host_ms = _host_ms(call)
+        host_ms = _host_ms(call, in_a_row)
         stop.record()
         stop.synchronize()
-        return Sample(float(start.elapsed_time(stop)), host_ms)
+        return float(start.elapsed_time(stop)) / in_a_row, host_ms / in_a_row
 
 
-def _host_ms(call: Call) -> float:
+def _host_ms(call: Call, in_a_row: int) -> float:
     start = time.perf_counter()
-    call()
+    for _ in range(in_a_row):
+        call()
     return (time.perf_counter() - start) * 1e3
 
 
@@ -79,15 +88,17 @@ def sample_interleaved(
     """
     timer = Timer(ranks)
     counts: dict[K, int] = {}
+    rows: dict[K, int] = {}
     for key, call in calls.items():
         announce(key, "warm-up")
         expected = max(_warm_up(timer, call, timing), 1e-6)
-        wanted = int(timing.measure_s * 1e3 / expected)
+        rows[key] = min(max(math.ceil(_ROW_MS / expected), 2), _LONGEST_ROW) if ranks.device.type == "cuda" else 1
+        wanted = int(timing.measure_s * 1e3 / (expected * (rows[key] + 1)))
         counts[key] = min(max(wanted, timing.min_samples), timing.max_samples)
     samples: dict[K, list[Sample]] = {key: [] for key in calls}
     for turn in range(max(counts.values(), default=0)):
         for key, call in calls.items():
             if turn < counts[key]:
                 announce(key, "timing")
-                samples[key].append(timer.sample(call))
+                samples[key].append(timer.sample(call, rows[key]))
     return samples
