@@ -166,7 +166,7 @@ def test_a_zigzag_gather_calls_twice(batch: int, rank: int, seed: int) -> None:
     backend, params = NativeBackend(fake), Params(0.25)
     (step,) = plan.steps
     backend.forward(q, k, v, out, lse, None, on_device(step.forward, CPU), params=params)
-    expected = [(8, 8 * (rank + 1), CAUSAL, 0), (8, 8 * (8 - rank), CAUSAL, 0)]
+    expected = [(8, 8 * (8 - rank), CAUSAL, 0), (8, 8 * (rank + 1), CAUSAL, 0)]  # the longer one first
     assert phases(fake, "forward") == expected
     state = backend.prepare(q, torch.Size((batch, 16, 2, 16)), out, dout, lse, None, params=params)
     dk, dv = (torch.zeros_like(x).unflatten(1, k.shape[:3:2]).transpose(0, 1) for x in joined)

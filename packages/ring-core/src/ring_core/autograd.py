@@ -280,7 +280,7 @@ def _forward(
         k,
         v,
         plan=way.plan,
-        transport=transport(way.plan, group, k, "forward", call.heads_at_once),
+        transport=transport(way.plan, group, q.shape[2], k, "forward", call.heads_at_once),
         backend=way.backend,
         params=_params(call, alibi_slopes, sinks, seed),
     )
@@ -314,7 +314,7 @@ def _backward(
         out,
         lse,
         plan=way.plan,
-        transport=transport(way.plan, group, k, "backward", call.heads_at_once),
+        transport=transport(way.plan, group, q.shape[2], k, "backward", call.heads_at_once),
         backend=way.backend,
         params=_params(call, alibi_slopes, sinks, seed),
     )

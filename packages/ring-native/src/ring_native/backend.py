@@ -156,7 +156,7 @@ class NativeBackend:
 
 def _joined(pieces: Tensor) -> Tensor:
     """(B, C * S, H, D) of pieces (C, B, S, H, D): a view wherever they lie one after the other, as a transport's do."""
-    return pieces.transpose(0, 1).flatten(1, 2)
+    return pieces[0] if pieces.shape[0] == 1 else pieces.transpose(0, 1).flatten(1, 2)
 
 
 def _run_forward(

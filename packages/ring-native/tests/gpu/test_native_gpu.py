@@ -36,6 +36,9 @@ from ring_native import PROVIDERS, NativeBackend
 from ring_native.masks import CAUSAL
 from ring_native.providers import Provider
 
+pytestmark = pytest.mark.filterwarnings("default")
+"""Other people's libraries warn as they like: importing flash-attn-4 does, of what CuTe DSL deprecates."""
+
 NAMES = ("flash-attn", "aten", "cudnn", "fa3", "fa4")
 SCALE = 31
 """Lengths of about 2,000 tokens, multiples of nothing."""

@@ -60,11 +60,17 @@ def gather_through(name: str) -> Iterator[None]:
 
 
 def transport(
-    plan: Plan, group: ProcessGroup | None, k: Tensor, direction: Direction, heads_at_once: int = 0
+    plan: Plan,
+    group: ProcessGroup | None,
+    num_heads: int,
+    k: Tensor,
+    direction: Direction,
+    heads_at_once: int = 0,
 ) -> Transport:
     """What moves keys and gradients for a plan.
 
     Args:
+        num_heads: Hq.
         k: (B, S, Hkv, D): local keys, for their shape, dtype and device.
         direction: of the pass.
         heads_at_once: key heads in a group of the gather schedule; 0: as `ring_core.comm.heads` has it.
@@ -73,7 +79,9 @@ def transport(
         return LocalTransport()
     if isinstance(plan, RingPlan):
         return RingTransport(plan, group)
-    return GatherTransport(plan, _courier(plan, group, k), head_groups(plan.problem, k, direction, heads_at_once))
+    return GatherTransport(
+        plan, _courier(plan, group, k), head_groups(plan.problem, num_heads, k, direction, heads_at_once)
+    )
 
 
 def _courier(plan: GatherPlan, group: ProcessGroup, k: Tensor) -> Courier:

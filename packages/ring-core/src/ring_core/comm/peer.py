@@ -123,9 +123,9 @@ class PeerCourier:
         _, batch, *_ = self._shape
         token = self._shape[3:].numel() * self._dtype.itemsize
         with _poisoning(memory):
+            if number == 0:
+                memory.wait(PUBLISHED, self._epoch, tuple(plan.receive))
             for source in plan.order:  # own first; no two ranks pull from one peer at the same time
-                if number == 0 and source != plan.rank:
-                    memory.wait(PUBLISHED, self._epoch, (source,))
                 chunk, span = plan.problem.key_chunk(source), plan.piece_count * plan.piece_length
                 copies = [
                     Copy(source, ((number * batch + b) * chunk + start) * token, (b * span + at) * token, n * token)
@@ -163,8 +163,8 @@ class PeerCourier:
         tokens = arrivals(plan)
         arrived = parts.new_empty(batch, tokens, *parts.shape[2:])
         with _poisoning(memory):
+            memory.wait(PUBLISHED, epoch, tuple(plan.send))
             for peer in _nearest_first(plan):
-                memory.wait(PUBLISHED, epoch, (peer,))
                 span, places = _places_at(plan, peer)
                 copies, offset = [], arrival_places(plan)[peer]
                 for _, at, n in places:
