@@ -22,7 +22,6 @@ from ring_native.providers import PROVIDERS, Provider
 from ring_native.providers.base import Gradients
 from ring_native.providers.flash_attn import FlashAttention2
 
-
 UNREAD = 1 << 40
 """A bound that is read as none."""
 
@@ -68,7 +67,7 @@ class Fake:
             lse = torch.full(lse_shape, torch.nan, dtype=accumulation_dtype(q.dtype))
         for number, (rows, keys) in enumerate(_parts(q, k, sequences)):
             s, _ = _scores(q[..., rows, :, :], k[..., keys, :, :], self._shown(mask, rows, keys, sequences), params)
-            s = s + self._bias(mask, rows, keys, sequences, params, number)
+            s = s + self._bias(mask, rows, keys, sequences, params, number).to(s.dtype)
             lse[..., rows] = torch.logsumexp(s, dim=-1)
             p = torch.softmax(s, dim=-1)  # (..., H, Sq, Sk)
             weighted = torch.einsum("...hij,...jhd->...ihd", p, _wide(v[..., keys, :, :], q))
@@ -99,7 +98,7 @@ class Fake:
         for number, (rows, keys) in enumerate(_parts(q, k, sequences)):
             qs, ks, vs = q[..., rows, :, :], k[..., keys, :, :], v[..., keys, :, :]
             s, slope = _scores(qs, ks, self._shown(mask, rows, keys, sequences), params)
-            s = s + self._bias(mask, rows, keys, sequences, params, number)
+            s = s + self._bias(mask, rows, keys, sequences, params, number).to(s.dtype)
             p = torch.exp(s - lse[..., rows, None])
             do = dout[..., rows, :, :].to(sums)
             delta = (do * out[..., rows, :, :].to(sums)).sum(dim=-1).transpose(-1, -2)  # (..., H, Sq)
@@ -141,7 +140,7 @@ class Fake:
         if params.alibi_slopes is None:
             return torch.zeros(())
         q_len, k_len = rows.stop - rows.start, keys.stop - keys.start
-        slopes = params.alibi_slopes
+        slopes = params.alibi_slopes.double()
         if slopes.dim() == 2 and sequences is not None:
             slopes = slopes[number]
         i, j = torch.arange(q_len)[:, None], torch.arange(k_len)
@@ -204,7 +203,7 @@ class FlashAttnKernel:
         return self.fake.forward(q, k, v, out, None, sequences=sequences, **options)
 
     def bwd(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> None:
-        *gradients, slopes, dropout, scale, causal, left, right, softcap, deterministic, generator, state = rest
+        *gradients, slopes, dropout, scale, causal, left, right, softcap, _deterministic, generator, state = rest
         assert (dropout, generator, state) == (0.0, None, None)
         options = self._options(causal, left, right, k.shape[1], slopes, (q.shape[0], q.shape[2]), scale, softcap)
         found = self.fake.backward(q, k, v, out, dout, lse, None, None, sequences=None, **options)
@@ -213,7 +212,7 @@ class FlashAttnKernel:
 
     def varlen_bwd(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> None:
         dq, dk, dv, cu_q, cu_k, slopes, max_q, max_k, dropout, scale, zero, *rest = rest
-        causal, left, right, softcap, deterministic, generator, state = rest
+        causal, left, right, softcap, _deterministic, generator, state = rest
         assert (dropout, zero, generator, state) == (0.0, False, None, None)
         sequences = _sequences(cu_q, cu_k, max_q, max_k)
         options = self._options(causal, left, right, max_k, slopes, (len(cu_q) - 1, q.shape[1]), scale, softcap)

@@ -89,8 +89,8 @@ def in_place(block: Block) -> Block:
         )
     if mask_of(block).right >= block.k_len:
         raise UnsupportedError(
-            f"ALiBi: of {block.q_len} queries and {block.k_len} keys, this kernel takes window_size=(..., "
-            f"{mask_of(block).right}) for no bound, as it is no smaller than the number of keys"
+            f"ALiBi: this kernel takes window_size=(..., {mask_of(block).right}) for no bound where there are "
+            f"{block.k_len} keys, but of more queries some do not see them all"
         )
     return block
 
