@@ -379,8 +379,8 @@ def _way(
 
     problem = _problem_of(q_shape, k_shape, rank, world_size, call)
     schedule = call.schedule
-    if world_size == 1:
-        schedule = "ring"  # of one step, on the keys as they lie
+    if not problem.travels:
+        schedule = "ring"  # whose first step is on the keys as they lie, and the only one that sees any
     elif schedule == "auto":
         batch, _, num_kv_heads, _ = k_shape
         tokens = problem.most_needed if isinstance(problem, PackedProblem) else problem.k_length
