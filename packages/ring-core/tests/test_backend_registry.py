@@ -95,7 +95,7 @@ def test_a_backend_whose_library_is_missing(installed: Path) -> None:
     with pytest.raises(ImportError, match="a_kernel_library_that_is_missing"):
         ring_attention(q, q, q, backend="broken")
     register_backend("limited", Limited("limited", head_dims=HeadDims(16)))
-    with pytest.raises(UnsupportedError, match="backends here that can: mine, reference"):
+    with pytest.raises(UnsupportedError, match=r"backends here that can: .*\bmine\b.*\breference\b"):
         ring_attention(q, q, q, backend="limited")
 
 
@@ -136,7 +136,8 @@ def test_unsupported_names_the_argument_and_the_alternatives(limits: dict[str, A
     with pytest.raises(UnsupportedError, match=problem) as caught:
         ring_attention(q, q, q, backend="limited", **options)  # type: ignore[call-overload]
     assert str(caught.value).startswith("backend 'limited' cannot do this call: ")
-    assert str(caught.value).endswith("; backends here that can: reference, second")
+    able = str(caught.value).partition("; backends here that can: ")[2].split(", ")
+    assert {"reference", "second"} <= set(able), able
 
 
 @pytest.mark.parametrize(

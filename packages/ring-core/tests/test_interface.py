@@ -129,7 +129,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         "unknown layout 'spiral'; there are 'contiguous', 'zigzag', 'stripe'",
     ),
     "schedule": ({"schedule": "star"}, "unknown schedule 'star'; there are 'auto', 'ring', 'gather'"),
-    "backend": ({"backend": "cuda"}, "there is no backend 'cuda' here; installed: reference"),
+    "backend": ({"backend": "cuda"}, "there is no backend 'cuda' here; installed: "),
     "window of one": ({"window_size": (3,)}, WINDOW + "(3,)"),
     "negative window": ({"window_size": (-2, 0)}, WINDOW + "(-2, 0)"),
     "window as a number": ({"window_size": 128}, WINDOW + "128"),
@@ -210,7 +210,7 @@ def test_a_world_size_that_does_not_divide() -> None:
 def test_float64_on_a_backend_without_it(single_precision: str) -> None:
     message = (
         r"backend 'single' cannot do this call: q, k, v are torch.float64, it takes torch.float16, torch.float32; "
-        r"backends here that can: reference"
+        r"backends here that can: .*\breference\b"
     )
     with pytest.raises(UnsupportedError, match=message):
         ring_attention(*qkv(), backend=single_precision)

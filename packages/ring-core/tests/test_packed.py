@@ -379,3 +379,27 @@ def test_bytes_are_those_of_the_plan_and_no_more_than_needed(
 def test_documents_of_one_rank_send_nothing(ranks: RunRanks) -> None:
     for counted, predicted, foreign in ranks(3, sent, "contiguous", "ring", {}, [8, 4, 12, 6, 6]):
         assert counted == predicted == {} and foreign == 0
+
+
+def stay_home(layout: str, seed: int) -> tuple[int, float]:
+    """Bytes sent for documents that end where chunks do, and the distance from the truth."""
+    cu_seqlens = [0, 4, 8, 16, 20, 24, 32]
+    plan = plan_packed(cu_seqlens, layout=layout, causal=True)
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, dout = (torch.randn(32, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2, 4))
+    truth = attention_oracle(
+        q[None], k[None], v[None], dout=dout[None], causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens
+    )
+    mine = [plan.shard(x).requires_grad_() for x in (q, k, v)]
+    with record_traffic() as traffic:
+        out = ring_attention_packed(*mine, plan, schedule="gather")
+        found = [out, *torch.autograd.grad(out, mine, plan.shard(dout))]
+    wanted = [truth.out, truth.dq, truth.dk, truth.dv]
+    errors = [float((x - plan.shard(y[0])).abs().max()) for x, y in zip(found, wanted, strict=True) if y is not None]
+    return sum(traffic.sent.values()), max(errors)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "balanced"])
+def test_documents_of_one_rank_each_do_not_travel(ranks: RunRanks, layout: str, seed: int) -> None:
+    for sent, error in ranks(2, stay_home, layout, seed):
+        assert sent == 0 and error < 1e-12

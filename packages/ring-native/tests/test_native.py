@@ -278,3 +278,11 @@ def test_a_step_with_full_keys_has_no_mask() -> None:
     fake = flash_attn_like()
     run(fake, inputs(0, 9, 4), [(table([block((0, 9), (0, 4))]), table([block((0, 9), (0, 4))]))])
     assert phases(fake, "forward") == [(9, 4, FULL, 0)]
+
+
+def test_the_provider_in_use_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    backend = NativeBackend()
+    with caplog.at_level("INFO", logger="ring_native"):
+        for _ in range(2):
+            backend.capabilities(CPU)
+    assert caplog.messages == ["native on cpu: the kernels of cpu"]

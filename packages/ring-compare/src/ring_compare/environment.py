@@ -66,17 +66,20 @@ def _versions() -> dict[str, str]:
 
 
 REVISION_VARIABLE = "RING_COMPARE_REVISION"
-"""What to record as the revision where the code did not come as a checkout."""
+"""What to record as the revision, where the code does not run from a checkout of it."""
 
 
 def _revision() -> str:
-    """Revision of the checkout this package lives in, or the one the command runs in; `+` marks local changes."""
+    """What the variable says, else the revision of the checkout this package lives in or the command runs in; `+` marks
+    local changes."""
+    if given := os.environ.get(REVISION_VARIABLE):
+        return given
     for folder in (str(Path(__file__).parent), "."):
         revision = _output("git", "-C", folder, "rev-parse", "HEAD")
         if revision:
             dirty = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
             return revision + ("+" if dirty else "")
-    return os.environ.get(REVISION_VARIABLE, "norev")
+    return "norev"
 
 
 def _cpu() -> str:

@@ -39,44 +39,39 @@ class Accumulating:
         params: Params,
         flags: Flags | None = None,
     ) -> None:
-        rounds = _rounds(table)
         if all(segment.flags & FIRST and segment.flags & LAST for segment in table.host.segments):
             return self.inner.forward(q, k, v, out, lse, None, table, params=params, flags=flags)
         running = torch.empty(q.shape, dtype=lse.dtype, device=q.device) if state is None else state
         block_out, block_lse = torch.empty_like(q), torch.empty_like(lse)
-        for number, (alone, first) in enumerate(rounds):
+        for alone, originals, first in _rounds(table):
             # A sink is one more logit of the whole row: only the segment that begins it may count it.
             begun = params if first or params.sinks is None else replace(params, sinks=None)
             self.inner.forward(
                 q, k, v, block_out, block_lse, None, on_device(alone, q.device), params=begun, flags=flags
             )
-            for segment, original in zip(alone.segments, _originals(table, number, first), strict=True):
+            for segment in originals:
                 rows = slice(segment.q_start, segment.q_start + segment.q_len)
                 batch = slice(None) if segment.batch < 0 else slice(segment.batch, segment.batch + 1)
-                if original.flags & FIRST:
+                if segment.flags & FIRST:
                     lse[batch, :, rows] = -torch.inf
-                merge_(running[batch, rows], lse[batch, :, rows], block_out[batch, rows], block_lse[batch, :, rows])
-                if original.flags & LAST:
-                    out[batch, rows] = running[batch, rows].to(out.dtype)
+                result = out[batch, rows] if segment.flags & LAST else None
+                block = block_out[batch, rows], block_lse[batch, :, rows]
+                merge_(running[batch, rows], lse[batch, :, rows], *block, result)
 
 
-def _originals(table: DeviceTable, number: int, first: bool) -> list[Segment]:
-    """The segments of a round as the planner flagged them."""
-    column = list(zip_longest(*table.host.grouped))[number // 2]
-    return [segment for segment in column if segment is not None and bool(segment.flags & FIRST) == first]
-
-
-def _rounds(table: DeviceTable) -> list[tuple[Table, bool]]:
+def _rounds(table: DeviceTable) -> list[tuple[Table, list[Segment], bool]]:
     """Tables whose strips have one segment each: the n-th segments of all strips, those that begin a row apart from the
-    others.
+    others; with the segments as the planner flagged them, and whether they begin rows.
 
     Kept with the table: every layer of a model walks the same.
     """
-    rounds: list[tuple[Table, bool]] | None = table.host.cache.get("rounds")
+    rounds: list[tuple[Table, list[Segment], bool]] | None = table.host.cache.get("rounds")
     if rounds is None:
         rounds = []
-        for number in range(len(list(zip_longest(*table.host.grouped)))):
-            rounds += [(_alone(_originals(table, 2 * number, first)), first) for first in (True, False)]
+        for column in zip_longest(*table.host.grouped):
+            for first in (True, False):
+                originals = [segment for segment in column if segment and bool(segment.flags & FIRST) == first]
+                rounds.append((_alone(originals), originals, first))
         table.host.cache["rounds"] = rounds
     return rounds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,7 @@ from ring_native.calls import Call, Idle, Landing, backward_calls, forward_calls
 from ring_native.gradients import QueryGradient
 from ring_native.providers import PROVIDERS, Provider
 
+_log = logging.getLogger(__name__)
 VARIABLE = "RING_NATIVE_PROVIDER"
 DEFAULTS = ("flash-attn", "aten")
 """On CUDA, in this order."""
@@ -52,10 +54,17 @@ class NativeBackend:
                 raise ValueError(f"{source}={given!r}: there is no such provider; there are {known}")
         self._chosen = PROVIDERS[provider] if isinstance(provider, str) else provider
         self._default = None if default is None else PROVIDERS[default]
+        self._found: dict[torch.device, Provider] = {}
         self.name = "native" if self._chosen is None else f"native[{self._chosen.name}]"
 
     def provider(self, device: torch.device) -> Provider:
-        """Whose kernels run on `device`."""
+        """Whose kernels run on `device`. Logged, at level INFO, when it is first asked for."""
+        if device not in self._found:
+            self._found[device] = self._find(device)
+            _log.info("%s on %s: the kernels of %s", self.name, device, self._found[device].name)
+        return self._found[device]
+
+    def _find(self, device: torch.device) -> Provider:
         if self._chosen is not None:
             return self._chosen
         if device.type == "cpu":

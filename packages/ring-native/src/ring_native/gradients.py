@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,37 +15,95 @@ from ring_native.calls import EVERY, Call
 UNTOUCHED, ONCE, SUMMED = range(3)
 
 
+class Spans:
+    """What has happened to rows [0, length), by stretches of rows with the same fate: a few, however many the rows."""
+
+    def __init__(self, length: int) -> None:
+        self._edges = [0, length]
+        self._status = [UNTOUCHED]
+
+    def all(self) -> Iterator[tuple[slice, int]]:
+        """Every stretch and its status."""
+        return ((slice(a, b), status) for (a, b), status in zip(pairwise(self._edges), self._status, strict=True))
+
+    def touch(self, start: int, stop: int) -> list[tuple[slice, int]]:
+        """The stretches in [start, stop) and their status until now; from now on they have had one call more."""
+        first, last = self._cut(start), self._cut(stop)
+        found = [
+            (slice(self._edges[at], self._edges[at + 1]), self._status[at])
+            for at in range(first, last)
+            if self._edges[at] < self._edges[at + 1]
+        ]
+        for at in range(first, last):
+            self._status[at] = ONCE if self._status[at] == UNTOUCHED else SUMMED
+        return found
+
+    def untouched(self, start: int, stop: int) -> bool:
+        """Whether nothing has happened in [start, stop)."""
+        return all(
+            status == UNTOUCHED or rows.stop <= start or rows.start >= stop or rows.start == rows.stop
+            for rows, status in self.all()
+        )
+
+    def _cut(self, at: int) -> int:
+        """Makes `at` an edge; which one."""
+        place = bisect_left(self._edges, at)
+        if self._edges[place] != at:
+            self._edges.insert(place, at)
+            self._status.insert(place, self._status[place - 1])
+        return place
+
+
 class QueryGradient:
     """Sums exactly: a row's first contribution is kept as the kernel rounded it, and widened when a second arrives."""
 
     def __init__(self, q: Tensor) -> None:
         self._dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (B, Sq, Hq, D)
         self._sum: Tensor | None = self._dq if q.dtype == accumulation_dtype(q.dtype) else None
-        self._status = np.full(q.shape[:2], UNTOUCHED, np.int8)
+        # Of all batch entries together until a call is about one of them.
+        self._spans = {EVERY: Spans(q.shape[1])}
 
     def place(self, call: Call) -> Tensor | None:
         """Where a kernel may write dq (B or 1, rows, Hq, D) of a call, once, in q's dtype; None where rows of it have
         something already."""
-        status = self._status[call.entries, call.rows]
-        if (status != UNTOUCHED).any():
+        concerned = self._of(call)
+        if not all(spans.untouched(call.q_start, call.q_stop) for _, spans in concerned):
             return None
-        status[:] = ONCE
+        for _, spans in concerned:
+            spans.touch(call.q_start, call.q_stop)
         return self._dq[call.entries, call.rows]
 
     def add(self, call: Call, dq: Tensor) -> None:
         """Adds a call's dq (B or 1, rows, Hq, D)."""
-        status = self._status[call.entries, call.rows]
-        alike = call.batch != EVERY or bool((status == status[:1]).all())
-        for number in range(1 if alike else len(status)):
-            entries = call.entries if alike else slice(number, number + 1)
-            line = status[number]
-            edges = [0, *(np.flatnonzero(np.diff(line)) + 1).tolist(), len(line)]
-            for start, stop in pairwise(edges):
-                rows = slice(call.q_start + start, call.q_start + stop)
-                part = dq[slice(None) if alike else entries, start:stop]
-                self._add((entries, rows), int(line[start]), part)
-            after = np.where(line == UNTOUCHED, ONCE, SUMMED)
-            status[slice(None) if alike else number] = after
+        for entry, spans in self._of(call):
+            part = dq if entry == EVERY or call.batch != EVERY else dq[_entries(entry)]
+            for rows, status in spans.touch(call.q_start, call.q_stop):
+                inside = slice(rows.start - call.q_start, rows.stop - call.q_start)
+                self._add((_entries(entry), rows), status, part[:, inside])
+
+    def finish(self) -> Tensor:
+        """dq (B, Sq, Hq, D) in q's dtype; rows that nothing was added to are 0."""
+        for entry, spans in self._spans.items():
+            for rows, status in spans.all():
+                where = _entries(entry), rows
+                if status == UNTOUCHED:
+                    self._dq[where].zero_()
+                elif status == SUMMED and self._sum is not None and self._sum is not self._dq:
+                    self._dq[where].copy_(self._sum[where])
+        return self._dq
+
+    def _of(self, call: Call) -> list[tuple[int, Spans]]:
+        """The batch entries, or EVERY, that a call concerns, and what has happened to them."""
+        if EVERY in self._spans:
+            if call.batch == EVERY or self._dq.shape[0] == 1:
+                return [(EVERY, self._spans[EVERY])]
+            together = self._spans.pop(EVERY)
+            for entry in range(self._dq.shape[0]):
+                spans = self._spans[entry] = Spans(self._dq.shape[1])
+                for rows, status in together.all():
+                    for _ in range(status):
+                        spans.touch(rows.start, rows.stop)
+        return list(self._spans.items()) if call.batch == EVERY else [(call.batch, self._spans[call.batch])]
 
     def _add(self, where: tuple[slice, slice], status: int, dq: Tensor) -> None:
         if status == UNTOUCHED:
@@ -56,24 +115,6 @@ class QueryGradient:
             self._sum[where].copy_(self._dq[where])
         self._sum[where].add_(dq)
 
-    def finish(self) -> Tensor:
-        """dq (B, Sq, Hq, D) in q's dtype; rows that nothing was added to are 0."""
-        if (self._status == ONCE).all():  # most calls: nothing left to do
-            return self._dq
-        for status in (UNTOUCHED, SUMMED):
-            here = self._status == status
-            if here.all():
-                self._close(status, (slice(None), slice(None)))
-                continue
-            alike = bool((here == here[:1]).all())
-            for number in range(1 if alike else len(here)):
-                edges = np.flatnonzero(np.diff(here[number].astype(np.int8), prepend=0, append=0)).tolist()
-                for start, stop in zip(edges[::2], edges[1::2], strict=True):
-                    self._close(status, (slice(None) if alike else slice(number, number + 1), slice(start, stop)))
-        return self._dq
 
-    def _close(self, status: int, where: tuple[slice, slice]) -> None:
-        if status == UNTOUCHED:
-            self._dq[where].zero_()
-        elif self._sum is not None and self._sum is not self._dq:
-            self._dq[where].copy_(self._sum[where])
+def _entries(entry: int) -> slice:
+    return slice(None) if entry == EVERY else slice(entry, entry + 1)

@@ -75,7 +75,7 @@ def transport(
         direction: of the pass.
         heads_at_once: key heads in a group of the gather schedule; 0: as `ring_core.comm.heads` has it.
     """
-    if group is None or plan.problem.world_size == 1:
+    if group is None or not plan.problem.travels:
         return LocalTransport()
     if isinstance(plan, RingPlan):
         return RingTransport(plan, group)

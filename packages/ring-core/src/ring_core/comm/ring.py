@@ -88,10 +88,9 @@ class RingGradients:
         link.after_compute()
         with link.on_stream():
             self._settle()
-            sends, receives = [], []
-            if step and plan.gradient_hops[step].target is not None:
-                hop = plan.gradient_hops[step]
-                sends = [(hop.target, self._sum(step))] if hop.target is not None else []
+            target = plan.gradient_hops[step].target
+            sends = [] if target is None else [(target, self._sum(step))]
+            receives = []
             if step + 1 < len(plan.steps) and (arriving := plan.gradient_hops[step + 1].arriving):
                 self._arriving = self._receive(f"sum{step % 2}", arriving)
                 receives.append(((plan.rank - 1) % link.world_size, self._arriving))

@@ -63,7 +63,7 @@ class Transport(Protocol):
 
 
 class LocalTransport:
-    """One rank: nothing travels."""
+    """Nothing travels: one rank, or several of which each sees only its own keys."""
 
     independent = False
 
@@ -75,7 +75,7 @@ class LocalTransport:
 
 
 class LocalGradients:
-    """One rank: the buffers are the result."""
+    """The buffers are the result."""
 
     def __init__(self, k: Tensor) -> None:
         self._dtype = k.dtype

@@ -228,6 +228,11 @@ class PackedProblem:
         """Tokens of keys that the rank that sees most of them needs, its own included."""
         return int((self.needed * (self.stretches.stop - self.stretches.start)).sum(axis=1).max(initial=0))
 
+    @cached_property
+    def travels(self) -> bool:
+        """Whether some rank sees keys of another: not where documents end where chunks do."""
+        return bool(self.needed_at_distance[1:].any())
+
     def by_owner(self, chosen: Array) -> list[Ranges]:
         """The chosen stretches (bool) as ranges of each owner's tokens."""
         at = np.flatnonzero(chosen)

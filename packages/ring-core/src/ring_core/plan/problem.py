@@ -52,6 +52,11 @@ class Problem:
             UNBOUNDED if self.right is None else self.right,
         )
 
+    @property
+    def travels(self) -> bool:
+        """Whether some rank sees keys of another."""
+        return self.world_size > 1
+
     def key_chunk(self, rank: int) -> int:
         """Tokens of keys that a rank holds, padding included."""
         return self.k_length // self.world_size
