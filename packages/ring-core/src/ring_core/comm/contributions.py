@@ -3,8 +3,7 @@ not depend on who was first."""
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from importlib.util import find_spec
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ring_core.merge import triton_is_importable
 from ring_core.plan import GatherPlan
 from ring_core.ranges import count
 
@@ -52,7 +52,7 @@ def sum_in_rank_order(plan: GatherPlan, parts: Tensor, arrived: Tensor, dk: Tens
         arrived: (B, m, 2, h, D): those of others to its keys, one after the other by rank.
         dk, dv: (B, S, h, D), any dtype.
     """
-    if parts.is_cuda and parts.dtype == torch.float32 and dk.stride(2) == dk.shape[3] and _triton_is_importable():
+    if parts.is_cuda and parts.dtype == torch.float32 and dk.stride(2) == dk.shape[3] and triton_is_importable():
         from ring_core.comm.sum_triton import sum_contributions
 
         cells = _cells(plan)
@@ -105,8 +105,3 @@ def _cells(plan: GatherPlan) -> NDArray[np.int32]:
 @lru_cache(maxsize=256)
 def _on_device(plan: GatherPlan, device: torch.device) -> Tensor:
     return torch.from_numpy(_cells(plan)).to(device)
-
-
-@cache
-def _triton_is_importable() -> bool:
-    return find_spec("triton") is not None

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ring_core.comm.contributions import sum_in_rank_order
 from ring_core.comm.lane import Lane, compute_after, compute_now
-from ring_core.comm.transport import Gradients, Keys
+from ring_core.comm.transport import Gradients, Keys, nothing
 from ring_core.plan import GatherPlan
 
 BUFFERS = 2
@@ -98,17 +98,13 @@ class GatherTransport:
         following = number + 1
         if following == len(self.groups):
             self.courier.fetched()
-            return _nothing
+            return nothing
         if number:
             self.courier.lane.after(marks[number - 1])
         return self.courier.fetch(following, buffers[following % BUFFERS])
 
     def gradients(self, k: Tensor) -> Gradients:
         return GatherGradients(self.plan, self.courier, self.groups, k)
-
-
-def _nothing() -> None:
-    pass
 
 
 class GatherGradients:

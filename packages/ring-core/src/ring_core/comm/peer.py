@@ -29,6 +29,7 @@ from ring_core.comm.contributions import arrival_places, arrivals, stretches
 from ring_core.comm.gather import Heads
 from ring_core.comm.lane import Lane
 from ring_core.comm.traffic import count_sent
+from ring_core.comm.transport import nothing
 from ring_core.plan import GatherPlan, make_plan
 from ring_core.ranges import count
 
@@ -133,7 +134,7 @@ class PeerCourier:
                     for start, at, n in stretches(plan, source)
                 ]
                 memory.pull(pieces, self._epoch % GENERATIONS, copies)
-        return _done
+        return nothing
 
     def fetched(self) -> None:
         self._keys.signal(READ, self._epoch)
@@ -200,10 +201,6 @@ def _places_at(plan: GatherPlan, peer: int) -> tuple[int, tuple[tuple[int, int, 
 
 def _typed(slot: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     return slot[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
-
-
-def _done() -> None:
-    pass
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from ring_core.backend import Flags, accumulation_dtype
 from ring_core.ranges import Ranges, count, overlaps
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """What there is to call where there is nothing to do."""
 
 
 class Keys(NamedTuple):
@@ -25,7 +25,7 @@ class Keys(NamedTuple):
     v: Tensor  # (C, B, S_piece, h, D)
     arrived: torch.cuda.Event | None = None
     """What the current stream must wait for before it reads them."""
-    read: Callable[[], None] = _nothing
+    read: Callable[[], None] = nothing
     """To be called when all reading of them is enqueued on the current stream."""
     flags: Flags | None = None
 

@@ -95,5 +95,13 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+def library(name: str, install: str) -> ModuleType:
+    """The module of that name. Raises ImportError, saying how to get it, where it cannot be imported."""
+    module = imported(name)
+    if isinstance(module, str):
+        raise ImportError(f"{module}. {install}")
+    return module
+
+
 def unavailable(name: str, reason: str) -> Capabilities:
     return Capabilities(available=False, reason=f"provider {name!r}: {reason}", provider=name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from ring_core.backend import Capabilities, Params
 from ring_native.calls import Sequences
 from ring_native.masks import Mask, Style
-from ring_native.providers.base import EIGHTS, HALF, Gradients, compute_capability, imported, unavailable
+from ring_native.providers.base import EIGHTS, HALF, Gradients, compute_capability, imported, library, unavailable
 
 MODULE = "flash_attn_interface"
 INSTALL = "it is built from hopper/ of github.com/Dao-AILab/flash-attention"
@@ -57,7 +56,7 @@ class FlashAttention3:
         params: Params,
     ) -> tuple[Tensor, Tensor]:
         # As a custom operator it must not return what it was given, so it is not given `out`.
-        found, found_lse, *_ = _library()._flash_attn_forward(
+        found, found_lse, *_ = library(MODULE, INSTALL)._flash_attn_forward(
             q,
             k,
             v,
@@ -87,7 +86,7 @@ class FlashAttention3:
     ) -> Gradients:
         dq = torch.empty_like(q) if dq is None else dq
         dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-        _library()._flash_attn_backward(
+        library(MODULE, INSTALL)._flash_attn_backward(
             dout,
             q,
             k,
@@ -114,10 +113,3 @@ def _lengths(q: Tensor, sequences: Sequences | None) -> dict[str, Tensor | int]:
     cu_q, cu_k = sequences.on(q.device)
     longest = {"max_seqlen_q": sequences.max_q, "max_seqlen_k": sequences.max_k}
     return {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, **longest}
-
-
-def _library() -> ModuleType:
-    module = imported(MODULE)
-    if isinstance(module, str):
-        raise ImportError(f"{module}. {INSTALL}")
-    return module

@@ -6,7 +6,6 @@ they are told.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from ring_core.backend import Capabilities, Params
 from ring_native.calls import Sequences
 from ring_native.masks import Mask, Style
-from ring_native.providers.base import EIGHTS, HALF, Gradients, compute_capability, imported, unavailable
+from ring_native.providers.base import EIGHTS, HALF, Gradients, compute_capability, imported, library, unavailable
 
 MODULE = "flash_attn.cute.interface"
 INSTALL = "pip install 'ring-native[fa4]'"
@@ -55,7 +54,7 @@ class FlashAttention4:
         sequences: Sequences | None,
         params: Params,
     ) -> tuple[Tensor, Tensor]:
-        found, found_lse, *_ = _library()._flash_attn_fwd(
+        found, found_lse, *_ = library(MODULE, INSTALL)._flash_attn_fwd(
             q, k, v, out=out, lse=lse, return_lse=True, softcap=params.softcap, **_options(q, mask, sequences, params)
         )
         return found, found_lse
@@ -75,7 +74,7 @@ class FlashAttention4:
         sequences: Sequences | None,
         params: Params,
     ) -> Gradients:
-        dq, dk, dv = _library()._flash_attn_bwd(
+        dq, dk, dv = library(MODULE, INSTALL)._flash_attn_bwd(
             q,
             k,
             v,
@@ -104,10 +103,3 @@ def _options(q: Tensor, mask: Mask, sequences: Sequences | None, params: Params)
         options |= {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
         options |= {"max_seqlen_q": sequences.max_q, "max_seqlen_k": sequences.max_k}
     return options
-
-
-def _library() -> ModuleType:
-    module = imported(MODULE)
-    if isinstance(module, str):
-        raise ImportError(f"{module}. {INSTALL}")
-    return module

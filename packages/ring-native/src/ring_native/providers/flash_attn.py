@@ -12,7 +12,6 @@ that reach every key to the left.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from ring_core.backend import Capabilities, Params
 from ring_native.calls import Sequences
 from ring_native.masks import Mask, Style
-from ring_native.providers.base import EIGHTS, HALF, Gradients, compute_capability, imported, unavailable
+from ring_native.providers.base import EIGHTS, HALF, Gradients, compute_capability, imported, library, unavailable
 
 MODULE = "flash_attn.flash_attn_interface"
 INSTALL = "pip install 'ring-native[flash-attn]' --no-build-isolation compiles it, or install a wheel for your torch"
@@ -53,7 +52,7 @@ class FlashAttention2:
 
     def kernel(self) -> Any:
         """The module of compiled functions."""
-        return _library().flash_attn_gpu
+        return library(MODULE, INSTALL).flash_attn_gpu
 
     def forward(
         self,
@@ -121,10 +120,3 @@ def _band(mask: Mask, k: Tensor, sequences: Sequences | None, params: Params) ->
         return mask.causal, *mask
     longest = k.shape[1] if sequences is None else sequences.max_k
     return False, longest - 1, mask.right  # one more to the left, and it is read as no bound: as causal
-
-
-def _library() -> ModuleType:
-    module = imported(MODULE)
-    if isinstance(module, str):
-        raise ImportError(f"{module}. {INSTALL}")
-    return module
