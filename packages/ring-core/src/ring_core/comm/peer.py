@@ -75,6 +75,10 @@ class PeerMemory(Protocol):
         is up (on CUDA: at a later call)."""
         ...
 
+    def exchange(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
+        """`signal`, then `wait`."""
+        ...
+
     def pull(self, target: Tensor, generation: int, copies: list[Copy]) -> None:
         """Copies bytes of ranks' slots into `target`, which is contiguous."""
         ...
@@ -115,7 +119,7 @@ class PeerCourier:
             mine = _typed(slot, self._dtype, self._shape)
             for side, x in enumerate((k, v)):
                 mine[:, :, :, side].copy_(x.unflatten(2, (len(groups), heads)).movedim(2, 0))
-            memory.signal(PUBLISHED, self._epoch)
+            memory.exchange(PUBLISHED, self._epoch, tuple(self._plan.receive))
         for peer, wanted in self._plan.send.items():
             count_sent("keys", peer, mine[:, :, : count(wanted)].nbytes)
 
@@ -124,8 +128,6 @@ class PeerCourier:
         _, batch, *_ = self._shape
         token = self._shape[3:].numel() * self._dtype.itemsize
         with _poisoning(memory):
-            if number == 0:
-                memory.wait(PUBLISHED, self._epoch, tuple(plan.receive))
             for source in plan.order:  # own first; no two ranks pull from one peer at the same time
                 chunk, span = plan.problem.key_chunk(source), plan.piece_count * plan.piece_length
                 copies = [
@@ -153,7 +155,7 @@ class PeerCourier:
     def ship(self, parts: Tensor) -> Callable[[], Tensor]:
         plan, memory, epoch = self._plan, self._gradients, self._parts_epoch
         with _poisoning(memory):
-            memory.signal(PUBLISHED, epoch)
+            memory.exchange(PUBLISHED, epoch, tuple(plan.send))
         for owner, taken in plan.receive.items():
             count_sent("gradients", owner, parts[:, : count(taken)].nbytes)
         return lambda: self._arrived(parts, epoch)
@@ -164,7 +166,6 @@ class PeerCourier:
         tokens = arrivals(plan)
         arrived = parts.new_empty(batch, tokens, *parts.shape[2:])
         with _poisoning(memory):
-            memory.wait(PUBLISHED, epoch, tuple(plan.send))
             for peer in _nearest_first(plan):
                 span, places = _places_at(plan, peer)
                 copies, offset = [], arrival_places(plan)[peer]

@@ -89,6 +89,10 @@ class SharedMemory:
                 )
             time.sleep(20e-6)
 
+    def exchange(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
+        self.signal(counter, epoch)
+        self.wait(counter, epoch, ranks)
+
     def pull(self, target: Tensor, generation: int, copies: list[Copy]) -> None:
         flat = target.view(-1).view(torch.uint8)
         for rank, source, into, nbytes in copies:

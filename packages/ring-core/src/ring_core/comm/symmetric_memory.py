@@ -26,7 +26,7 @@ from ring_core._torch import current_stream_handle, symmetric_buffer, symmetric_
 from ring_core.comm.channel import RingCommError, timeout
 from ring_core.comm.lane import Lane
 from ring_core.comm.peer import COUNTERS, GENERATIONS, PUBLISHED, READ, Copy
-from ring_core.comm.stream_memory import copy_bytes, wait_words, write_words
+from ring_core.comm.stream_memory import copy_bytes, write_and_wait
 
 _ALIGNMENT = 512  # bytes; slots begin at multiples of it
 _PATIENCE = 600.0  # seconds, without RING_TIMEOUT
@@ -80,12 +80,13 @@ class SymmetricMemory:
         return self._epoch
 
     def signal(self, counter: int, epoch: int) -> None:
-        words = [self._word(peer, counter, self.rank) for peer in range(self.world_size) if peer != self.rank]
-        write_words(current_stream_handle(self._device), words, epoch)
+        self._enqueue(self._own_words(counter), [], epoch)
 
     def wait(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
-        words = [self._word(self.rank, counter, rank) for rank in ranks]
-        wait_words(current_stream_handle(self._device), words, epoch)
+        self._enqueue([], self._words_of(counter, ranks), epoch)
+
+    def exchange(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
+        self._enqueue(self._own_words(counter), self._words_of(counter, ranks), epoch)
 
     def pull(self, target: Tensor, generation: int, copies: list[Copy]) -> None:
         stream, into = current_stream_handle(self._device), target.data_ptr()
@@ -117,6 +118,17 @@ class SymmetricMemory:
             )
             words.fill_(_RELEASE)
             torch.cuda.current_stream().synchronize()
+
+    def _enqueue(self, written: list[int], awaited: list[int], epoch: int) -> None:
+        write_and_wait(current_stream_handle(self._device), written, awaited, epoch)
+
+    def _own_words(self, counter: int) -> list[int]:
+        """Where the peers look for this rank's counter."""
+        return [self._word(peer, counter, self.rank) for peer in range(self.world_size) if peer != self.rank]
+
+    def _words_of(self, counter: int, ranks: tuple[int, ...]) -> list[int]:
+        """Where this rank looks for theirs."""
+        return [self._word(self.rank, counter, rank) for rank in ranks]
 
     def _word(self, owner: int, counter: int, writer: int) -> int:
         return self._addresses[owner] + 4 * (counter * self.world_size + writer)
