@@ -1,0 +1,97 @@
+"""What the portable kernels share: the bounds of a tile's walk, loads, scores, and dropout.
+
+Numbers in base 2: a score s2 = s * log2(e), so that softmax is exp2 of what a product and one multiplication give; lse2
+likewise. lse2 = +inf marks rows that have seen nothing (or lie outside): exp2(s2 - inf) = 0.
+"""
+
+# ruff: noqa: N803
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Columns of a segment table, as in `ring_core.segment.Segment`, and of a work list, as in `ring_triton.portable.work`.
+COLUMNS = tl.constexpr(12)
+WORK_COLUMNS = tl.constexpr(4)
+
+
+@triton.jit
+def walk(first, last, length, lower, upper, BLOCK: tl.constexpr):
+    """Which tiles of the other side own elements first..last see, for `lower <= other - own <= upper`, other <
+    length.
+
+    Returns (begin, before, whole, total): tiles of BLOCK from element `begin`; the first `before` of them and those
+    from before + whole to total need the mask, the `whole` between do not.
+    """
+    begin = tl.maximum(first + lower, 0)
+    stop = tl.maximum(tl.minimum(last + upper + 1, length), begin)
+    whole_begin = tl.maximum(last + lower, 0)
+    whole_stop = tl.minimum(first + upper + 1, length)
+    total = (stop - begin + BLOCK - 1) // BLOCK
+    before = tl.minimum((tl.maximum(whole_begin - begin, 0) + BLOCK - 1) // BLOCK, total)
+    whole = tl.maximum(whole_stop - begin - before * BLOCK, 0) // BLOCK
+    return begin, before, whole, total
+
+
+@triton.jit
+def load_tile(base, start, stride, there, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr):
+    """Rows start.. of (S, D) at `base`: (ROWS, WIDTH), zeros beyond D and, with CHECK, where not `there` (ROWS,)."""
+    d = tl.arange(0, WIDTH)
+    rows = tl.arange(0, ROWS).to(tl.int64)
+    at = base + start.to(tl.int64) * stride + (rows[:, None] * stride + d[None, :])
+    if CHECK:
+        tile = tl.load(at, mask=there[:, None] & (d < D)[None, :], other=0.0)
+    elif D < WIDTH:
+        tile = tl.load(at, mask=(d < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def operand(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """x as one side of a product, rounded to the inputs' dtype. The interpreter multiplies the bits of bf16 as
+    integers: there the rounded numbers are multiplied in fp32."""
+    x = x.to(dtype)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def tanh(x):
+    """By exp2, which every target and the interpreter have; absolute error of a rounding."""
+    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def distance_penalty(slope, q_positions, k_positions, ACC: tl.constexpr):
+    """ALiBi in base 2, of the shape that the positions broadcast to."""
+    return slope * tl.abs(q_positions - k_positions).to(ACC)
+
+
+@triton.jit
+def _philox_round(c0, c1, c2, c3, k0, k1):
+    a = tl.full([], 0xD2511F53, tl.uint32)
+    b = tl.full([], 0xCD9E8D57, tl.uint32)
+    return tl.umulhi(b, c2) ^ c1 ^ k0, b * c2, tl.umulhi(a, c0) ^ c3 ^ k1, a * c0
+
+
+@triton.jit
+def kept(seed, keep_from, q_positions, k_positions, head, batch):
+    """Which elements dropout keeps, of the shape that the positions broadcast to: word 0 of Philox4x32-10, as in
+    `ring_core.philox`. Words keep the shape that they depend on: the first rounds are of rows, columns and scalars."""
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c0, c1 = k_positions.to(tl.uint32), q_positions.to(tl.uint32)
+    c2, c3 = head.to(tl.uint32), batch.to(tl.uint32)
+    for n in tl.static_range(10):
+        c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0, k1)
+        k0 += tl.full([], 0x9E3779B9, tl.uint32)
+        k1 += tl.full([], 0xBB67AE85, tl.uint32)
+    return c0 >= keep_from.to(tl.uint32)

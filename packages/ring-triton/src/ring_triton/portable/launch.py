@@ -1,0 +1,322 @@
+"""Launches the portable kernels: the contract's arguments become grids, strides and constants. Nothing here waits for
+the device."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ring_core.backend import DeviceTable, Params, accumulation_dtype
+from ring_triton.portable.forward import forward_kernel
+from ring_triton.portable.gradient_sinks import gradient_sinks_kernel
+from ring_triton.portable.gradients_kv import gradients_kv_kernel
+from ring_triton.portable.gradients_q import gradients_q_kernel
+from ring_triton.portable.prepare import prepare_kernel
+from ring_triton.portable.settings import INTERPRETED, Kernel, setting_of, width_of
+from ring_triton.portable.work import query_work, strip_work
+
+ELEMENTS = 8192
+"""Of a tile of `prepare`: 16 loads of 16 bytes a thread and tensor, for every head dim."""
+
+LOG2E = math.log2(math.e)
+
+
+@dataclass
+class BackwardState:
+    """What lives from `prepare` to `finish`. fresh: dq is not written yet."""
+
+    delta: Tensor  # (B, Hq, Sq)
+    lse2: Tensor  # (B, Hq, Sq), base 2, +inf where a row has seen nothing
+    dq: Tensor  # (B, Sq, Hq, D), in the accumulation dtype
+    dtype: torch.dtype
+    fresh: bool = True
+
+
+class _Scores(NamedTuple):
+    """What `Params` comes to: arguments and constants of the kernels."""
+
+    slopes: Tensor
+    seed: Tensor
+    slope_stride: int
+    score_scale: float
+    cap_scale: float
+    keep_from: int
+    keep_scale: float
+    first_head: int
+    features: dict[str, Any]
+
+
+def _scores(params: Params, absent: Tensor) -> _Scores:
+    slopes, dropout, softcap = params.alibi_slopes, params.dropout, params.softcap
+    stride = 0
+    if slopes is not None:
+        slopes = slopes if slopes.stride(-1) == 1 else slopes.contiguous()
+        stride = slopes.stride(0) if slopes.dim() == 2 and slopes.shape[0] > 1 else 0
+    return _Scores(
+        slopes=absent if slopes is None else slopes,
+        seed=absent if dropout is None else dropout.seed,
+        slope_stride=stride,
+        score_scale=params.scale / softcap if softcap else params.scale * LOG2E,
+        cap_scale=softcap * LOG2E,
+        keep_from=0 if dropout is None else int(dropout.probability * 2**32),
+        keep_scale=1.0 if dropout is None else 1 / (1 - dropout.probability),
+        first_head=0 if dropout is None else dropout.first_head,
+        features={"SOFTCAP": bool(softcap), "ALIBI": slopes is not None, "DROPOUT": dropout is not None},
+    )
+
+
+def _shape(device: torch.device, kernel: Kernel, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The constants of a launch that its setting and dtype decide."""
+    setting = setting_of(device, kernel, head_dim, dtype.itemsize * 8)
+    return {
+        "ROWS": setting.rows,
+        "KEYS": setting.keys,
+        "D": head_dim,
+        "WIDTH": width_of(head_dim),
+        "ACC": _sums(dtype),
+        "UPCAST": INTERPRETED and dtype.itemsize == 2,
+        "PRECISION": setting.precision,
+        "num_warps": setting.warps,
+        "num_stages": setting.stages,
+    }
+
+
+def _sums(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor | None,
+    table: DeviceTable,
+    params: Params,
+) -> None:
+    """See `ring_core.backend.Backend.forward`."""
+    if not q.numel() or not len(table.host):
+        return
+    batches, _, num_heads, head_dim = q.shape
+    scores = _scores(params, q)
+    shape = _shape(q.device, "forward", head_dim, q.dtype)
+    work = strip_work(table, "q", shape["ROWS"], batches)
+    if not len(work):
+        return
+    running = out if state is None else state
+    plain = not params.softcap and params.alibi_slopes is None
+    with _on(q.device):
+        forward_kernel[(len(work), num_heads, work.entries)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            running,
+            work.rows,
+            table.rows,
+            scores.slopes,
+            q if params.sinks is None else params.sinks,
+            scores.seed,
+            *q.stride()[:3],
+            *k.stride()[:4],
+            *v.stride()[:4],
+            *out.stride()[:3],
+            *lse.stride()[:2],
+            *running.stride()[:3],
+            scores.slope_stride,
+            num_heads // k.shape[3],
+            scores.score_scale,
+            scores.cap_scale,
+            scores.keep_from,
+            scores.keep_scale,
+            scores.first_head,
+            FUSED=plain and params.scale > 0,
+            SINKS=params.sinks is not None,
+            STATE=state is not None,
+            **scores.features,
+            **shape,
+        )
+
+
+def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> BackwardState:
+    """See `ring_core.backend.Backend.prepare`."""
+    batches, length, num_heads, head_dim = q.shape
+    sums = accumulation_dtype(q.dtype)
+    delta, lse2 = torch.empty((2, batches, num_heads, length), dtype=sums, device=q.device)
+    state = BackwardState(delta, lse2, torch.empty(q.shape, dtype=sums, device=q.device), q.dtype)
+    if not q.numel():
+        return state
+    width = width_of(head_dim)
+    rows = ELEMENTS // width
+    given = lse if dlse is None else dlse
+    with _on(q.device):
+        prepare_kernel[(triton.cdiv(length, rows), num_heads, batches)](
+            out,
+            dout,
+            lse,
+            given,
+            delta,
+            lse2,
+            *out.stride()[:3],
+            *dout.stride()[:3],
+            *lse.stride()[:2],
+            *given.stride(),
+            length,
+            ROWS=rows,
+            D=head_dim,
+            WIDTH=width,
+            ACC=_sums(q.dtype),
+            DLSE=dlse is not None,
+            num_warps=4,
+        )
+    return state
+
+
+def backward(
+    state: BackwardState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    table: DeviceTable,
+    params: Params,
+) -> None:
+    """See `ring_core.backend.Backend.backward`."""
+    if not q.numel() or not len(table.host):
+        return
+    scores = _scores(params, q)
+    with _on(q.device):
+        _gradients_kv(state, q, k, v, dout, dk, dv, table, params, scores)
+        _gradients_q(state, q, k, v, dout, table, params, scores)
+
+
+def _gradients_kv(
+    state: BackwardState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    table: DeviceTable,
+    params: Params,
+    scores: _Scores,
+) -> None:
+    batches, length, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[3]
+    shape = _shape(q.device, "gradients_kv", head_dim, q.dtype)
+    work = strip_work(table, "k", shape["KEYS"], batches)
+    if not len(work):
+        return
+    gradients_kv_kernel[(len(work), num_kv_heads, work.entries)](
+        q,
+        k,
+        v,
+        dout,
+        dk,
+        dv,
+        state.lse2,
+        state.delta,
+        work.rows,
+        table.rows,
+        scores.slopes,
+        scores.seed,
+        *q.stride()[:3],
+        *k.stride()[:4],
+        *v.stride()[:4],
+        *dout.stride()[:3],
+        *dk.stride()[:4],
+        *dv.stride()[:4],
+        scores.slope_stride,
+        length,
+        num_heads,
+        num_heads // num_kv_heads,
+        params.scale,
+        scores.score_scale,
+        scores.cap_scale,
+        scores.keep_from,
+        scores.keep_scale,
+        scores.first_head,
+        **scores.features,
+        **shape,
+    )
+
+
+def _gradients_q(
+    state: BackwardState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    table: DeviceTable,
+    params: Params,
+    scores: _Scores,
+) -> None:
+    batches, length, num_heads, head_dim = q.shape
+    shape = _shape(q.device, "gradients_q", head_dim, q.dtype)
+    work = query_work(table, shape["ROWS"], batches, length, cover=state.fresh)
+    if not len(work):
+        return
+    gradients_q_kernel[(len(work), num_heads, work.entries)](
+        q,
+        k,
+        v,
+        dout,
+        state.dq,
+        state.lse2,
+        state.delta,
+        work.rows,
+        work.numbers,
+        table.rows,
+        scores.slopes,
+        scores.seed,
+        *q.stride()[:3],
+        *k.stride()[:4],
+        *v.stride()[:4],
+        *dout.stride()[:3],
+        *state.dq.stride()[:3],
+        scores.slope_stride,
+        length,
+        num_heads // k.shape[3],
+        params.scale,
+        scores.score_scale,
+        scores.cap_scale,
+        scores.keep_from,
+        scores.keep_scale,
+        scores.first_head,
+        FRESH=state.fresh,
+        **scores.features,
+        **shape,
+    )
+    state.fresh = False
+
+
+def finish(state: BackwardState, params: Params) -> tuple[Tensor, Tensor | None]:
+    """See `ring_core.backend.Backend.finish`."""
+    dq = torch.zeros_like(state.dq) if state.fresh else state.dq
+    sinks = params.sinks
+    if sinks is None:
+        return dq.to(state.dtype), None
+    batches, num_heads, length = state.lse2.shape
+    dsinks = torch.zeros_like(sinks)
+    if state.lse2.numel():
+        with _on(sinks.device):
+            gradient_sinks_kernel[(num_heads,)](
+                dsinks, sinks, state.lse2, state.delta, length, batches, BLOCK=1024, ACC=_sums(state.dtype), num_warps=4
+            )
+    return dq.to(state.dtype), dsinks
