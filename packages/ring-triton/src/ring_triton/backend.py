@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import triton
 from torch import Tensor
 
 from ring_core.backend import FEATURES, Capabilities, DeviceTable, Flags, HeadDims, Params
@@ -119,12 +120,14 @@ class TritonBackend:
 
 def _missing(device: torch.device) -> str:
     """Why the kernels do not run on `device`; empty where they do."""
+    if bool(triton.knobs.runtime.interpret) != INTERPRETED:
+        return "TRITON_INTERPRET was changed after triton was imported (torch and ring_core do that): set it before"
     if INTERPRETED:
         return ""
     if device.type != "cuda":
         return (
-            f"Triton compiles for GPUs; on {device.type}, set TRITON_INTERPRET=1 before triton is imported, "
-            "which runs the kernels in its interpreter: slowly, for tests"
+            f"Triton compiles for GPUs; on {device.type}, set TRITON_INTERPRET=1 in the environment of "
+            "the process, which runs the kernels in its interpreter: slowly, for tests"
         )
     if torch.version.hip is not None:
         return "it has been written for NVIDIA GPUs only"

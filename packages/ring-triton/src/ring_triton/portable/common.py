@@ -37,10 +37,16 @@ def walk(first, last, length, lower, upper, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_tile(base, start, stride, there, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr):
-    """Rows start.. of (S, D) at `base`: (ROWS, WIDTH), zeros beyond D and, with CHECK, where not `there` (ROWS,)."""
+def load_tile(
+    base, start, stride, there,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """Rows start.. of (S, D) at `base`: (ROWS, WIDTH), zeros beyond D and, with CHECK, where not `there` (ROWS,). LONG:
+    offsets inside a tile need 64 bits, which cost registers."""
     d = tl.arange(0, WIDTH)
-    rows = tl.arange(0, ROWS).to(tl.int64)
+    rows = tl.arange(0, ROWS)
+    if LONG:
+        rows = rows.to(tl.int64)
     at = base + start.to(tl.int64) * stride + (rows[:, None] * stride + d[None, :])
     if CHECK:
         tile = tl.load(at, mask=there[:, None] & (d < D)[None, :], other=0.0)
@@ -64,7 +70,7 @@ def operand(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def tanh(x):
     """By exp2, which every target and the interpreter have; absolute error of a rounding."""
-    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * -2.0 * LOG2E)
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0, -t, t)
 

@@ -27,7 +27,7 @@ LAST = tl.constexpr(2)
 def _attend(
     acc, total, top, q, k_base, v_base, k_stride, v_stride, i, j, k_len, lower, upper, q_positions, k_position, step,
     slope, seed, keep_from, keep_scale, head, batch, score_scale, cap_scale,
-    KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+    KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, FUSED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def _attend(
     columns = j + tl.arange(0, KEYS)
     there = columns < k_len
     dtype: tl.constexpr = k_base.dtype.element_ty
-    k = operand(load_tile(k_base, j, k_stride, there, KEYS, D, WIDTH, MASKED), dtype, UPCAST)
+    k = operand(load_tile(k_base, j, k_stride, there, KEYS, D, WIDTH, LONG, MASKED), dtype, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # (ROWS, KEYS)
     if SOFTCAP:
         s = tanh(s * score_scale) * cap_scale
@@ -60,7 +60,7 @@ def _attend(
     if DROPOUT:
         keep = kept(seed, keep_from, q_positions[:, None], (k_position + step * columns)[None, :], head, batch)
         p = tl.where(keep, p * keep_scale, 0.0)
-    v = operand(load_tile(v_base, j, v_stride, there, KEYS, D, WIDTH, MASKED), dtype, UPCAST)
+    v = operand(load_tile(v_base, j, v_stride, there, KEYS, D, WIDTH, LONG, MASKED), dtype, UPCAST)
     acc = acc * decay[:, None]
     acc = tl.dot(operand(p, dtype, UPCAST), v, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc, total, new_top
@@ -71,7 +71,7 @@ def forward_kernel(
     q, k, v, out, lse, state, work, segments, slopes, sinks, seed,
     q_b, q_s, q_h, k_c, k_b, k_s, k_h, v_c, v_b, v_s, v_h, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
     slope_b, group, score_scale, cap_scale, keep_from, keep_scale, first_head,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr, SINKS: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +95,7 @@ def forward_kernel(
     block = inside[:, None] & (d < D)[None, :]
     tokens = (q_start + i).to(tl.int64)
     dtype: tl.constexpr = q.dtype.element_ty
-    q_tile = load_tile(q + batch * q_b + head.to(tl.int64) * q_h, q_start + start, q_s, inside, ROWS, D, WIDTH, True)
+    q_tile = load_tile(q + batch * q_b + head.to(tl.int64) * q_h, q_start + start, q_s, inside, ROWS, D, WIDTH, LONG, True)
     q_tile = operand(q_tile, dtype, UPCAST)
     kv_head = (head // group).to(tl.int64)
     slope = 0.0
@@ -138,14 +138,14 @@ def forward_kernel(
             acc, total, top = _attend(
                 acc, total, top, q_tile, k_base, v_base, k_s, v_s, i, begin + (before + n) * KEYS, k_len, lower, upper,
                 q_positions, k_position, step, slope, key, keep_from, keep_scale, first_head + head, batch, score_scale,
-                cap_scale, KEYS, D, WIDTH, ACC, UPCAST, PRECISION, FUSED, SOFTCAP, ALIBI, DROPOUT, False,
+                cap_scale, KEYS, D, WIDTH, LONG, ACC, UPCAST, PRECISION, FUSED, SOFTCAP, ALIBI, DROPOUT, False,
             )  # fmt: skip
         for n in tl.range(0, tiles - whole):
             j = begin + tl.where(n < before, n, n + whole) * KEYS
             acc, total, top = _attend(
                 acc, total, top, q_tile, k_base, v_base, k_s, v_s, i, j, k_len, lower, upper,
                 q_positions, k_position, step, slope, key, keep_from, keep_scale, first_head + head, batch, score_scale,
-                cap_scale, KEYS, D, WIDTH, ACC, UPCAST, PRECISION, FUSED, SOFTCAP, ALIBI, DROPOUT, True,
+                cap_scale, KEYS, D, WIDTH, LONG, ACC, UPCAST, PRECISION, FUSED, SOFTCAP, ALIBI, DROPOUT, True,
             )  # fmt: skip
         number += 1
 

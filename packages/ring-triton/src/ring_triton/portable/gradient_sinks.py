@@ -20,7 +20,7 @@ def gradient_sinks_kernel(
     sink = tl.load(sinks + head).to(ACC) * LOG2E
     total = tl.zeros([BLOCK], ACC)
     for batch in tl.range(0, num_batches):
-        at = (batch.to(tl.int64) * tl.num_programs(0) + head) * length
+        at = (batch * tl.num_programs(0) + head).to(tl.int64) * length
         for start in tl.range(0, length, BLOCK):
             rows = start + tl.arange(0, BLOCK)
             there = rows < length

@@ -25,14 +25,14 @@ from ring_triton.portable.common import COLUMNS, LOG2E, WORK_COLUMNS, distance_p
 def _collect(
     dk, dv, k, v, q_base, dout_base, lse2_base, delta_base, q_stride, dout_stride, i, j, q_len, lower, upper,
     q_position, k_positions, step, slope, seed, keep_from, keep_scale, head, batch, score_scale, cap_scale,
-    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, from query i of the segment."""
     rows = i + tl.arange(0, ROWS)
     there = rows < q_len
     dtype: tl.constexpr = q_base.dtype.element_ty
-    q = operand(load_tile(q_base, i, q_stride, there, ROWS, D, WIDTH, MASKED), dtype, UPCAST)
+    q = operand(load_tile(q_base, i, q_stride, there, ROWS, D, WIDTH, LONG, MASKED), dtype, UPCAST)
     if MASKED:
         lse2 = tl.load(lse2_base + rows, mask=there, other=float("inf"))
         delta = tl.load(delta_base + rows, mask=there, other=0.0)
@@ -52,7 +52,7 @@ def _collect(
     if MASKED:
         far = j[:, None] - rows[None, :]
         p = tl.where((far >= lower) & (far <= upper), p, 0.0)
-    dout = operand(load_tile(dout_base, i, dout_stride, there, ROWS, D, WIDTH, MASKED), dtype, UPCAST)
+    dout = operand(load_tile(dout_base, i, dout_stride, there, ROWS, D, WIDTH, LONG, MASKED), dtype, UPCAST)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)  # (KEYS, ROWS)
     if DROPOUT:
         keep = kept(seed, keep_from, q_positions, k_positions[:, None], head, batch)
@@ -74,7 +74,7 @@ def gradients_kv_kernel(
     q_b, q_s, q_h, k_c, k_b, k_s, k_h, v_c, v_b, v_s, v_h, dout_b, dout_s, dout_h,
     dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h, slope_b,
     length, num_heads, group, scale, score_scale, cap_scale, keep_from, keep_scale, first_head,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     work += tl.program_id(0) * WORK_COLUMNS
@@ -96,8 +96,8 @@ def gradients_kv_kernel(
     first_key = k_start + start
     k_base = k + piece * k_c + batch * k_b + kv_head * k_h
     v_base = v + piece * v_c + batch * v_b + kv_head * v_h
-    k_tile = operand(load_tile(k_base, first_key, k_s, there, KEYS, D, WIDTH, True), dtype, UPCAST)
-    v_tile = operand(load_tile(v_base, first_key, v_s, there, KEYS, D, WIDTH, True), dtype, UPCAST)
+    k_tile = operand(load_tile(k_base, first_key, k_s, there, KEYS, D, WIDTH, LONG, True), dtype, UPCAST)
+    v_tile = operand(load_tile(v_base, first_key, v_s, there, KEYS, D, WIDTH, LONG, True), dtype, UPCAST)
     key = tl.zeros([], tl.int64)
     if DROPOUT:
         key = tl.load(seed)
@@ -127,7 +127,7 @@ def gradients_kv_kernel(
                     dk_sum, dv_sum, k_tile, v_tile, q_base, dout_base, lse2 + of_row, delta + of_row, q_s, dout_s,
                     begin + (before + n) * ROWS, j, q_len, lower, upper, q_position, k_positions, step, slope, key,
                     keep_from, keep_scale, first_head + head, batch, score_scale, cap_scale,
-                    ROWS, D, WIDTH, ACC, UPCAST, PRECISION, SOFTCAP, ALIBI, DROPOUT, False,
+                    ROWS, D, WIDTH, LONG, ACC, UPCAST, PRECISION, SOFTCAP, ALIBI, DROPOUT, False,
                 )  # fmt: skip
             for n in tl.range(0, tiles - whole):
                 i = begin + tl.where(n < before, n, n + whole) * ROWS
@@ -135,7 +135,7 @@ def gradients_kv_kernel(
                     dk_sum, dv_sum, k_tile, v_tile, q_base, dout_base, lse2 + of_row, delta + of_row, q_s, dout_s,
                     i, j, q_len, lower, upper, q_position, k_positions, step, slope, key,
                     keep_from, keep_scale, first_head + head, batch, score_scale, cap_scale,
-                    ROWS, D, WIDTH, ACC, UPCAST, PRECISION, SOFTCAP, ALIBI, DROPOUT, True,
+                    ROWS, D, WIDTH, LONG, ACC, UPCAST, PRECISION, SOFTCAP, ALIBI, DROPOUT, True,
                 )  # fmt: skip
         number += 1
 

@@ -25,14 +25,14 @@ from ring_triton.portable.common import COLUMNS, LOG2E, WORK_COLUMNS, distance_p
 def _collect(
     dq, q, dout, lse2, delta, k_base, v_base, k_stride, v_stride, i, inside, j, k_len, lower, upper,
     q_positions, k_position, step, slope, seed, keep_from, keep_scale, head, batch, score_scale, cap_scale,
-    KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+    KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, from key j of the segment."""
     columns = j + tl.arange(0, KEYS)
     there = columns < k_len
     dtype: tl.constexpr = k_base.dtype.element_ty
-    k = operand(load_tile(k_base, j, k_stride, there, KEYS, D, WIDTH, MASKED), dtype, UPCAST)
+    k = operand(load_tile(k_base, j, k_stride, there, KEYS, D, WIDTH, LONG, MASKED), dtype, UPCAST)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # (ROWS, KEYS)
     if SOFTCAP:
         t = tanh(s * score_scale)
@@ -43,7 +43,7 @@ def _collect(
     if ALIBI:
         s -= distance_penalty(slope, q_positions[:, None], k_positions, ACC)
     p = tl.exp2(s - lse2[:, None])
-    v = operand(load_tile(v_base, j, v_stride, there, KEYS, D, WIDTH, MASKED), dtype, UPCAST)
+    v = operand(load_tile(v_base, j, v_stride, there, KEYS, D, WIDTH, LONG, MASKED), dtype, UPCAST)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
     if DROPOUT:
         dp = tl.where(kept(seed, keep_from, q_positions[:, None], k_positions, head, batch), dp * keep_scale, 0.0)
@@ -61,7 +61,7 @@ def gradients_q_kernel(
     q, k, v, dout, dq, lse2, delta, work, numbers, segments, slopes, seed,
     q_b, q_s, q_h, k_c, k_b, k_s, k_h, v_c, v_b, v_s, v_h, dout_b, dout_s, dout_h, dq_b, dq_s, dq_h, slope_b,
     length, group, scale, score_scale, cap_scale, keep_from, keep_scale, first_head,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
     FRESH: tl.constexpr,
 ):  # fmt: skip
@@ -75,8 +75,8 @@ def gradients_q_kernel(
     rows = start + tl.arange(0, ROWS)
     inside = rows < length
     dtype: tl.constexpr = q.dtype.element_ty
-    q_tile = load_tile(q + batch * q_b + head * q_h, start, q_s, inside, ROWS, D, WIDTH, True)
-    dout_tile = load_tile(dout + batch * dout_b + head * dout_h, start, dout_s, inside, ROWS, D, WIDTH, True)
+    q_tile = load_tile(q + batch * q_b + head * q_h, start, q_s, inside, ROWS, D, WIDTH, LONG, True)
+    dout_tile = load_tile(dout + batch * dout_b + head * dout_h, start, dout_s, inside, ROWS, D, WIDTH, LONG, True)
     q_tile, dout_tile = operand(q_tile, dtype, UPCAST), operand(dout_tile, dtype, UPCAST)
     of_row = (batch * tl.num_programs(1) + head) * length + rows
     lse2_tile = tl.load(lse2 + of_row, mask=inside, other=float("inf"))
@@ -115,7 +115,7 @@ def gradients_q_kernel(
                 dq_sum, q_tile, dout_tile, lse2_tile, delta_tile, k_base, v_base, k_s, v_s, i, mine,
                 begin + (before + m) * KEYS, k_len, lower, upper, q_positions, k_position, step, slope, key,
                 keep_from, keep_scale, first_head + head, batch, score_scale, cap_scale,
-                KEYS, D, WIDTH, ACC, UPCAST, PRECISION, SOFTCAP, ALIBI, DROPOUT, False,
+                KEYS, D, WIDTH, LONG, ACC, UPCAST, PRECISION, SOFTCAP, ALIBI, DROPOUT, False,
             )  # fmt: skip
         for m in tl.range(0, tiles - whole):
             j = begin + tl.where(m < before, m, m + whole) * KEYS
@@ -123,7 +123,7 @@ def gradients_q_kernel(
                 dq_sum, q_tile, dout_tile, lse2_tile, delta_tile, k_base, v_base, k_s, v_s, i, mine,
                 j, k_len, lower, upper, q_positions, k_position, step, slope, key,
                 keep_from, keep_scale, first_head + head, batch, score_scale, cap_scale,
-                KEYS, D, WIDTH, ACC, UPCAST, PRECISION, SOFTCAP, ALIBI, DROPOUT, True,
+                KEYS, D, WIDTH, LONG, ACC, UPCAST, PRECISION, SOFTCAP, ALIBI, DROPOUT, True,
             )  # fmt: skip
         n += 1
 

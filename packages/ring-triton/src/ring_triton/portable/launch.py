@@ -72,20 +72,26 @@ def _scores(params: Params, absent: Tensor) -> _Scores:
     )
 
 
-def _shape(device: torch.device, kernel: Kernel, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The constants of a launch that its setting and dtype decide."""
-    setting = setting_of(device, kernel, head_dim, dtype.itemsize * 8)
+def _shape(kernel: Kernel, q: Tensor, *tensors: Tensor) -> dict[str, Any]:
+    """The constants of a launch that its setting and dtype, and the strides of all `tensors`, decide."""
+    setting = setting_of(q.device, kernel, q.shape[3], q.dtype.itemsize * 8)
     return {
         "ROWS": setting.rows,
         "KEYS": setting.keys,
-        "D": head_dim,
-        "WIDTH": width_of(head_dim),
-        "ACC": _sums(dtype),
-        "UPCAST": INTERPRETED and dtype.itemsize == 2,
+        "D": q.shape[3],
+        "WIDTH": width_of(q.shape[3]),
+        "LONG": _long(q, *tensors),
+        "ACC": _sums(q.dtype),
+        "UPCAST": INTERPRETED and q.dtype.itemsize == 2,
         "PRECISION": setting.precision,
         "num_warps": setting.warps,
         "num_stages": setting.stages,
     }
+
+
+def _long(*tensors: Tensor) -> bool:
+    """Whether a tile of 256 tokens spans more elements than 31 bits count; tokens are the third dimension from last."""
+    return any(x.stride(-3) >= 1 << 23 for x in tensors)
 
 
 def _sums(dtype: torch.dtype) -> Any:
@@ -109,9 +115,9 @@ def forward(
     """See `ring_core.backend.Backend.forward`."""
     if not q.numel() or not len(table.host):
         return
-    batches, _, num_heads, head_dim = q.shape
+    batches, _, num_heads, _ = q.shape
     scores = _scores(params, q)
-    shape = _shape(q.device, "forward", head_dim, q.dtype)
+    shape = _shape("forward", q, k, v)
     work = strip_work(table, "q", shape["ROWS"], batches)
     if not len(work):
         return
@@ -178,6 +184,7 @@ def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | No
             ROWS=rows,
             D=head_dim,
             WIDTH=width,
+            LONG=True,
             ACC=_sums(q.dtype),
             DLSE=dlse is not None,
             num_warps=4,
@@ -217,9 +224,9 @@ def _gradients_kv(
     params: Params,
     scores: _Scores,
 ) -> None:
-    batches, length, num_heads, head_dim = q.shape
+    batches, length, num_heads, _ = q.shape
     num_kv_heads = k.shape[3]
-    shape = _shape(q.device, "gradients_kv", head_dim, q.dtype)
+    shape = _shape("gradients_kv", q, k, v, dout)
     work = strip_work(table, "k", shape["KEYS"], batches)
     if not len(work):
         return
@@ -267,8 +274,8 @@ def _gradients_q(
     params: Params,
     scores: _Scores,
 ) -> None:
-    batches, length, num_heads, head_dim = q.shape
-    shape = _shape(q.device, "gradients_q", head_dim, q.dtype)
+    batches, length, num_heads, _ = q.shape
+    shape = _shape("gradients_q", q, k, v, dout)
     work = query_work(table, shape["ROWS"], batches, length, cover=state.fresh)
     if not len(work):
         return

@@ -19,15 +19,15 @@ from ring_triton.portable.common import LOG2E, load_tile
 def prepare_kernel(
     out, dout, lse, dlse, delta, lse2,
     out_b, out_s, out_h, dout_b, dout_s, dout_h, lse_b, lse_h, dlse_b, dlse_h, dlse_s, length,
-    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr, DLSE: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * ROWS
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     rows = start + tl.arange(0, ROWS)
     there = rows < length
-    a = load_tile(out + batch * out_b + head * out_h, start, out_s, there, ROWS, D, WIDTH, True)
-    b = load_tile(dout + batch * dout_b + head * dout_h, start, dout_s, there, ROWS, D, WIDTH, True)
+    a = load_tile(out + batch * out_b + head * out_h, start, out_s, there, ROWS, D, WIDTH, LONG, True)
+    b = load_tile(dout + batch * dout_b + head * dout_h, start, dout_s, there, ROWS, D, WIDTH, LONG, True)
     total = tl.sum(a.to(ACC) * b.to(ACC), 1)
     if DLSE:
         dlse_at = dlse + batch * dlse_b + head * dlse_h + rows.to(tl.int64) * dlse_s

@@ -13,9 +13,11 @@ from typing import Literal
 
 import torch
 import triton
+import triton.language as tl
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was imported)."""
+INTERPRETED = not isinstance(tl.cdiv, triton.runtime.JITFunction)
+"""Whether kernels run in Triton's interpreter: whether TRITON_INTERPRET was 1 when triton was imported (by torch, as a
+rule)."""
 
 Kernel = Literal["forward", "gradients_kv", "gradients_q"]
 Target = Literal["interpreter", "sm_80", "sm_86", "sm_90"]
