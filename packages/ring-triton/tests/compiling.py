@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from triton.compiler import ASTSource
 from ring_triton.portable.forward import forward_kernel
 from ring_triton.portable.gradients_kv import gradients_kv_kernel
 from ring_triton.portable.gradients_q import gradients_q_kernel
-from ring_triton.portable.settings import Setting, width_of
+from ring_triton.portable.settings import Kernel, Setting, Target, listed, width_of
 
 KERNELS = {"forward": forward_kernel, "gradients_kv": gradients_kv_kernel, "gradients_q": gradients_q_kernel}
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -105,3 +109,34 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
     return int(found[1]), int(found[2])
+
+
+def shipped() -> dict[str, tuple[Kernel, int, Setting, int, torch.dtype, dict[str, bool]]]:
+    """Arguments of `compiled` by name: every setting once, and every kernel once with every feature."""
+    targets: dict[Target, int] = {"sm_90": 90, "sm_80": 80, "sm_86": 80}
+    found: dict[Any, str] = {}
+    for target, capability in targets.items():
+        for kernel in KERNELS:
+            for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+                for width in (16, 32, 64, 128, 256):
+                    setting = listed(target, kernel, width, dtype.itemsize * 8)
+                    key = kernel, capability, setting, width, dtype
+                    found.setdefault(key, f"{target}-{kernel}-{width}-{short}")
+    everything = {name: (*key, {}) for key, name in found.items()}
+    for kernel in KERNELS:
+        features = {"SOFTCAP": True, "ALIBI": True, "DROPOUT": True}
+        features |= {"forward": {"SINKS": True, "FUSED": False}, "gradients_q": {"FRESH": False}}.get(kernel, {})
+        setting = listed("sm_90", kernel, 128, 16)
+        everything[f"sm_90-{kernel}-features"] = (kernel, 90, setting, 112, torch.float16, features)
+    return everything
+
+
+def _one(name: str) -> tuple[str, dict[str, int]]:
+    *arguments, features = shipped()[name]
+    return name, asdict(compiled(*arguments, **features))
+
+
+if __name__ == "__main__":  # prints JSON: what became of the settings named, or of all
+    names = sys.argv[1:] or list(shipped())
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        print(json.dumps(dict(pool.map(_one, names))))

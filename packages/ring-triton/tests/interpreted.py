@@ -15,10 +15,10 @@ Case = TypeVar("Case", bound=AttentionCase)
 
 
 def small(case: Case) -> Case:
-    """One batch entry and one group of two heads, where a case is not about those: the interpreter's time goes by the
+    """One batch entry and one group of heads, where a case is not about those: the interpreter's time goes by the
     number of programs."""
-    if (case.q_heads, case.kv_heads) == (4, 2):
-        case = replace(case, q_heads=2, kv_heads=1)
+    if case.kv_heads == 2 and not case.name.startswith("heads-"):
+        case = replace(case, q_heads=case.q_heads // 2, kv_heads=1)
     one_entry = case.batch == 2 and case.alibi != "batch" and not getattr(case, "per_entry", False)
     return replace(case, batch=1) if one_entry else case
 
