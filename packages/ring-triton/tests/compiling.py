@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from ring_triton.portable.forward import forward_kernel
 from ring_triton.portable.gradients_kv import gradients_kv_kernel
 from ring_triton.portable.gradients_q import gradients_q_kernel
+from ring_triton.portable.launch import LOG2E
 from ring_triton.portable.settings import Kernel, Setting, Target, listed, width_of
 
 KERNELS = {"forward": forward_kernel, "gradients_kv": gradients_kv_kernel, "gradients_q": gradients_q_kernel}
@@ -62,9 +63,12 @@ def compiled(
         "WIDTH": width_of(head_dim),
         "LONG": False,
         "ACC": tl.float32,
+        "UNIT": LOG2E if dtype.itemsize == 2 else 1.0,
         "UPCAST": False,
         "PRECISION": setting.precision,
-        **{"SOFTCAP": False, "ALIBI": False, "DROPOUT": False},
+        "SOFTCAP": False,
+        "ALIBI": False,
+        "DROPOUT": False,
         **OWN[kernel],
         **features,
     }
@@ -95,7 +99,7 @@ def _type(name: str, dtype: torch.dtype) -> str:
         return "*i64"
     if name in FLOATS:
         return "fp32"
-    pointers = {"lse", "state", "slopes", "sinks", "dk", "dv", "dq", "lse2", "delta"}
+    pointers = {"lse", "state", "slopes", "sinks", "dk", "dv", "dq", "scaled_lse", "delta"}
     return "*fp32" if name in pointers else "i32"
 
 

@@ -1,17 +1,17 @@
 """What the portable kernels share: the bounds of a tile's walk, loads, scores, and dropout.
 
-Numbers in base 2: a score s2 = s * log2(e), so that softmax is exp2 of what a product and one multiplication give; lse2
-likewise. lse2 = +inf marks rows that have seen nothing (or lie outside): exp2(s2 - inf) = 0.
+Scores and lse are in units of 1 / UNIT. For 16-bit inputs UNIT = log2(e), base 2: softmax is then exp2 of what a
+product and one multiplication give. For fp32 UNIT = 1: a constant that has to be rounded, times a large score, would be
+most of the error. lse = +inf marks rows that have seen nothing (or lie outside): their probabilities are exp(s - inf) =
+0.
 """
 
-# ruff: noqa: N803
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 # Columns of a segment table, as in `ring_core.segment.Segment`, and of a work list, as in `ring_triton.portable.work`.
 COLUMNS = tl.constexpr(12)
@@ -58,13 +58,64 @@ def load_tile(
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """x to nearest in dtype. The interpreter cuts off what bf16 has no room for (UPCAST: it runs): there
+    the number is rounded first."""
+    if UPCAST and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        half = tl.full([], 0x7FFF, tl.uint32) + ((bits >> 16) & 1)
+        x = ((bits + half) & tl.full([], 0xFFFF0000, tl.uint32)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def operand(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """x as one side of a product, rounded to the inputs' dtype. The interpreter multiplies the bits of bf16 as
-    integers: there the rounded numbers are multiplied in fp32."""
-    x = x.to(dtype)
+    """x as one side of a product, rounded to the inputs' dtype."""
+    x = rounded(x, dtype, UPCAST)
     if UPCAST:
-        x = x.to(tl.float32)
+        x = x.to(tl.float64)
     return x
+
+
+@triton.jit
+def product(a, b, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """a b, of operands. The interpreter (UPCAST) multiplies the bits of bf16 as integers, and sums fp32 in an order
+    that depends on the shape, so that forward and backward disagree about a score: there it is fp64, then rounded."""
+    if UPCAST:
+        c = tl.dot(a, b, out_dtype=tl.float64).to(ACC)
+    else:
+        c = tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
+    return c
+
+
+@triton.jit
+def accumulate(a, b, c, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """a b + c; see `product`."""
+    if UPCAST:
+        c += tl.dot(a, b, out_dtype=tl.float64).to(ACC)
+    else:
+        c = tl.dot(a, b, c, input_precision=PRECISION, out_dtype=ACC)
+    return c
+
+
+@triton.jit
+def power(x, UNIT: tl.constexpr):
+    """exp of x / UNIT, where scores and lse are kept in units of 1 / UNIT."""
+    if UNIT == 1.0:
+        y = tl.exp(x)
+    else:
+        y = tl.exp2(x)
+    return y
+
+
+@triton.jit
+def logarithm(x, UNIT: tl.constexpr):
+    """The inverse of `power`."""
+    if UNIT == 1.0:
+        y = tl.log(x)
+    else:
+        y = tl.log2(x)
+    return y
 
 
 @triton.jit
@@ -77,7 +128,7 @@ def tanh(x):
 
 @triton.jit
 def distance_penalty(slope, q_positions, k_positions, ACC: tl.constexpr):
-    """ALiBi in base 2, of the shape that the positions broadcast to."""
+    """ALiBi, of the shape that the positions broadcast to."""
     return slope * tl.abs(q_positions - k_positions).to(ACC)
 
 
@@ -96,7 +147,7 @@ def kept(seed, keep_from, q_positions, k_positions, head, batch):
     k1 = (seed >> 32).to(tl.uint32)
     c0, c1 = k_positions.to(tl.uint32), q_positions.to(tl.uint32)
     c2, c3 = head.to(tl.uint32), batch.to(tl.uint32)
-    for n in tl.static_range(10):
+    for _ in tl.static_range(10):
         c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0, k1)
         k0 += tl.full([], 0x9E3779B9, tl.uint32)
         k1 += tl.full([], 0xBB67AE85, tl.uint32)

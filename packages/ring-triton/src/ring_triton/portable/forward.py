@@ -11,13 +11,26 @@ every segment it visits only the tiles of KEYS keys that the band touches: first
 the band's edges and at the ragged end. grid = (work list, query heads, batch entries).
 """
 
-# ruff: noqa: N803
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ring_triton.portable.common import COLUMNS, LN2, LOG2E, WORK_COLUMNS, distance_penalty, kept, load_tile, operand, tanh, walk
+from ring_triton.portable.common import (
+    COLUMNS,
+    WORK_COLUMNS,
+    accumulate,
+    distance_penalty,
+    kept,
+    load_tile,
+    logarithm,
+    operand,
+    power,
+    product,
+    rounded,
+    tanh,
+    walk,
+)
 
 FIRST = tl.constexpr(1)
 LAST = tl.constexpr(2)
@@ -27,7 +40,8 @@ LAST = tl.constexpr(2)
 def _attend(
     acc, total, top, q, k_base, v_base, k_stride, v_stride, i, j, k_len, lower, upper, q_positions, k_position, step,
     slope, seed, keep_from, keep_scale, head, batch, score_scale, cap_scale,
-    KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+    KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr,
+    ACC: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, FUSED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +50,7 @@ def _attend(
     there = columns < k_len
     dtype: tl.constexpr = k_base.dtype.element_ty
     k = operand(load_tile(k_base, j, k_stride, there, KEYS, D, WIDTH, LONG, MASKED), dtype, UPCAST)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # (ROWS, KEYS)
+    s = product(q, tl.trans(k), ACC, UPCAST, PRECISION)  # (ROWS, KEYS)
     if SOFTCAP:
         s = tanh(s * score_scale) * cap_scale
     elif not FUSED:
@@ -52,17 +66,17 @@ def _attend(
         new_top = tl.maximum(top, tl.max(s, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen nothing yet
     if FUSED:
-        p = tl.exp2(s * score_scale - base[:, None])
+        p = power(s * score_scale - base[:, None], UNIT)
     else:
-        p = tl.exp2(s - base[:, None])
-    decay = tl.exp2(top - base)
+        p = power(s - base[:, None], UNIT)
+    decay = power(top - base, UNIT)
     total = total * decay + tl.sum(p, 1)
     if DROPOUT:
         keep = kept(seed, keep_from, q_positions[:, None], (k_position + step * columns)[None, :], head, batch)
         p = tl.where(keep, p * keep_scale, 0.0)
     v = operand(load_tile(v_base, j, v_stride, there, KEYS, D, WIDTH, LONG, MASKED), dtype, UPCAST)
     acc = acc * decay[:, None]
-    acc = tl.dot(operand(p, dtype, UPCAST), v, acc, input_precision=PRECISION, out_dtype=ACC)
+    acc = accumulate(operand(p, dtype, UPCAST), v, acc, ACC, UPCAST, PRECISION)
     return acc, total, new_top
 
 
@@ -71,7 +85,8 @@ def forward_kernel(
     q, k, v, out, lse, state, work, segments, slopes, sinks, seed,
     q_b, q_s, q_h, k_c, k_b, k_s, k_h, v_c, v_b, v_s, v_h, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
     slope_b, group, score_scale, cap_scale, keep_from, keep_scale, first_head,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr,
+    ACC: tl.constexpr, UNIT: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr, SINKS: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
@@ -95,12 +110,14 @@ def forward_kernel(
     block = inside[:, None] & (d < D)[None, :]
     tokens = (q_start + i).to(tl.int64)
     dtype: tl.constexpr = q.dtype.element_ty
-    q_tile = load_tile(q + batch * q_b + head.to(tl.int64) * q_h, q_start + start, q_s, inside, ROWS, D, WIDTH, LONG, True)
+    q_tile = load_tile(
+        q + batch * q_b + head.to(tl.int64) * q_h, q_start + start, q_s, inside, ROWS, D, WIDTH, LONG, True
+    )
     q_tile = operand(q_tile, dtype, UPCAST)
     kv_head = (head // group).to(tl.int64)
     slope = 0.0
     if ALIBI:
-        slope = tl.load(slopes + batch * slope_b + head).to(ACC) * LOG2E
+        slope = tl.load(slopes + batch * slope_b + head).to(ACC) * UNIT
     key = tl.zeros([], tl.int64)
     if DROPOUT:
         key = tl.load(seed)
@@ -109,14 +126,14 @@ def forward_kernel(
     top = tl.full([ROWS], float("-inf"), ACC)
     total = tl.zeros([ROWS], ACC)
     acc = tl.zeros([ROWS, WIDTH], ACC)
-    if SINKS:
+    if SINKS:  # noqa: SIM102 - one is a constant, the other is not
         if begins:
-            top = tl.zeros([ROWS], ACC) + tl.load(sinks + head).to(ACC) * LOG2E
+            top = tl.zeros([ROWS], ACC) + tl.load(sinks + head).to(ACC) * UNIT
             total += 1.0
     if STATE:
         state_at = state + batch * state_b + head.to(tl.int64) * state_h + tokens[:, None] * state_s + d[None, :]
         if not begins:
-            top = tl.load(lse_at, mask=inside, other=float("-inf")) * LOG2E
+            top = tl.load(lse_at, mask=inside, other=float("-inf")) * UNIT
             seen = top > float("-inf")
             total = tl.where(seen, 1.0, 0.0).to(ACC)
             acc = tl.load(state_at, mask=block & seen[:, None], other=0.0)
@@ -138,14 +155,14 @@ def forward_kernel(
             acc, total, top = _attend(
                 acc, total, top, q_tile, k_base, v_base, k_s, v_s, i, begin + (before + n) * KEYS, k_len, lower, upper,
                 q_positions, k_position, step, slope, key, keep_from, keep_scale, first_head + head, batch, score_scale,
-                cap_scale, KEYS, D, WIDTH, LONG, ACC, UPCAST, PRECISION, FUSED, SOFTCAP, ALIBI, DROPOUT, False,
+                cap_scale, KEYS, D, WIDTH, LONG, ACC, UNIT, UPCAST, PRECISION, FUSED, SOFTCAP, ALIBI, DROPOUT, False,
             )  # fmt: skip
         for n in tl.range(0, tiles - whole):
             j = begin + tl.where(n < before, n, n + whole) * KEYS
             acc, total, top = _attend(
                 acc, total, top, q_tile, k_base, v_base, k_s, v_s, i, j, k_len, lower, upper,
                 q_positions, k_position, step, slope, key, keep_from, keep_scale, first_head + head, batch, score_scale,
-                cap_scale, KEYS, D, WIDTH, LONG, ACC, UPCAST, PRECISION, FUSED, SOFTCAP, ALIBI, DROPOUT, True,
+                cap_scale, KEYS, D, WIDTH, LONG, ACC, UNIT, UPCAST, PRECISION, FUSED, SOFTCAP, ALIBI, DROPOUT, True,
             )  # fmt: skip
         number += 1
 
@@ -153,12 +170,12 @@ def forward_kernel(
     total = tl.where(empty, 1.0, total)
     acc = acc / total[:, None]
     tl.debug_barrier()  # several threads read the same lse, each for itself: all must have, before one overwrites it
-    tl.store(lse_at, tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2), mask=inside)
+    tl.store(lse_at, tl.where(empty, float("-inf"), (top + logarithm(total, UNIT)) / UNIT), mask=inside)
     out_at = out + batch * out_b + head.to(tl.int64) * out_h + tokens[:, None] * out_s + d[None, :]
     if STATE:
         if ends:
-            tl.store(out_at, acc.to(out.dtype.element_ty), mask=block)
+            tl.store(out_at, rounded(acc, dtype, UPCAST), mask=block)
         else:
             tl.store(state_at, acc, mask=block)
     else:
-        tl.store(out_at, acc.to(out.dtype.element_ty), mask=block)
+        tl.store(out_at, rounded(acc, dtype, UPCAST), mask=block)

@@ -2,7 +2,7 @@
 
           queries of segment 0    segment 1       for every query head of the group
           ┌─────┬─────┬─────┐    ┌─────┬─────┐
-   key ──▶│░mask│whole│whole│──▶ │░mask│whole│    s^T = k q^T, p^T = exp2(s^T - lse2)      (KEYS, ROWS)
+   key ──▶│░mask│whole│whole│──▶ │░mask│whole│    s^T = k q^T, p^T = exp(s^T - lse)      (KEYS, ROWS)
    tile   └─────┴─────┴─────┘    └─────┴─────┘    dv += p^T dout
   (KEYS, D)   dk, dv (KEYS, D) in registers       dk += p^T (v dout^T - delta) q
 
@@ -12,20 +12,32 @@ result is the same bit for bit from run to run. dk and dv are added to what the 
 grid = (work list, key heads, batch entries).
 """
 
-# ruff: noqa: N803
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ring_triton.portable.common import COLUMNS, LOG2E, WORK_COLUMNS, distance_penalty, kept, load_tile, operand, tanh, walk
+from ring_triton.portable.common import (
+    COLUMNS,
+    WORK_COLUMNS,
+    accumulate,
+    distance_penalty,
+    kept,
+    load_tile,
+    operand,
+    power,
+    product,
+    tanh,
+    walk,
+)
 
 
 @triton.jit
 def _collect(
-    dk, dv, k, v, q_base, dout_base, lse2_base, delta_base, q_stride, dout_stride, i, j, q_len, lower, upper,
+    dk, dv, k, v, q_base, dout_base, scaled_lse_base, delta_base, q_stride, dout_stride, i, j, q_len, lower, upper,
     q_position, k_positions, step, slope, seed, keep_from, keep_scale, head, batch, score_scale, cap_scale,
-    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr,
+    ACC: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, from query i of the segment."""
@@ -34,12 +46,12 @@ def _collect(
     dtype: tl.constexpr = q_base.dtype.element_ty
     q = operand(load_tile(q_base, i, q_stride, there, ROWS, D, WIDTH, LONG, MASKED), dtype, UPCAST)
     if MASKED:
-        lse2 = tl.load(lse2_base + rows, mask=there, other=float("inf"))
+        scaled_lse = tl.load(scaled_lse_base + rows, mask=there, other=float("inf"))
         delta = tl.load(delta_base + rows, mask=there, other=0.0)
     else:
-        lse2 = tl.load(lse2_base + rows)
+        scaled_lse = tl.load(scaled_lse_base + rows)
         delta = tl.load(delta_base + rows)
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # (KEYS, ROWS)
+    s = product(k, tl.trans(q), ACC, UPCAST, PRECISION)  # (KEYS, ROWS)
     if SOFTCAP:
         t = tanh(s * score_scale)
         s = t * cap_scale
@@ -48,33 +60,34 @@ def _collect(
     q_positions = (q_position + step * rows)[None, :]
     if ALIBI:
         s -= distance_penalty(slope, q_positions, k_positions[:, None], ACC)
-    p = tl.exp2(s - lse2[None, :])
+    p = power(s - scaled_lse[None, :], UNIT)
     if MASKED:
         far = j[:, None] - rows[None, :]
         p = tl.where((far >= lower) & (far <= upper), p, 0.0)
     dout = operand(load_tile(dout_base, i, dout_stride, there, ROWS, D, WIDTH, LONG, MASKED), dtype, UPCAST)
-    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)  # (KEYS, ROWS)
+    dp = product(v, tl.trans(dout), ACC, UPCAST, PRECISION)  # (KEYS, ROWS)
     if DROPOUT:
         keep = kept(seed, keep_from, q_positions, k_positions[:, None], head, batch)
         dropped = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     else:
         dropped = p
-    dv = tl.dot(operand(dropped, dtype, UPCAST), dout, dv, input_precision=PRECISION, out_dtype=ACC)
+    dv = accumulate(operand(dropped, dtype, UPCAST), dout, dv, ACC, UPCAST, PRECISION)
     ds = p * (dp - delta[None, :])
     if SOFTCAP:
         ds = ds * (1.0 - t * t)
-    dk = tl.dot(operand(ds, dtype, UPCAST), q, dk, input_precision=PRECISION, out_dtype=ACC)
+    dk = accumulate(operand(ds, dtype, UPCAST), q, dk, ACC, UPCAST, PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["first_head", "keep_from", "length", "num_heads"])
 def gradients_kv_kernel(
-    q, k, v, dout, dk, dv, lse2, delta, work, segments, slopes, seed,
+    q, k, v, dout, dk, dv, scaled_lse, delta, work, segments, slopes, seed,
     q_b, q_s, q_h, k_c, k_b, k_s, k_h, v_c, v_b, v_s, v_h, dout_b, dout_s, dout_h,
     dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h, slope_b,
     length, num_heads, group, scale, score_scale, cap_scale, keep_from, keep_scale, first_head,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr,
+    ACC: tl.constexpr, UNIT: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     work += tl.program_id(0) * WORK_COLUMNS
@@ -121,21 +134,21 @@ def gradients_kv_kernel(
             of_row = (batch * num_heads + head) * length + q_start
             slope = 0.0
             if ALIBI:
-                slope = tl.load(slopes + batch * slope_b + head).to(ACC) * LOG2E
+                slope = tl.load(slopes + batch * slope_b + head).to(ACC) * UNIT
             for n in tl.range(0, whole):
                 dk_sum, dv_sum = _collect(
-                    dk_sum, dv_sum, k_tile, v_tile, q_base, dout_base, lse2 + of_row, delta + of_row, q_s, dout_s,
+                    dk_sum, dv_sum, k_tile, v_tile, q_base, dout_base, scaled_lse + of_row, delta + of_row, q_s, dout_s,
                     begin + (before + n) * ROWS, j, q_len, lower, upper, q_position, k_positions, step, slope, key,
                     keep_from, keep_scale, first_head + head, batch, score_scale, cap_scale,
-                    ROWS, D, WIDTH, LONG, ACC, UPCAST, PRECISION, SOFTCAP, ALIBI, DROPOUT, False,
+                    ROWS, D, WIDTH, LONG, ACC, UNIT, UPCAST, PRECISION, SOFTCAP, ALIBI, DROPOUT, False,
                 )  # fmt: skip
             for n in tl.range(0, tiles - whole):
                 i = begin + tl.where(n < before, n, n + whole) * ROWS
                 dk_sum, dv_sum = _collect(
-                    dk_sum, dv_sum, k_tile, v_tile, q_base, dout_base, lse2 + of_row, delta + of_row, q_s, dout_s,
+                    dk_sum, dv_sum, k_tile, v_tile, q_base, dout_base, scaled_lse + of_row, delta + of_row, q_s, dout_s,
                     i, j, q_len, lower, upper, q_position, k_positions, step, slope, key,
                     keep_from, keep_scale, first_head + head, batch, score_scale, cap_scale,
-                    ROWS, D, WIDTH, LONG, ACC, UPCAST, PRECISION, SOFTCAP, ALIBI, DROPOUT, True,
+                    ROWS, D, WIDTH, LONG, ACC, UNIT, UPCAST, PRECISION, SOFTCAP, ALIBI, DROPOUT, True,
                 )  # fmt: skip
         number += 1
 

@@ -33,7 +33,7 @@ class BackwardState:
     """What lives from `prepare` to `finish`. fresh: dq is not written yet."""
 
     delta: Tensor  # (B, Hq, Sq)
-    lse2: Tensor  # (B, Hq, Sq), base 2, +inf where a row has seen nothing
+    scaled_lse: Tensor  # (B, Hq, Sq), times _unit, +inf where a row has seen nothing
     dq: Tensor  # (B, Sq, Hq, D), in the accumulation dtype
     dtype: torch.dtype
     fresh: bool = True
@@ -53,18 +53,18 @@ class _Scores(NamedTuple):
     features: dict[str, Any]
 
 
-def _scores(params: Params, absent: Tensor) -> _Scores:
+def _scores(params: Params, q: Tensor) -> _Scores:
     slopes, dropout, softcap = params.alibi_slopes, params.dropout, params.softcap
-    stride = 0
+    stride, unit = 0, _unit(q.dtype)
     if slopes is not None:
         slopes = slopes if slopes.stride(-1) == 1 else slopes.contiguous()
         stride = slopes.stride(0) if slopes.dim() == 2 and slopes.shape[0] > 1 else 0
     return _Scores(
-        slopes=absent if slopes is None else slopes,
-        seed=absent if dropout is None else dropout.seed,
+        slopes=q if slopes is None else slopes,
+        seed=q if dropout is None else dropout.seed,
         slope_stride=stride,
-        score_scale=params.scale / softcap if softcap else params.scale * LOG2E,
-        cap_scale=softcap * LOG2E,
+        score_scale=params.scale / softcap if softcap else params.scale * unit,
+        cap_scale=softcap * unit,
         keep_from=0 if dropout is None else int(dropout.probability * 2**32),
         keep_scale=1.0 if dropout is None else 1 / (1 - dropout.probability),
         first_head=0 if dropout is None else dropout.first_head,
@@ -82,7 +82,8 @@ def _shape(kernel: Kernel, q: Tensor, *tensors: Tensor) -> dict[str, Any]:
         "WIDTH": width_of(q.shape[3]),
         "LONG": _long(q, *tensors),
         "ACC": _sums(q.dtype),
-        "UPCAST": INTERPRETED and q.dtype.itemsize == 2,
+        "UNIT": _unit(q.dtype),
+        "UPCAST": INTERPRETED and q.dtype != torch.float64,
         "PRECISION": setting.precision,
         "num_warps": setting.warps,
         "num_stages": setting.stages,
@@ -96,6 +97,11 @@ def _long(*tensors: Tensor) -> bool:
 
 def _sums(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _unit(dtype: torch.dtype) -> float:
+    """Scores are kept in units of 1 / this; see `ring_triton.portable.common`."""
+    return LOG2E if dtype.itemsize == 2 else 1.0
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -161,8 +167,8 @@ def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | No
     """See `ring_core.backend.Backend.prepare`."""
     batches, length, num_heads, head_dim = q.shape
     sums = accumulation_dtype(q.dtype)
-    delta, lse2 = torch.empty((2, batches, num_heads, length), dtype=sums, device=q.device)
-    state = BackwardState(delta, lse2, torch.empty(q.shape, dtype=sums, device=q.device), q.dtype)
+    delta, scaled_lse = torch.empty((2, batches, num_heads, length), dtype=sums, device=q.device)
+    state = BackwardState(delta, scaled_lse, torch.empty(q.shape, dtype=sums, device=q.device), q.dtype)
     if not q.numel():
         return state
     width = width_of(head_dim)
@@ -175,7 +181,7 @@ def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | No
             lse,
             given,
             delta,
-            lse2,
+            scaled_lse,
             *out.stride()[:3],
             *dout.stride()[:3],
             *lse.stride()[:2],
@@ -186,6 +192,7 @@ def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | No
             WIDTH=width,
             LONG=True,
             ACC=_sums(q.dtype),
+            UNIT=_unit(q.dtype),
             DLSE=dlse is not None,
             num_warps=4,
         )
@@ -237,7 +244,7 @@ def _gradients_kv(
         dout,
         dk,
         dv,
-        state.lse2,
+        state.scaled_lse,
         state.delta,
         work.rows,
         table.rows,
@@ -285,7 +292,7 @@ def _gradients_q(
         v,
         dout,
         state.dq,
-        state.lse2,
+        state.scaled_lse,
         state.delta,
         work.rows,
         work.numbers,
@@ -319,11 +326,20 @@ def finish(state: BackwardState, params: Params) -> tuple[Tensor, Tensor | None]
     sinks = params.sinks
     if sinks is None:
         return dq.to(state.dtype), None
-    batches, num_heads, length = state.lse2.shape
+    batches, num_heads, length = state.scaled_lse.shape
     dsinks = torch.zeros_like(sinks)
-    if state.lse2.numel():
+    if state.scaled_lse.numel():
         with _on(sinks.device):
             gradient_sinks_kernel[(num_heads,)](
-                dsinks, sinks, state.lse2, state.delta, length, batches, BLOCK=1024, ACC=_sums(state.dtype), num_warps=4
+                dsinks,
+                sinks,
+                state.scaled_lse,
+                state.delta,
+                length,
+                batches,
+                BLOCK=1024,
+                ACC=_sums(state.dtype),
+                UNIT=_unit(state.dtype),
+                num_warps=4,
             )
     return dq.to(state.dtype), dsinks

@@ -1,25 +1,25 @@
 """Before the backward, portable: one program takes a tile of rows of one head.
 
   out, dout (ROWS, D) ──▶ delta = rowsum(dout * out) - dlse
-  lse       (ROWS,)   ──▶ lse2 = lse * log2(e), +inf where a row has seen nothing: its probabilities are then 0
+  lse       (ROWS,)   ──▶ scaled_lse = lse * UNIT, +inf where a row has seen nothing: its probabilities are then 0
 
 Both (B, Hq, Sq), dense, as the other kernels read them. grid = (row tiles, query heads, batch entries).
 """
 
-# ruff: noqa: N803
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ring_triton.portable.common import LOG2E, load_tile
+from ring_triton.portable.common import load_tile
 
 
 @triton.jit(do_not_specialize=["length"])
 def prepare_kernel(
-    out, dout, lse, dlse, delta, lse2,
+    out, dout, lse, dlse, delta, scaled_lse,
     out_b, out_s, out_h, dout_b, dout_s, dout_h, lse_b, lse_h, dlse_b, dlse_h, dlse_s, length,
-    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, DLSE: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr,
+    ACC: tl.constexpr, UNIT: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * ROWS
     head = tl.program_id(1).to(tl.int64)
@@ -35,4 +35,4 @@ def prepare_kernel(
     at = (batch * tl.num_programs(1) + head) * length + rows
     tl.store(delta + at, total, mask=there)
     row_lse = tl.load(lse + batch * lse_b + head * lse_h + rows, mask=there, other=0.0)
-    tl.store(lse2 + at, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E), mask=there)
+    tl.store(scaled_lse + at, tl.where(row_lse == float("-inf"), float("inf"), row_lse * UNIT), mask=there)

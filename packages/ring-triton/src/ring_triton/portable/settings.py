@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
@@ -109,7 +109,7 @@ def target_of(device: torch.device) -> Target:
     """The target whose settings a device takes: by architecture, then by shared memory."""
     if INTERPRETED:
         return "interpreter"
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     room = properties.shared_memory_per_block_optin
     if properties.major >= 9 and room >= 227 * 1024:
         return "sm_90"

@@ -88,8 +88,8 @@ def _strip_rows(host: Table, side: str, block: int, batches: int) -> tuple[Array
     tile, at = _expanded(begin[group], (end - begin)[group])
     segment, a = table[at], offset[tile]
     own = np.minimum(block, length[group][tile] - a)
-    shift, sizes = (a, (own, segment[:, K_LEN])) if side == "q" else (-a, (segment[:, Q_LEN], own))
-    pairs = count_pairs(*sizes, segment[:, LOWER] + shift, segment[:, UPPER] + shift)
+    q_len, k_len, shift = (own, segment[:, K_LEN], a) if side == "q" else (segment[:, Q_LEN], own, -a)
+    pairs = count_pairs(q_len, k_len, segment[:, LOWER] + shift, segment[:, UPPER] + shift)
     rows = _longest_first(rows, np.bincount(tile, pairs, minlength=len(rows)))
     if (rows[:, 3] < 0).all():
         return rows, None, batches
