@@ -56,7 +56,7 @@ FULL: dict[Kernel, dict[int, Setting]] = {  # fp32, on every target: by width
     },
     "gradients_q": {
         64: Setting(32, 32, 8, 1, 8, _THREE),
-        128: Setting(32, 16, 8, 1, 64, _THREE)
+        128: Setting(32, 16, 8, 1, 64, _THREE),
         256: Setting(16, 16, 8, 1, 80, _THREE),  # 32 x 32: 7544
     },
 }
