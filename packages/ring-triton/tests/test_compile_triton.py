@@ -11,10 +11,16 @@ from typing import Any
 
 import compiling
 import pytest
+import triton
 
 ROOM = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 EMPTY = 40_000
 """Characters of PTX: the smallest kernel has twice that, and an empty one 3,000."""
+
+RECORDED = "3.7."
+"""The triton whose spills the tables have."""
+OTHERS = 256
+"""Bytes granted to others, whose register allocation differs: 3.6 spills up to 248 more."""
 
 
 @pytest.fixture(scope="module")
@@ -40,4 +46,5 @@ def test_setting(name: str, results: dict[str, dict[str, Any]]) -> None:
         assert found["wgmma"] > 0, "no wgmma"
     assert found["shared"] <= ROOM[target]
     if not name.endswith("features"):
-        assert found["stack"] <= setting.spills, f"{kernel} spills {found['stack']} bytes"
+        allowed = setting.spills + (0 if triton.__version__.startswith(RECORDED) else OTHERS)
+        assert found["stack"] <= allowed, f"{kernel} spills {found['stack']} bytes"
