@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ from ring_core.backend import FEATURES, Capabilities, DeviceTable, Flags, HeadDi
 from ring_triton.portable import launch as portable
 from ring_triton.portable.settings import INTERPRETED
 
-_log = logging.getLogger(__name__)
 
 Path = Literal["portable"]
 PATHS: tuple[Path, ...] = ("portable",)
