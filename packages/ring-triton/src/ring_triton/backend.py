@@ -13,7 +13,6 @@ from ring_core.backend import FEATURES, Capabilities, DeviceTable, Flags, HeadDi
 from ring_triton.portable import launch as portable
 from ring_triton.portable.settings import INTERPRETED
 
-
 Path = Literal["portable"]
 PATHS: tuple[Path, ...] = ("portable",)
 """The kernels there are. "portable": compute capability 8.0 and newer, and Triton's interpreter."""
