@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ring_core import Backend, Capabilities, UnsupportedError, backend, backend_names, load_backend, ring_attention
-from ring_core.backend import HeadDims, choose_backend, register_backend
+from ring_core.backend import HeadDims, check_supported, choose_backend, register_backend
 from ring_core.reference import ReferenceBackend
 
 CPU = torch.device("cpu")
@@ -120,7 +120,10 @@ def test_reference_is_there_without_installation(monkeypatch: pytest.MonkeyPatch
     [
         ({"dtypes": frozenset({torch.bfloat16})}, "q, k, v are torch.float32, it takes torch.bfloat16"),
         ({"head_dims": HeadDims(16, 128, 8)}, r"the head dim is 8, it takes 16-128 \(multiples of 8\)"),
-        ({"features": frozenset()}, "alibi is not among its features; deterministic is not .*; window is not"),
+        (
+            {"features": frozenset()},
+            r"alibi is not among its features \(alibi_slopes was given\); deterministic is not .*; window is not",
+        ),
         ({"available": False, "reason": "it needs an H100"}, "cannot do this call: it needs an H100; backends"),
         ({"available": False}, "it does not run on cpu"),
     ],
@@ -164,8 +167,16 @@ def test_gqa_is_a_feature() -> None:
     register_backend("plain", Limited("plain", features=frozenset()))
     q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 1, 8)
     ring_attention(q, q, q, causal=True, backend="plain")
-    with pytest.raises(UnsupportedError, match="gqa is not among its features"):
+    with pytest.raises(UnsupportedError, match=r"gqa is not among its features \(k and v have fewer heads than q\)"):
         ring_attention(q, k, k, backend="plain")
+
+
+def test_alibi_on_several_ranks_is_a_feature_of_its_own() -> None:
+    register_backend("alone", Limited("alone", features=frozenset({"alibi"})))
+    asked = frozenset({"alibi", "ring_alibi"})
+    check_supported("alone", CPU, torch.float32, 8, asked - {"ring_alibi"})
+    with pytest.raises(UnsupportedError, match=r": ring_alibi is not .*\(alibi_slopes on several ranks: .*reference"):
+        check_supported("alone", CPU, torch.float32, 8, asked)
 
 
 def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ Plans are made (and cached) inside, from true sizes, so that dynamic shapes need
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -275,15 +276,16 @@ def _forward(
     if seed is not None and group is not None and not call.shared_seed:
         seed = seed.clone()
         dist.broadcast(seed, src=dist.get_global_rank(group, 0), group=group)
-    out, lse = orchestration_forward.forward(
-        q,
-        k,
-        v,
-        plan=way.plan,
-        transport=transport(way.plan, group, q.shape[2], k, "forward", call.heads_at_once),
-        backend=way.backend,
-        params=_params(call, alibi_slopes, sinks, seed),
-    )
+    with _device_of(q):
+        out, lse = orchestration_forward.forward(
+            q,
+            k,
+            v,
+            plan=way.plan,
+            transport=transport(way.plan, group, q.shape[2], k, "forward", call.heads_at_once),
+            backend=way.backend,
+            params=_params(call, alibi_slopes, sinks, seed),
+        )
     return out, lse, seed
 
 
@@ -305,19 +307,27 @@ def _backward(
     asked = {"alibi": alibi_slopes is not None, "sinks": sinks is not None, "lse_grad": dlse is not None}
     group = _group(call)
     way = _prepare(q, k, call, group, **asked)
-    return orchestration_backward.backward(
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        plan=way.plan,
-        transport=transport(way.plan, group, q.shape[2], k, "backward", call.heads_at_once),
-        backend=way.backend,
-        params=_params(call, alibi_slopes, sinks, seed),
-    )
+    with _device_of(q):
+        return orchestration_backward.backward(
+            dout,
+            dlse,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            plan=way.plan,
+            transport=transport(way.plan, group, q.shape[2], k, "backward", call.heads_at_once),
+            backend=way.backend,
+            params=_params(call, alibi_slopes, sinks, seed),
+        )
+
+
+def _device_of(q: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensors' GPU the current one, whose streams are meant everywhere below, where it is not."""
+    if not q.is_cuda or q.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(q.device)
 
 
 def _description(q: Tensor, k: Tensor, call: Call) -> dict[str, Any]:

@@ -19,18 +19,21 @@ from ring_core.segment import Table
 ENTRY_POINTS = "ring_core.backends"
 _log = logging.getLogger(__name__)
 
-FEATURES = (
-    "alibi",
-    "deterministic",
-    "dropout",
-    "gqa",
-    "lse_grad",
-    "packed",
-    "ring_alibi",
-    "sinks",
-    "softcap",
-    "window",
-)
+ASKED_BY = {
+    "alibi": "alibi_slopes was given",
+    "deterministic": "deterministic=True was given",
+    "dropout": "dropout_p > 0 was given",
+    "gqa": "k and v have fewer heads than q",
+    "lse_grad": "the loss depends on lse",
+    "packed": "the call is about packed documents",
+    "ring_alibi": "alibi_slopes on several ranks: the distances in a block are then those of its place in the sequence",
+    "sinks": "sinks was given",
+    "softcap": "softcap > 0 was given",
+    "window": "window_size bounds more than causal does",
+}
+"""What makes a call ask for a feature, in words for its refusal."""
+
+FEATURES = tuple(ASKED_BY)
 """What a call may ask of a backend; "ring_alibi" is asked beside "alibi" where there are several ranks, whose blocks
 begin at any position. Bands at any offset are not among them: every layout needs those."""
 
@@ -346,5 +349,6 @@ def _shortcomings(
         problems.append(f"q, k, v are {dtype}, it takes {', '.join(sorted(map(str, can.dtypes)))}")
     if head_dim not in can.head_dims:
         problems.append(f"the head dim is {head_dim}, it takes {can.head_dims}")
-    problems += [f"{feature} is not among its features" for feature in sorted(features - can.features)]
+    lacking = sorted(features - can.features)
+    problems += [f"{feature} is not among its features ({ASKED_BY[feature]})" for feature in lacking]
     return problems

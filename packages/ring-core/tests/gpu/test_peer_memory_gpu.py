@@ -126,6 +126,23 @@ def test_a_silent_peer_is_named(ranks: RunRanks) -> None:
     assert "RING_TIMEOUT sets how many seconds to wait" in message
 
 
+def from_another_device(seed: int) -> bool:
+    """The current device is not that of the tensors: streams of the wrong one would compute too early."""
+    want = everything(seed, "peer_memory", 2)
+    q, k, v, dout = shards(seed, batch=1, length=256)
+    mine = torch.cuda.current_device()
+    with torch.cuda.device((mine + 1) % 2), gather_through("peer_memory"):
+        out, lse = attend(q, k, v, causal=True, layout="zigzag", schedule="gather", heads_at_once=2, **PLAIN)
+        got = [out, lse, *torch.autograd.grad(out, (q, k, v), dout)]
+    assert torch.cuda.current_device() == mine
+    return all(torch.equal(a.detach().cpu(), b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.multi_gpu(2)
+def test_the_tensors_device_counts(ranks: RunRanks, seed: int) -> None:
+    assert all(ranks(2, from_another_device, seed))
+
+
 def arenas(seed: int) -> int:
     everything(seed, "auto", 2)
     return arena_bytes()

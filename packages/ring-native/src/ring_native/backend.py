@@ -93,7 +93,8 @@ class NativeBackend:
     ) -> None:
         assert flags is None, "flags=False among the capabilities"
         provider = self.provider(q.device)
-        plan = forward_calls(table.host, k.shape[2], q.shape[0], provider.style, provider.varlen)
+        distances = params.alibi_slopes is not None
+        plan = forward_calls(table.host, k.shape[2], q.shape[0], provider.style, provider.varlen, distances)
         if state is None and plan.keeps_state:
             state = torch.empty(q.shape, dtype=lse.dtype, device=q.device)
         for idle in plan.idle:
@@ -144,7 +145,8 @@ class NativeBackend:
         if not q.numel():
             return
         provider = state.provider
-        calls = backward_calls(table.host, k.shape[2], q.shape[0], provider.style, provider.varlen)
+        distances = params.alibi_slopes is not None
+        calls = backward_calls(table.host, k.shape[2], q.shape[0], provider.style, provider.varlen, distances)
         keys, values, sums = _joined(k), _joined(v), (_joined(dk), _joined(dv))
         for call in calls:
             place = state.dq.place(call)
@@ -180,7 +182,7 @@ def _run_forward(
     """out (B or 1, rows, Hq, D) and lse (B or 1, Hq, rows) of a call, in the target where it has one and the provider
     can write there."""
     tensors = q[call.entries, call.rows], keys[call.entries, call.keys], values[call.entries, call.keys], *target
-    sequences = call.sequences
+    sequences, params = call.sequences, _params_of(call, params)
     if sequences is None:
         return provider.forward(*tensors, mask=call.mask, sequences=None, params=params)
     qs, ks, vs, *rest = tensors
@@ -204,13 +206,22 @@ def _run_backward(
     place = call.entries, call.keys
     lse, dlse = _rows_of_lse(state, call)
     tensors = q[queries], keys[place], values[place], state.out[queries], dout[queries], lse
-    mask, sequences = call.mask, call.sequences
+    mask, sequences, params = call.mask, call.sequences, _params_of(call, params)
     if sequences is None:
         return state.provider.backward(*tensors, dlse, dq, mask=mask, sequences=None, params=params)
     qs, ks, vs, out, do, lse = (x[0] for x in tensors)
     dlse, dq = (None if x is None else x[0] for x in (dlse, dq))
     found = state.provider.backward(qs, ks, vs, out, do, lse, dlse, dq, mask=mask, sequences=sequences, params=params)
     return found[0][None], found[1][None], found[2][None]
+
+
+def _params_of(call: Call, params: Params) -> Params:
+    """With the slopes of the call's batch entries; those of one entry are those of all its sequences."""
+    slopes = params.alibi_slopes
+    if slopes is None or slopes.dim() == 1:
+        return params
+    slopes = slopes[call.entries]
+    return replace(params, alibi_slopes=slopes if call.sequences is None else slopes[0])
 
 
 def _rows_of_lse(state: BackwardState, call: Call) -> tuple[Tensor, Tensor | None]:

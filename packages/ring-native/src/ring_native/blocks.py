@@ -3,6 +3,9 @@
 Pure integers. A block has absolute coordinates: queries are local rows, keys are counted through all pieces (piece *
 piece_length + k_start), and its band bounds (key - query). Then two blocks are one iff
 their bounding rectangle, under the narrowest band that holds both, shows as many pairs as they do.
+
+Where distances matter (ALiBi), blocks also know what their coordinates say of positions, and are one only if that
+agrees.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ring_core.backend import UnsupportedError
 from ring_core.segment import Segment
 
 UNBOUNDED = 1 << 62
@@ -20,7 +24,8 @@ UNBOUNDED = 1 << 62
 class Block(NamedTuple):
     """Query i and key j, q_start <= i < q_stop, k_start <= j < k_stop, see each other iff lower <= j - i <= upper.
 
-    batch: -1 is every batch entry. Bounds that cut nothing are -UNBOUNDED and UNBOUNDED.
+    batch: -1 is every batch entry. Bounds that cut nothing are -UNBOUNDED and UNBOUNDED. offset: i + offset - j is how
+    many positions the query lies behind the key, where distances matter, else 0.
     """
 
     batch: int
@@ -30,6 +35,7 @@ class Block(NamedTuple):
     k_stop: int
     lower: int
     upper: int
+    offset: int = 0
 
     @property
     def q_len(self) -> int:
@@ -48,7 +54,7 @@ class Block(NamedTuple):
 
 def trimmed(block: Block) -> Block | None:
     """Without the rows that see nothing and the keys that nobody sees; None where nothing is left."""
-    batch, q0, q1, k0, k1, lower, upper = block
+    batch, q0, q1, k0, k1, lower, upper, offset = block
     q0, q1 = max(q0, k0 - upper), min(q1, k1 - lower)
     if q0 >= q1 or lower > upper:
         return None
@@ -57,7 +63,7 @@ def trimmed(block: Block) -> Block | None:
         return None
     lower = -UNBOUNDED if lower <= k0 - q1 + 1 else lower
     upper = UNBOUNDED if upper >= k1 - 1 - q0 else upper
-    return Block(batch, q0, q1, k0, k1, lower, upper)
+    return Block(batch, q0, q1, k0, k1, lower, upper, offset)
 
 
 def pairs(block: Block) -> int:
@@ -83,7 +89,7 @@ def merged(a: Block, b: Block) -> Block | None:
     If any band over the bounding rectangle shows just those, the narrowest that shows all of them does. A lower bound
     is not made where neither has one: a run of documents of one token is no window, which not every kernel has.
     """
-    if a.batch != b.batch:
+    if (a.batch, a.offset) != (b.batch, b.offset):
         return None
     union = Block(
         a.batch,
@@ -93,6 +99,7 @@ def merged(a: Block, b: Block) -> Block | None:
         max(a.k_stop, b.k_stop),
         min(max(block.lower, block.k_start - block.q_stop + 1) for block in (a, b)),
         max(min(block.upper, block.k_stop - 1 - block.q_start) for block in (a, b)),
+        a.offset,
     )
     if pairs(union) != pairs(a) + pairs(b):
         return None
@@ -101,14 +108,33 @@ def merged(a: Block, b: Block) -> Block | None:
     return tight if tight is not None and (windows or tight.lower == -UNBOUNDED) else None
 
 
-def coalesced(segments: Iterable[Segment], piece_length: int) -> list[Block]:
-    """Blocks that show exactly the pairs of the segments, trimmed, sorted by batch entry, query and key."""
+def coalesced(segments: Iterable[Segment], piece_length: int, distances: bool = False) -> list[Block]:
+    """Blocks that show exactly the pairs of the segments, trimmed, sorted by batch entry, query and key; distances:
+    whether those matter.
+
+    Raises:
+        UnsupportedError: they do, and positions go in larger steps than rows (as those of a stripe).
+    """
     blocks = []
     for s in segments:
         k_start = s.piece * piece_length + s.k_start
         shift = k_start - s.q_start
+        offset = 0
+        if distances:
+            if s.stride != 1:
+                raise UnsupportedError(
+                    f"ALiBi: neighbouring tokens lie {s.stride} positions apart here, and kernels count them as one"
+                )
+            offset = s.q_position - s.k_position + shift
         block = Block(
-            s.batch, s.q_start, s.q_start + s.q_len, k_start, k_start + s.k_len, s.lower + shift, s.upper + shift
+            s.batch,
+            s.q_start,
+            s.q_start + s.q_len,
+            k_start,
+            k_start + s.k_len,
+            s.lower + shift,
+            s.upper + shift,
+            offset,
         )
         block_or_none = trimmed(block)
         if block_or_none is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ring_core.segment import FIRST, LAST, Segment, Table
 from ring_native.blocks import Block, coalesced
-from ring_native.masks import Choice, Mask, Style, split
+from ring_native.masks import Choice, Mask, Style, in_place, split
 
 EVERY = -1
 """Batch: every entry."""
@@ -118,28 +118,37 @@ class Forward:
         return any(not (landing.in_out or landing.between) for _, landings in self.calls for landing in landings)
 
 
-def forward_calls(table: Table, piece_length: int, batch: int, style: Style, varlen: bool) -> Forward:
+def forward_calls(
+    table: Table, piece_length: int, batch: int, style: Style, varlen: bool, distances: bool = False
+) -> Forward:
     """The calls of a query-major table for inputs with so many batch entries; varlen: the kernel takes sequences of
-    unequal lengths in one call."""
-    key = ("ring_native.forward", piece_length, batch, style, varlen)
+    unequal lengths in one call; distances: what it counts as the distance of a query and a key must be theirs.
+
+    Raises:
+        UnsupportedError: the table cannot be made of what the kernel has.
+    """
+    key = ("ring_native.forward", piece_length, batch, style, varlen, distances)
     if key not in table.cache:
-        table.cache[key] = _forward(table, piece_length, batch, style, varlen)
+        table.cache[key] = _forward(table, piece_length, batch, style, varlen, distances)
     made: Forward = table.cache[key]
     return made
 
 
-def backward_calls(table: Table, piece_length: int, batch: int, style: Style, varlen: bool) -> tuple[Call, ...]:
+def backward_calls(
+    table: Table, piece_length: int, batch: int, style: Style, varlen: bool, distances: bool = False
+) -> tuple[Call, ...]:
     """The calls of a key-major table; in none of them does a key appear twice, as kernels write dk and dv."""
-    key = ("ring_native.backward", piece_length, batch, style, varlen)
+    key = ("ring_native.backward", piece_length, batch, style, varlen, distances)
     if key not in table.cache:
-        table.cache[key] = tuple(_calls(_per_entry(table.segments, batch), piece_length, batch, style, varlen))
+        segments = _per_entry(table.segments, batch)
+        table.cache[key] = tuple(_calls(segments, piece_length, batch, style, varlen, distances))
     made: tuple[Call, ...] = table.cache[key]
     return made
 
 
-def _forward(table: Table, piece_length: int, batch: int, style: Style, varlen: bool) -> Forward:
+def _forward(table: Table, piece_length: int, batch: int, style: Style, varlen: bool, distances: bool) -> Forward:
     segments = _per_entry(table.segments, batch)
-    calls = _calls(segments, piece_length, batch, style, varlen)
+    calls = _calls(segments, piece_length, batch, style, varlen, distances)
     entries = sorted({segment.batch for segment in segments})
     place = {entry: number for number, entry in enumerate(entries)}
     shape = len(entries), max((segment.q_start + segment.q_len for segment in segments), default=0)
@@ -193,8 +202,15 @@ def _per_entry(segments: tuple[Segment, ...], batch: int) -> list[Segment]:
     ]
 
 
-def _calls(segments: list[Segment], piece_length: int, batch: int, style: Style, varlen: bool) -> list[Call]:
-    blocks = sorted(part for block in coalesced(segments, piece_length) for part in split(block, style))
+def _calls(
+    segments: list[Segment], piece_length: int, batch: int, style: Style, varlen: bool, distances: bool
+) -> list[Call]:
+    blocks = coalesced(segments, piece_length, distances)
+    if distances:
+        assert style is Style.BOTTOM_RIGHT, "kernels of other styles have no ALiBi"
+        blocks = [in_place(block) for block in blocks]
+    else:
+        blocks = sorted(part for block in blocks for part in split(block, style))
     if not varlen:
         return sorted((_call([block], Choice.of(block)) for block in blocks), key=_largest_first)
     chains: dict[tuple[int, int, int], _Chain] = {}  # by where they end

@@ -73,6 +73,28 @@ def split(block: Block, style: Style) -> list[Block]:
     return _split_rows(block, rows, style)
 
 
+def in_place(block: Block) -> Block:
+    """The trimmed block, whose offset counts, for a kernel of the style BOTTOM_RIGHT that adds -slope * |distance|. It
+    takes the last query and the last key to lie at one position, so nothing can be cut off; nor need it be where that
+    is so, as the mask is then the window that the whole call has.
+
+    Raises:
+        UnsupportedError: they do not lie at one position (blocks of several ranks), or the window reaches further to
+            the right than there are keys and still cuts (more queries than keys), which would be read as no bound.
+    """
+    if block.k_stop - block.q_stop != block.offset:
+        raise UnsupportedError(
+            "ALiBi: this kernel counts distances from the last query and key that it is given, and those of a block "
+            f"here lie {abs(block.k_stop - block.q_stop - block.offset)} positions apart"
+        )
+    if mask_of(block).right >= block.k_len:
+        raise UnsupportedError(
+            f"ALiBi: this kernel takes window_size=(..., {mask_of(block).right}) for no bound where there are "
+            f"{block.k_len} keys, but of more queries some do not see them all"
+        )
+    return block
+
+
 def _split_rows(block: Block, rows: int, style: Style) -> list[Block]:
     edge = block.q_start + rows
     parts = [trimmed(block._replace(q_stop=edge)), trimmed(block._replace(q_start=edge))]

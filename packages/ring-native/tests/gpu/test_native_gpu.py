@@ -14,7 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_core import join_shards, load_backend, ring_attention, shard_sequence
+from ring_core import (
+    UnsupportedError,
+    join_shards,
+    load_backend,
+    ring_attention,
+    ring_attention_packed,
+    shard_sequence,
+)
 from ring_core.backend import Capabilities, register_backend
 from ring_core.interface import attend
 from ring_core.testing.conformance import (
@@ -133,6 +140,92 @@ def test_unequal_lengths_align_at_the_ends(name: str, mask: str, q_length: int, 
         size = dout.double().norm() if k_length == 1 and what in ("dq", "dk") else wanted.norm()
         error = float((value.detach().double() - wanted).norm() / size)
         assert error < 0.02, f"{what} is {error:.1%} off"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(8,), (2, 8)], ids=["head", "batch"])
+@pytest.mark.parametrize("q_length,k_length", [(1000, 1000), (300, 1000), (1000, 300), (1, 700), (257, 256)])
+@pytest.mark.parametrize("mask", ["full", "causal", "behind", "window", "left", "ahead"])
+@pytest.mark.parametrize("name", NAMES)
+def test_alibi_on_one_rank(
+    name: str, mask: str, q_length: int, k_length: int, shape: tuple[int, ...], seed: int
+) -> None:
+    """lse among it: what is common to a row is seen nowhere else."""
+    options: dict[str, Any] = {
+        "full": {},
+        "causal": {"causal": True},
+        "behind": {"causal": True, "window_size": (200, 0)},
+        "window": {"window_size": (200, 50)},
+        "left": {"window_size": (100, -1)},
+        "ahead": {"window_size": (-1, 30)},
+    }[mask]
+    if "alibi" not in capabilities(name).features:
+        pytest.skip(f"{name} has no slopes")
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((2, q_length, 8), (2, k_length, 2), (2, k_length, 2), (2, q_length, 8))
+    q, k, v, dout = (torch.randn(*shape, 64, generator=generator).cuda().bfloat16() for shape in shapes)
+    slopes = torch.rand(shape, generator=generator).cuda() / 2
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = ring_attention(*leaves, backend=f"native[{name}]", return_lse=True, alibi_slopes=slopes, **options)
+    truth = attention_oracle(*(x.detach() for x in leaves), dout=dout, alibi_slopes=slopes, **options)
+    seen = truth.lse.isfinite()
+    torch.testing.assert_close(lse[seen].double(), truth.lse[seen].to(lse.device), rtol=1e-5, atol=2e-3)
+    found = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout), strict=True)) | {"out": out}
+    for what, value in found.items():
+        wanted = getattr(truth, what).to(value.device)
+        error = float((value.detach().double() - wanted).norm() / wanted.norm())
+        assert error < 0.02, f"{what} is {error:.1%} off"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cu_k", [None, [0, 90, 91, 211, 211, 900]], ids=["alike", "other-keys"])
+@pytest.mark.parametrize("mask", ["full", "causal", "window"])
+@pytest.mark.parametrize("name", NAMES)
+def test_alibi_of_packed_documents(name: str, mask: str, cu_k: list[int] | None, seed: int) -> None:
+    """One of one token, one without keys, one of more queries than keys."""
+    options: dict[str, Any] = {"full": {}, "causal": {"causal": True}, "window": {"window_size": (60, 30)}}[mask]
+    if "alibi" not in capabilities(name).features:
+        pytest.skip(f"{name} has no slopes")
+    cu_q = [0, 50, 51, 230, 260, 900]
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, dout = (torch.randn(900, heads, 64, generator=generator).cuda().bfloat16() for heads in (8, 2, 2, 8))
+    slopes = torch.rand(8, generator=generator).cuda() / 2
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    keys = {} if cu_k is None else {"cu_seqlens_k": cu_k}
+    backend = f"native[{name}]"
+    out, lse = ring_attention_packed(
+        *leaves, cu_q, backend=backend, return_lse=True, alibi_slopes=slopes, **keys, **options
+    )
+    truth = attention_oracle(
+        *(x.detach()[None] for x in leaves),
+        dout=dout[None],
+        alibi_slopes=slopes,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k or cu_q,
+        **options,
+    )
+    seen = truth.lse[0].isfinite()
+    torch.testing.assert_close(lse[seen].double(), truth.lse[0][seen].to(lse.device), rtol=1e-5, atol=2e-3)
+    found = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout), strict=True)) | {"out": out}
+    for what, value in found.items():
+        wanted = getattr(truth, what)[0].to(value.device)
+        error = float((value.detach().double() - wanted).norm() / wanted.norm())
+        assert error < 0.02, f"{what} is {error:.1%} off"
+
+
+def refusal_of_alibi(name: str) -> str:
+    q = torch.ones(1, 64, 2, 64, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(UnsupportedError) as caught:
+        ring_attention(q, q, q, alibi_slopes=torch.ones(2, device="cuda"), backend=f"native[{name}]")
+    return str(caught.value)
+
+
+@pytest.mark.multi_gpu(2)
+@pytest.mark.parametrize("name", NAMES)
+def test_alibi_on_two_ranks_is_refused(name: str, ranks: RunRanks) -> None:
+    capabilities(name)
+    for said in ranks(2, refusal_of_alibi, name):
+        assert "ring_alibi is not among its features (alibi_slopes on several ranks" in said
 
 
 class Recording:

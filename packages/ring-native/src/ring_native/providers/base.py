@@ -23,8 +23,11 @@ class Provider(Protocol):
 
     Dense shapes: q, out, dout, dq (B, Sq, Hq, D), k, v, dk, dv (B, Sk, Hkv, D), lse, dlse (B, Hq, Sq). With
     `sequences` (only where `varlen`): q, out, dout, dq (T, Hq, D), k, v, dk, dv (U, Hkv, D), lse, dlse (Hq, T). The
-    last dimension is dense, nothing is empty, every row sees a key, and the mask is one that `style` takes. lse is the
-    natural logarithm, in fp32 (fp64 for fp64 inputs).
+    last dimension is dense, nothing is empty, every row sees a key, and the mask is one that `style` takes (with
+    alibi_slopes: any that is not misread). lse is the natural logarithm, in fp32 (fp64 for fp64 inputs).
+
+    alibi_slopes are (Hq,) or, without sequences, (B, Hq): a score loses slope * |distance|, the last query and the last
+    key of each sequence lying at one position, and lse is that of such scores.
     """
 
     name: str

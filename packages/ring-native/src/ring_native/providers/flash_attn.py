@@ -3,11 +3,17 @@
 Its public functions compute a whole row's softmax: forward could do with them, but backward must be given the lse and
 out of the whole row, of which the keys of one call are a part, and only the functions beneath take those. Beneath, a
 forward also writes where it is told.
+
+ALiBi: to a score it adds -slope * |i + Sk - Sq - j|, in backward too, but under a causal mask slope * j (csrc/
+flash_attn/src/mask.h and alibi.h), which is the same but for what a row has in common; that is then missing in lse,
+and grows with the length until fp32 has no digits left for the score. So causal calls with slopes are made as windows
+that reach every key to the left.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,8 +48,12 @@ class FlashAttention2:
             provider=self.name,
             dtypes=HALF,
             head_dims=EIGHTS,
-            features=frozenset({"deterministic", "gqa", "packed", "softcap", "window"}),
+            features=frozenset({"alibi", "deterministic", "gqa", "packed", "softcap", "window"}),
         )
+
+    def kernel(self) -> Any:
+        """The module of compiled functions."""
+        return _library().flash_attn_gpu
 
     def forward(
         self,
@@ -57,17 +67,17 @@ class FlashAttention2:
         sequences: Sequences | None,
         params: Params,
     ) -> tuple[Tensor, Tensor]:
-        kernel = _library().flash_attn_gpu
-        tail = (mask.causal, mask.left, mask.right, params.softcap, False, None)
+        kernel, slopes = self.kernel(), _slopes(params)
+        tail = (*_band(mask, k, sequences, params), params.softcap, False, None)
         if sequences is None:
-            found, found_lse, *_ = kernel.fwd(q, k, v, out, None, 0.0, params.scale, *tail)
+            found, found_lse, *_ = kernel.fwd(q, k, v, out, slopes, 0.0, params.scale, *tail)
             return (found if out is None else out), found_lse
         cu_q, cu_k = sequences.on(q.device)
         # At least 2: with 1 it takes another path, of another layout.
         longest = max(sequences.max_q, 2), sequences.max_k
-        nothing = (None, None, None, None)  # seqused_k, leftpad_k, block_table, alibi_slopes
+        nothing = (None, None, None)  # seqused_k, leftpad_k, block_table
         found, found_lse, *_ = kernel.varlen_fwd(
-            q, k, v, out, cu_q, cu_k, *nothing, *longest, 0.0, params.scale, False, *tail
+            q, k, v, out, cu_q, cu_k, *nothing, slopes, *longest, 0.0, params.scale, False, *tail
         )
         return found, found_lse
 
@@ -86,18 +96,31 @@ class FlashAttention2:
         sequences: Sequences | None,
         params: Params,
     ) -> Gradients:
-        kernel = _library().flash_attn_gpu
+        kernel, slopes = self.kernel(), _slopes(params)
         dq = torch.empty_like(q) if dq is None else dq
         dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
         head = (dout, q, k, v, out, lse, dq, dk, dv)
-        tail = (mask.causal, mask.left, mask.right, params.softcap, params.deterministic, None, None)
+        tail = (*_band(mask, k, sequences, params), params.softcap, params.deterministic, None, None)
         if sequences is None:
-            kernel.bwd(*head, None, 0.0, params.scale, *tail)
+            kernel.bwd(*head, slopes, 0.0, params.scale, *tail)
         else:
             cu_q, cu_k = sequences.on(q.device)
             longest = sequences.max_q, sequences.max_k
-            kernel.varlen_bwd(*head, cu_q, cu_k, None, *longest, 0.0, params.scale, False, *tail)
+            kernel.varlen_bwd(*head, cu_q, cu_k, slopes, *longest, 0.0, params.scale, False, *tail)
         return dq, dk, dv
+
+
+def _slopes(params: Params) -> Tensor | None:
+    """As it wants them: fp32, the last dimension dense."""
+    return None if params.alibi_slopes is None else params.alibi_slopes.float().contiguous()
+
+
+def _band(mask: Mask, k: Tensor, sequences: Sequences | None, params: Params) -> tuple[bool, int, int]:
+    """is_causal, window_size_left, window_size_right."""
+    if params.alibi_slopes is None or not mask.causal:
+        return mask.causal, *mask
+    longest = k.shape[1] if sequences is None else sequences.max_k
+    return False, longest - 1, mask.right  # one more to the left, and it is read as no bound: as causal
 
 
 def _library() -> ModuleType:

@@ -3,13 +3,23 @@ is exact."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ring_core.backend import Backend, Capabilities, UnsupportedError, accumulation_dtype, backend_names
+from ring_core.backend import (
+    Backend,
+    Capabilities,
+    UnsupportedError,
+    accumulation_dtype,
+    backend_names,
+    check_supported,
+)
 from ring_core.interface import ring_attention
 from ring_core.packed_attention import ring_attention_packed
 from ring_core.testing.measure import InputKind, Tolerance, assert_close_to_oracle, make_inputs, tolerances
@@ -64,6 +74,7 @@ class AttentionCase:
         """What a backend must be able to do, in the words of `ring_core.backend.FEATURES`."""
         asked = {
             "alibi": bool(self.alibi),
+            "ring_alibi": bool(self.alibi) and self.world_size > 1,
             "window": self.window[0] >= 0 or self.window[1] > 0,
             "deterministic": self.deterministic,
             "dropout": self.dropout_p > 0,
@@ -250,7 +261,13 @@ def check_refused(case: AttentionCase, backend: Backend, device: torch.device | 
     Nothing is ignored and nothing falls back in silence: what a backend cannot do is an error that names the backend,
     each thing that it cannot do, and who can.
     """
-    missing = case.missing(backend.capabilities(torch.device(device)))
+    device = torch.device(device)
+    missing = case.missing(backend.capabilities(device))
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        missing -= {"ring_alibi"}  # of simulated ranks, or of a table that no plan makes: a call here asks for none
+        if not missing:
+            _check_named(case, backend, {"ring_alibi"}, partial(_ask, case, backend, device))
+            return
     x = make_tensors(case, 0, device)
     options: dict[str, Any] = {
         "causal": case.causal,
@@ -263,14 +280,26 @@ def check_refused(case: AttentionCase, backend: Backend, device: torch.device | 
         "dropout_seed": x.dropout_seed,
         "deterministic": case.deterministic,
     }
+    if "packed" in case.features:
+        if x.alibi_slopes is not None:
+            options["alibi_slopes"] = x.alibi_slopes.reshape(-1, case.q_heads)[0]
+        options["cu_seqlens_k"] = [0, case.k_length]
+        call = partial(ring_attention_packed, x.q[0], x.k[0], x.v[0], [0, case.q_length], **options)
+    else:
+        call = partial(ring_attention, x.q, x.k, x.v, **options)
+    _check_named(case, backend, missing, call)
+
+
+def _ask(case: AttentionCase, backend: Backend, device: torch.device) -> None:
+    """What a call on several ranks would ask of the backend before it does anything."""
+    assert case.dtype is not None
+    check_supported(backend.name, device, case.dtype, case.head_dim, case.features)
+
+
+def _check_named(case: AttentionCase, backend: Backend, missing: set[str], call: Callable[[], object]) -> None:
+    """Raises AssertionError unless the call is refused, naming the backend, all that is missing, and who can."""
     try:
-        if "packed" in case.features:
-            if x.alibi_slopes is not None:
-                options["alibi_slopes"] = x.alibi_slopes.reshape(-1, case.q_heads)[0]
-            options["cu_seqlens_k"] = [0, case.k_length]
-            ring_attention_packed(x.q[0], x.k[0], x.v[0], [0, case.q_length], **options)
-        else:
-            ring_attention(x.q, x.k, x.v, **options)
+        call()
     except UnsupportedError as error:
         message = str(error)
         absent = [word for word in (*missing, repr(backend.name)) if word not in message]

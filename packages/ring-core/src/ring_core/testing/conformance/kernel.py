@@ -51,8 +51,10 @@ class KernelCase(AttentionCase):
 
     @property
     def features(self) -> frozenset[str]:
-        packed = {"packed"} if self.cu_q is not None or self.per_entry else set()
-        return super().features | packed
+        asked = {"packed"} if self.cu_q is not None or self.per_entry else set()
+        if self.alibi and self.hand_made:  # whose blocks begin anywhere, as those of several ranks
+            asked.add("ring_alibi")
+        return super().features | asked
 
     @property
     def documents(self) -> list[tuple[int, int, int, int]]:

@@ -155,6 +155,16 @@ def _features() -> Iterator[KernelCase]:
         yield _planned(name, "stripe", "gather", 3, **options)
     yield _planned("sinks-unseen-rows", "contiguous", "ring", 2, causal=True, sinks=True, q_length=40, k_length=20)
     yield _planned("alibi-window", "zigzag", "ring", 2, alibi="head", window=(9, 9))
+    # One rank alone, which may be all that a backend has slopes for: distances under every kind of mask.
+    alone: dict[str, Any] = {"alibi": "batch", "batch": 3}
+    yield _planned("alibi-alone-full", "contiguous", "ring", 1, **alone, q_length=33, k_length=50)
+    yield _planned("alibi-alone-long-queries", "contiguous", "ring", 1, alibi="head", q_length=50, k_length=33)
+    yield _planned("alibi-alone-causal", "contiguous", "ring", 1, **alone, causal=True, q_length=33, k_length=50)
+    yield _planned("alibi-alone-unseen-rows", "contiguous", "ring", 1, **alone, causal=True, q_length=50, k_length=33)
+    yield _planned("alibi-alone-window", "contiguous", "ring", 1, **alone, window=(9, 6), q_length=50, k_length=33)
+    yield _planned(
+        "alibi-alone-padded", "contiguous", "ring", 1, **alone, window=(9, 0), q_length=50, k_length=43, k_total=40
+    )
     yield _planned("no-lse-gradient", "contiguous", "ring", 2, dlse=False, sinks=True, causal=True)
     # v one-hot and small scores: every probability is in out, so the mask is seen bit by bit.
     mask: dict[str, Any] = {"reveal": True, "dropout_p": 0.5, "scale": 0.01, "inputs": "randn"}
