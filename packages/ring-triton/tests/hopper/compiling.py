@@ -82,6 +82,7 @@ def compile_forward(
         FLAGS=flags,
         DYNAMIC=chosen.dynamic and chosen.persistent,
         PING_PONG=chosen.ping_pong,
+        OVERLAP=chosen.overlap,
         CONSUMERS=CONSUMERS,
         REGISTERS=chosen.registers,
         grid=(1,),

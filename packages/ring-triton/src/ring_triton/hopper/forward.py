@@ -129,6 +129,7 @@ def forward(
         FLAGS=flags is not None,
         DYNAMIC=chosen.dynamic and chosen.persistent,
         PING_PONG=chosen.ping_pong,
+        OVERLAP=chosen.overlap,
         CONSUMERS=CONSUMERS,
         REGISTERS=chosen.registers,
         num_warps=4,

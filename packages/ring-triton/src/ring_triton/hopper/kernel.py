@@ -127,7 +127,7 @@ def _softmax(s, m, l, scale, MASKED: gl.constexpr):
 def _block(
     q, ks, vs, k_full, k_empty, v_full, v_empty, blocks, p, m, l, o, zero, scale, rows, columns,
     j, k_len, lower, upper, O: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, CID: gl.constexpr,
-    MASKED: gl.constexpr,
+    MASKED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Scores of this block, then the sum over the values of the block before, whose probabilities `p` are at hand."""
     stage = blocks % STAGES
@@ -145,10 +145,16 @@ def _block(
     if MASKED:
         s = _mask(s, rows, columns, j, k_len, lower, upper)
     p32, decay, m, l = _softmax(s, m, l, scale, MASKED)
+    if OVERLAP > 1:
+        p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=O, k_width=2))
+    if OVERLAP > 0:
+        # over already, but a branch: ptxas would otherwise wait for the sums before the exponentials they overlap
+        mbarrier.wait(v_full.index(before), ((blocks - 1) // STAGES) & 1)
     o = warpgroup_mma_wait(0, [sums])
     mbarrier.arrive(v_empty.index(before), count=1)
     o = o * gl.convert_layout(decay, gl.SliceLayout(1, O))[:, None]
-    p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=O, k_width=2))
+    if OVERLAP < 2:
+        p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=O, k_width=2))
     return p, m, l, o
 
 
@@ -174,7 +180,7 @@ def _attend_tile(
     out, lse, state, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
     qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, PING_PONG: gl.constexpr,
+    STATE: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """A consumer's part of one tile: its 64 rows; returns blocks and tiles walked so far."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
@@ -240,13 +246,13 @@ def _attend_tile(
                 j = j_lo + gl.where(t < right, number - 1 - t, t - right) * BLOCK
                 p, m, l, o = _block(
                     q, ks, vs, k_full, k_empty, v_full, v_empty, blocks, p, m, l, o, zero, scale, rows, columns,
-                    j, k_len, lower, upper, O, STAGES, PING_PONG, CID, True,
+                    j, k_len, lower, upper, O, STAGES, PING_PONG, CID, True, OVERLAP,
                 )  # fmt: skip
                 blocks += 1
             for _ in range(gl.maximum(done, edges), number):
                 p, m, l, o = _block(
                     q, ks, vs, k_full, k_empty, v_full, v_empty, blocks, p, m, l, o, zero, scale, rows, columns,
-                    0, k_len, lower, upper, O, STAGES, PING_PONG, CID, False,
+                    0, k_len, lower, upper, O, STAGES, PING_PONG, CID, False, OVERLAP,
                 )  # fmt: skip
                 blocks += 1
             done = 0
@@ -317,7 +323,7 @@ def _consumer(
     out, lse, state, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
     qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, nexts, next_full, next_empty,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, PING_PONG: gl.constexpr, DYNAMIC: gl.constexpr,
+    STATE: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, DYNAMIC: gl.constexpr,
 ):  # fmt: skip
     blocks = 0
     tiles = 0
@@ -337,7 +343,7 @@ def _consumer(
                 work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
                 out, lse, state, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
                 qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, PING_PONG,
+                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, PING_PONG, OVERLAP,
             )  # fmt: skip
             work = then
             turn += 1
@@ -347,7 +353,7 @@ def _consumer(
                 work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
                 out, lse, state, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
                 qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, PING_PONG,
+                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, PING_PONG, OVERLAP,
             )  # fmt: skip
 
 
@@ -360,7 +366,7 @@ def forward_kernel(
     out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
     BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     STATE: gl.constexpr, FLAGS: gl.constexpr, DYNAMIC: gl.constexpr, PING_PONG: gl.constexpr,
-    CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
+    OVERLAP: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """q_desc (B, Hq, Sq, D), boxes of 64 rows; k_desc, v_desc ragged (far, end, Hkv, key, D), boxes of BLOCK keys;
     scale is the softmax's times log2(e)."""
@@ -404,13 +410,13 @@ def forward_kernel(
                 items, walk, num_items, section, num_heads, head_batches, total,
                 out, lse, state, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
                 qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, nexts, next_full, next_empty,
-                C0, BLOCK, D, HEAD_DIM, STAGES, STATE, PING_PONG, DYNAMIC,
+                C0, BLOCK, D, HEAD_DIM, STAGES, STATE, PING_PONG, OVERLAP, DYNAMIC,
             )),
             (_consumer, (
                 items, walk, num_items, section, num_heads, head_batches, total,
                 out, lse, state, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
                 qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, nexts, next_full, next_empty,
-                C1, BLOCK, D, HEAD_DIM, STAGES, STATE, PING_PONG, DYNAMIC,
+                C1, BLOCK, D, HEAD_DIM, STAGES, STATE, PING_PONG, OVERLAP, DYNAMIC,
             )),
         ],
         [4, 4],

@@ -25,6 +25,9 @@ class Settings:
     """Persistent CTAs ask a counter for the next tile, otherwise they take every n-th."""
     ping_pong: bool
     """Consumers issue their products in turns."""
+    overlap: int = 1
+    """What is done while O is being summed: 0 the maximum of the next scores, 1 their exponentials too, 2 and the
+    conversion to P, which costs P's registers twice. Read off the SASS: see `kernel._block`."""
 
 
 FORWARD: dict[int, Settings] = {
