@@ -76,6 +76,7 @@ def check(
     dtype: torch.dtype = torch.bfloat16,
     settings: Settings | None = None,
     piece_length: int = 0,
+    with_sinks: bool = False,
 ) -> None:
     """Runs the tables one after another (accumulating) on this path and on the reference in fp64."""
     try:
@@ -86,6 +87,7 @@ def check(
         out = torch.full_like(q, SENTINEL)
         lse = torch.full((batch, heads[0], q_len), SENTINEL, device=DEVICE)
         state = torch.full(q.shape, SENTINEL, device=DEVICE) if len(tables) > 1 else None
+        sinks = torch.randn(heads[0], device=DEVICE) * 3 if with_sinks else None
         exact = (out.double(), lse.double(), None if state is None else state.double())
         for table in tables:
             if not len(table):
@@ -93,9 +95,9 @@ def check(
             kv = keys(table, batch, heads[1], dim, dtype, piece_length)
             assert not (why := supports(q, kv[0], kv[1])), why
             on = on_device(table, DEVICE)
-            forward(q, kv[0], kv[1], out, lse, state, on, scale=dim**-0.5, settings=settings)
+            forward(q, kv[0], kv[1], out, lse, state, on, scale=dim**-0.5, sinks=sinks, settings=settings)
             wide = (q.double(), kv[0].double(), kv[1].double())
-            ReferenceBackend().forward(*wide, *exact, on, params=Params(dim**-0.5))
+            ReferenceBackend().forward(*wide, *exact, on, params=Params(dim**-0.5, sinks=sinks))
         torch.cuda.synchronize()
         untouched = (out[~rows] == SENTINEL).all() and (lse.transpose(1, 2)[~rows] == SENTINEL).all()
         got, want = out[rows].double(), exact[0][rows]
@@ -196,6 +198,9 @@ def correct() -> None:
         causal_table(1000, 250, causal=True, k_position=250 * n, flags=(FIRST if n == 3 else 0) | (LAST if n == 0 else 0))
         for n in (3, 2, 1, 0)
     ], q_len=1000)  # fmt: skip
+    check("sinks", [causal], q_len=512, with_sinks=True)
+    check("sinks, rows that see nothing", [causal_table(200, 100, causal=True, k_position=150)], q_len=200, with_sinks=True)
+    check("sinks, four accumulating steps", chunks, q_len=1000, with_sinks=True)
     for name, tables, q_len, length in plans():
         check(name, tables, q_len=q_len, piece_length=length)
     for seed in range(12):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
+import numpy as np
 import torch
 from ring_core.backend import DeviceTable, Flags
 from ring_core.segment import FIRST, LAST
@@ -36,7 +37,7 @@ class Prepared:
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Why these tensors cannot take this path, or "" if they can. It knows no softcap, ALiBi, dropout or sinks."""
+    """Why these tensors cannot take this path, or "" if they can. It knows no softcap, ALiBi or dropout."""
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"dtype {q.dtype}, it takes {', '.join(map(str, DTYPES))}"
     if q.shape[-1] % 8 or q.shape[-1] > 256:
@@ -64,6 +65,7 @@ def forward(
     table: DeviceTable,
     *,
     scale: float,
+    sinks: Tensor | None = None,
     flags: Flags | None = None,
     settings: Settings | None = None,
 ) -> None:
@@ -73,6 +75,7 @@ def forward(
         q, out: (B, Sq, Hq, D), fp16 or bf16. k, v: (C, B, S, Hkv, D). lse: (B, Hq, Sq) fp32. state: (B, Sq, Hq, D)
             fp32, or None where every strip begins and ends in this table.
         scale: of the scores, positive.
+        sinks: (Hq,), one more logit a head.
         flags: arrival of the pieces; a piece's keys are read once its flag says so.
         settings: instead of those for this head dim.
     """
@@ -94,12 +97,13 @@ def forward(
     grid = min(total, _processors(q.device)) if chosen.persistent else total
     dummy = prepared.items
     launch_args = (
-        _rows_descriptor(q),
-        _keys_descriptor(k, chosen.block),
-        _keys_descriptor(v, chosen.block),
+        rows_descriptor(q),
+        keys_descriptor(k, chosen.block),
+        keys_descriptor(v, chosen.block),
         out,
         lse,
         dummy if state is None else state,
+        dummy if sinks is None else sinks.float(),
         prepared.items,
         prepared.walk,
         _counter(q.device) if chosen.dynamic and chosen.persistent else dummy,
@@ -126,6 +130,7 @@ def forward(
         HEAD_DIM=head_dim,
         STAGES=chosen.stages,
         STATE=state is not None and not prepared.whole,
+        SINKS=sinks is not None,
         FLAGS=flags is not None,
         DYNAMIC=chosen.dynamic and chosen.persistent,
         PING_PONG=chosen.ping_pong,
@@ -134,6 +139,7 @@ def forward(
         REGISTERS=chosen.registers,
         num_warps=4,
         maxnreg=168,  # 65536 registers over three warpgroups; setmaxnreg then moves them to the consumers
+        enable_fp_fusion=True,  # off by default from triton 3.10 on
     )
 
 
@@ -145,7 +151,7 @@ def prepare(table: DeviceTable, batch: int, piece_length: int, block: int) -> Pr
         schedule = make_schedule(table.host, tile_rows=TILE_ROWS, block=block, piece_length=piece_length)
         repeats = batch if schedule.every_batch else 1
         items = schedule.items if schedule.every_batch else schedule.for_batch(batch)
-        walk = schedule.walk if len(schedule.walk) else schedule.walk.repeat(0, axis=0).resize((1, 12))
+        walk = schedule.walk if len(schedule.walk) else np.zeros((1, schedule.walk.shape[1]), dtype=np.int32)
         known = table.host.cache[key] = Prepared(
             torch.from_numpy(items).to(table.device),
             torch.from_numpy(walk).to(table.device),
@@ -156,24 +162,44 @@ def prepare(table: DeviceTable, batch: int, piece_length: int, block: int) -> Pr
     return prepared
 
 
-def _rows_descriptor(q: Tensor) -> TensorDescriptor:
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What a descriptor needs of a tensor, without keeping it alive."""
+
+    pointer: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+def rows_descriptor(q: Tensor) -> TensorDescriptor:
     """q (B, Sq, Hq, D) as (B, Hq, Sq, D) in boxes of 64 rows; rows past the end are zeros."""
-    box = [1, 1, 64, padded_head_dim(q.shape[-1])]
-    b, s, h, d = q.shape
-    return TensorDescriptor(q, [b, h, s, d], [q.stride(0), q.stride(2), q.stride(1), 1], box, _layout(box, q.dtype))
+    return _rows_descriptor(_Memory(q.data_ptr(), q.dtype), q.shape, q.stride())
 
 
-def _keys_descriptor(x: Tensor, block: int) -> TensorDescriptor:
+def keys_descriptor(x: Tensor, block: int) -> TensorDescriptor:
     """k or v (C, B, S, H, D) as rows token by token whose bounds each load names: (far, end, H, key, D).
 
-    Loading at (FAR, end, h, FAR - length + j, 0) reads row end - length + j, or zeros from j = length on: the last
+    Loading at (FAR, end, h, FAR - length + j, 0) reads row end - length + j, or zeros from j = length on: that
     coordinate is then past its bound. The first one's stride takes the address back by FAR rows, in 64-bit wraparound
     (as `triton.tools.ragged_tma` does).
     """
-    row = x.stride(2)
-    box = [1, 1, 1, block, padded_head_dim(x.shape[-1])]
-    shape = [BOUNDLESS, BOUNDLESS, x.shape[3], FAR, x.shape[4]]
-    return TensorDescriptor(x, shape, [(1 << 34) - row, row, x.stride(3), row, 1], box, _layout(box, x.dtype))
+    return _keys_descriptor(_Memory(x.data_ptr(), x.dtype), x.shape[3], x.shape[4], x.stride(2), x.stride(3), block)
+
+
+@lru_cache(maxsize=512)
+def _rows_descriptor(base: _Memory, shape: torch.Size, strides: tuple[int, ...]) -> TensorDescriptor:
+    (b, s, h, d), (stride_b, stride_s, stride_h, _) = shape, strides
+    box = [1, 1, 64, padded_head_dim(d)]
+    return TensorDescriptor(base, [b, h, s, d], [stride_b, stride_h, stride_s, 1], box, _layout(box, base.dtype))
+
+
+@lru_cache(maxsize=512)
+def _keys_descriptor(base: _Memory, heads: int, d: int, row: int, head: int, block: int) -> TensorDescriptor:
+    box = [1, 1, 1, block, padded_head_dim(d)]
+    shape, strides = [BOUNDLESS, BOUNDLESS, heads, FAR, d], [(1 << 34) - row, row, head, row, 1]
+    return TensorDescriptor(base, shape, strides, box, _layout(box, base.dtype))
 
 
 @cache

@@ -177,10 +177,10 @@ def _your_turn(CID: gl.constexpr):
 @gluon.jit
 def _attend_tile(
     work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
-    out, lse, state, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+    out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
     qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
+    STATE: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """A consumer's part of one tile: its 64 rows; returns blocks and tiles walked so far."""
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
@@ -194,21 +194,25 @@ def _attend_tile(
     if HEAD_DIM != D:
         o_mask = o_mask & (o_columns < HEAD_DIM)[None, :]
     lse_at = lse + batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h + q_row
+    # strips that begin here are empty but for the sink; others continue from lse and state
+    start_m = -float("inf")
+    if SINKS:
+        start_m = gl.where((ends & 1) != 0, gl.load(sinks + head) * 1.4426950408889634, -float("inf"))
+    m = gl.full([64], start_m, gl.float32, layout=gl.SliceLayout(1, S))
     if STATE:
         state_at = state + batch.to(gl.int64) * state_b + head.to(gl.int64) * state_h + q_row.to(gl.int64) * state_s
         continues = (ends & 1) == 0
-        m = gl.load(lse_at + rows, mask=(rows < count) & continues, other=-float("inf")) * 1.4426950408889634
-        seen = m != -float("inf")
-        l = gl.where(seen, 1.0, 0.0)
+        earlier = gl.load(lse_at + rows, mask=(rows < count) & continues, other=-float("inf")) * 1.4426950408889634
+        seen = earlier != -float("inf")
+        m = gl.maximum(m, earlier)
         o = gl.load(
             state_at + o_rows[:, None] * state_s + o_columns[None, :],
             mask=o_mask & gl.convert_layout(seen, gl.SliceLayout(1, O))[:, None],
             other=0.0,
         )
     else:
-        m = gl.full([64], -float("inf"), gl.float32, layout=gl.SliceLayout(1, S))
-        l = gl.full([64], 0.0, gl.float32, layout=gl.SliceLayout(1, S))
         o = gl.zeros([64, D], gl.float32, layout=O)
+    l = gl.where(m == -float("inf"), 0.0, 1.0)
     if stop > start:
         q = qs.index(CID)
         zero = gl.zeros([64, BLOCK], gl.float32, layout=S)
@@ -320,10 +324,10 @@ def _producer(
 @gluon.jit
 def _consumer(
     items, walk, num_items, section, num_heads, head_batches, total,
-    out, lse, state, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+    out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
     qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, nexts, next_full, next_empty,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, DYNAMIC: gl.constexpr,
+    STATE: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, DYNAMIC: gl.constexpr,
 ):  # fmt: skip
     blocks = 0
     tiles = 0
@@ -341,9 +345,9 @@ def _consumer(
             mbarrier.arrive(next_empty.index(slot), count=1)
             blocks, tiles = _attend_tile(
                 work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
-                out, lse, state, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
                 qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, PING_PONG, OVERLAP,
+                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, SINKS, PING_PONG, OVERLAP,
             )  # fmt: skip
             work = then
             turn += 1
@@ -351,9 +355,9 @@ def _consumer(
         for work in range(gl.program_id(0), total, gl.num_programs(0)):
             blocks, tiles = _attend_tile(
                 work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
-                out, lse, state, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
                 qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, PING_PONG, OVERLAP,
+                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, SINKS, PING_PONG, OVERLAP,
             )  # fmt: skip
 
 
@@ -361,11 +365,11 @@ def _consumer(
     do_not_specialize=["num_items", "section", "num_heads", "head_batches", "total", "group", "k_batch_rows", "polls"]
 )
 def forward_kernel(
-    q_desc, k_desc, v_desc, out, lse, state, items, walk, counter, flags, epoch, scale,
+    q_desc, k_desc, v_desc, out, lse, state, sinks, items, walk, counter, flags, epoch, scale,
     num_items, section, num_heads, head_batches, total, group, k_batch_rows, polls,
     out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
     BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, FLAGS: gl.constexpr, DYNAMIC: gl.constexpr, PING_PONG: gl.constexpr,
+    STATE: gl.constexpr, SINKS: gl.constexpr, FLAGS: gl.constexpr, DYNAMIC: gl.constexpr, PING_PONG: gl.constexpr,
     OVERLAP: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """q_desc (B, Hq, Sq, D), boxes of 64 rows; k_desc, v_desc ragged (far, end, Hkv, key, D), boxes of BLOCK keys;
@@ -408,15 +412,15 @@ def forward_kernel(
             )),
             (_consumer, (
                 items, walk, num_items, section, num_heads, head_batches, total,
-                out, lse, state, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
                 qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, nexts, next_full, next_empty,
-                C0, BLOCK, D, HEAD_DIM, STAGES, STATE, PING_PONG, OVERLAP, DYNAMIC,
+                C0, BLOCK, D, HEAD_DIM, STAGES, STATE, SINKS, PING_PONG, OVERLAP, DYNAMIC,
             )),
             (_consumer, (
                 items, walk, num_items, section, num_heads, head_batches, total,
-                out, lse, state, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
                 qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, nexts, next_full, next_empty,
-                C1, BLOCK, D, HEAD_DIM, STAGES, STATE, PING_PONG, OVERLAP, DYNAMIC,
+                C1, BLOCK, D, HEAD_DIM, STAGES, STATE, SINKS, PING_PONG, OVERLAP, DYNAMIC,
             )),
         ],
         [4, 4],
