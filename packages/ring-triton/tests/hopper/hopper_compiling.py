@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+
 from ring_triton.hopper.forward import keys_descriptor, rows_descriptor
 from ring_triton.hopper.kernel import forward_kernel
 from ring_triton.hopper.settings import CONSUMERS, Settings, padded_head_dim, settings_for
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 
 
 class NoGpu:
@@ -108,7 +109,9 @@ def compile_forward(
         said = subprocess.run(
             [ptxas, "-v", "-arch=sm_90a", ptx, "-o", cubin], capture_output=True, text=True, check=True
         ).stderr
-        sass = subprocess.run([ptxas.parent / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run(
+            [ptxas.parent / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True
+        ).stdout
     number = lambda pattern: sum(map(int, re.findall(pattern, said)))  # noqa: E731
     return Compiled(
         registers=number(r"Used (\d+) registers"),
@@ -181,8 +184,9 @@ def main() -> int:
             wrong = problems(got, head_dim, changed)
             failed += bool(wrong)
             print(
-                f"D {head_dim} {changed or ''}: {got.registers} registers, {got.spills} B spilled, {got.shared} B shared, "
-                f"{got.hgmma} wgmma, exponentials around the wait {exponentials_around_wait(got.sass)} {wrong or ''}",
+                f"D {head_dim} {changed or ''}: {got.registers} registers, {got.spills} B spilled, "
+                f"{got.shared} B shared, {got.hgmma} wgmma, exponentials before and after the wait "
+                f"{exponentials_around_wait(got.sass)} {wrong or ''}",
                 flush=True,
             )
     return failed > 0

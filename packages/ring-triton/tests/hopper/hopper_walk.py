@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+
 from ring_core.segment import Table
 from ring_triton.hopper.schedule import ITEM, WALK, Schedule
 

@@ -1,4 +1,4 @@
-"""Every shipped setting of the Hopper forward compiled for sm_90a, in processes that TRITON_INTERPRET does not reach."""
+"""Every shipped setting of the Hopper forward compiled for sm_90a, where TRITON_INTERPRET does not reach."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hopper_walk import visible_pairs, visits
+
 from ring_core.plan import PackedProblem, Problem, make_plan
 from ring_core.segment import FIRST, LAST, Segment, Table
 from ring_triton.hopper.schedule import ITEM, make_schedule

@@ -8,11 +8,11 @@ from functools import cache, lru_cache
 
 import numpy as np
 import torch
-from ring_core.backend import DeviceTable, Flags
-from ring_core.segment import FIRST, LAST
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
+from ring_core.backend import DeviceTable, Flags
+from ring_core.segment import FIRST, LAST
 from ring_triton.hopper.compat import TensorDescriptor
 from ring_triton.hopper.kernel import forward_kernel
 from ring_triton.hopper.schedule import make_schedule

@@ -112,21 +112,21 @@ def _mask(s, rows, columns, j, k_len, lower, upper):
 
 
 @gluon.jit
-def _softmax(s, m, l, scale, MASKED: gl.constexpr):
-    """One step of the online softmax in base 2: probabilities, the factor for what was summed before, m, l."""
+def _softmax(s, m, norm, scale, MASKED: gl.constexpr):
+    """One step of the online softmax in base 2: probabilities, the factor for what was summed before, m, norm."""
     new = gl.maximum(m, gl.max(s, 1) * scale)
     base = new
     if MASKED:
         base = gl.where(new == -float("inf"), 0.0, new)  # a row that has seen nothing yet
     p = gl.exp2(s * scale - base[:, None])
     decay = gl.exp2(m - base)
-    return p, decay, new, l * decay + gl.sum(p, 1)
+    return p, decay, new, norm * decay + gl.sum(p, 1)
 
 
 @gluon.jit
 def _block(
-    q, ks, vs, k_full, k_empty, v_full, v_empty, blocks, p, m, l, o, zero, scale, rows, columns,
-    j, k_len, lower, upper, O: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, CID: gl.constexpr,
+    q, ks, vs, k_full, k_empty, v_full, v_empty, blocks, p, m, norm, o, zero, scale, rows, columns,
+    j, k_len, lower, upper, OL: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, CID: gl.constexpr,
     MASKED: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Scores of this block, then the sum over the values of the block before, whose probabilities `p` are at hand."""
@@ -144,18 +144,18 @@ def _block(
     mbarrier.arrive(k_empty.index(stage), count=1)
     if MASKED:
         s = _mask(s, rows, columns, j, k_len, lower, upper)
-    p32, decay, m, l = _softmax(s, m, l, scale, MASKED)
+    p32, decay, m, norm = _softmax(s, m, norm, scale, MASKED)
     if OVERLAP > 1:
-        p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=O, k_width=2))
+        p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2))
     if OVERLAP > 0:
         # over already, but a branch: ptxas would otherwise wait for the sums before the exponentials they overlap
         mbarrier.wait(v_full.index(before), ((blocks - 1) // STAGES) & 1)
     o = warpgroup_mma_wait(0, [sums])
     mbarrier.arrive(v_empty.index(before), count=1)
-    o = o * gl.convert_layout(decay, gl.SliceLayout(1, O))[:, None]
+    o = o * gl.convert_layout(decay, gl.SliceLayout(1, OL))[:, None]
     if OVERLAP < 2:
-        p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=O, k_width=2))
-    return p, m, l, o
+        p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2))
+    return p, m, norm, o
 
 
 @gluon.jit
@@ -183,13 +183,13 @@ def _attend_tile(
     STATE: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """A consumer's part of one tile: its 64 rows; returns blocks and tiles walked so far."""
-    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
+    OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     start, stop, q_row, count, batch, head, ends = _tile(work, items, num_items, section, num_heads, head_batches)
-    rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
-    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, S))
-    o_rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, O))
-    o_columns = gl.arange(0, D, layout=gl.SliceLayout(0, O))
+    rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SL))
+    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, SL))
+    o_rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OL))
+    o_columns = gl.arange(0, D, layout=gl.SliceLayout(0, OL))
     o_mask = (o_rows < count)[:, None]
     if HEAD_DIM != D:
         o_mask = o_mask & (o_columns < HEAD_DIM)[None, :]
@@ -198,7 +198,7 @@ def _attend_tile(
     start_m = -float("inf")
     if SINKS:
         start_m = gl.where((ends & 1) != 0, gl.load(sinks + head) * 1.4426950408889634, -float("inf"))
-    m = gl.full([64], start_m, gl.float32, layout=gl.SliceLayout(1, S))
+    m = gl.full([64], start_m, gl.float32, layout=gl.SliceLayout(1, SL))
     if STATE:
         state_at = state + batch.to(gl.int64) * state_b + head.to(gl.int64) * state_h + q_row.to(gl.int64) * state_s
         continues = (ends & 1) == 0
@@ -207,15 +207,15 @@ def _attend_tile(
         m = gl.maximum(m, earlier)
         o = gl.load(
             state_at + o_rows[:, None] * state_s + o_columns[None, :],
-            mask=o_mask & gl.convert_layout(seen, gl.SliceLayout(1, O))[:, None],
+            mask=o_mask & gl.convert_layout(seen, gl.SliceLayout(1, OL))[:, None],
             other=0.0,
         )
     else:
-        o = gl.zeros([64, D], gl.float32, layout=O)
-    l = gl.where(m == -float("inf"), 0.0, 1.0)
+        o = gl.zeros([64, D], gl.float32, layout=OL)
+    norm = gl.where(m == -float("inf"), 0.0, 1.0)
     if stop > start:
         q = qs.index(CID)
-        zero = gl.zeros([64, BLOCK], gl.float32, layout=S)
+        zero = gl.zeros([64, BLOCK], gl.float32, layout=SL)
         mbarrier.wait(q_full.index(CID), tiles & 1)
         # the first block has no values to sum before it
         stage = blocks % STAGES
@@ -231,10 +231,10 @@ def _attend_tile(
         s = warpgroup_mma_wait(0, [scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
         s = _mask(s, rows, columns, j, k_len, gl.load(entry + 6), gl.load(entry + 7))
-        p32, decay, m, l = _softmax(s, m, l, scale, True)
+        p32, decay, m, norm = _softmax(s, m, norm, scale, True)
         if STATE:
-            o = o * gl.convert_layout(decay, gl.SliceLayout(1, O))[:, None]
-        p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=O, k_width=2))
+            o = o * gl.convert_layout(decay, gl.SliceLayout(1, OL))[:, None]
+        p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2))
         blocks += 1
         done = 1
         for w in range(start, stop):
@@ -248,15 +248,15 @@ def _attend_tile(
             upper = gl.load(entry + 7)
             for t in range(done, edges):
                 j = j_lo + gl.where(t < right, number - 1 - t, t - right) * BLOCK
-                p, m, l, o = _block(
-                    q, ks, vs, k_full, k_empty, v_full, v_empty, blocks, p, m, l, o, zero, scale, rows, columns,
-                    j, k_len, lower, upper, O, STAGES, PING_PONG, CID, True, OVERLAP,
+                p, m, norm, o = _block(
+                    q, ks, vs, k_full, k_empty, v_full, v_empty, blocks, p, m, norm, o, zero, scale, rows, columns,
+                    j, k_len, lower, upper, OL, STAGES, PING_PONG, CID, True, OVERLAP,
                 )  # fmt: skip
                 blocks += 1
             for _ in range(gl.maximum(done, edges), number):
-                p, m, l, o = _block(
-                    q, ks, vs, k_full, k_empty, v_full, v_empty, blocks, p, m, l, o, zero, scale, rows, columns,
-                    0, k_len, lower, upper, O, STAGES, PING_PONG, CID, False, OVERLAP,
+                p, m, norm, o = _block(
+                    q, ks, vs, k_full, k_empty, v_full, v_empty, blocks, p, m, norm, o, zero, scale, rows, columns,
+                    0, k_len, lower, upper, OL, STAGES, PING_PONG, CID, False, OVERLAP,
                 )  # fmt: skip
                 blocks += 1
             done = 0
@@ -267,13 +267,13 @@ def _attend_tile(
         o = warpgroup_mma_wait(0, [sums])
         mbarrier.arrive(v_empty.index(before), count=1)
         tiles += 1
-    unseen = l == 0.0
+    unseen = norm == 0.0
     gl.store(
         lse_at + rows,
-        gl.where(unseen, -float("inf"), (m + gl.log2(l)) * 0.6931471805599453),
+        gl.where(unseen, -float("inf"), (m + gl.log2(norm)) * 0.6931471805599453),
         mask=rows < count,
     )
-    o = o * gl.convert_layout(gl.where(unseen, 0.0, 1.0 / l), gl.SliceLayout(1, O))[:, None]
+    o = o * gl.convert_layout(gl.where(unseen, 0.0, 1.0 / norm), gl.SliceLayout(1, OL))[:, None]
     out_at = out + batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h + q_row.to(gl.int64) * out_s
     if STATE:
         final = (ends & 2) != 0
@@ -331,9 +331,8 @@ def _consumer(
 ):  # fmt: skip
     blocks = 0
     tiles = 0
-    if PING_PONG:
-        if CID == 1:
-            _your_turn(CID)
+    if PING_PONG and CID == 1:
+        _your_turn(CID)
     if DYNAMIC:
         ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
         work = gl.program_id(0)
@@ -362,8 +361,11 @@ def _consumer(
 
 
 @gluon.jit(
-    do_not_specialize=["num_items", "section", "num_heads", "head_batches", "total", "group", "k_batch_rows", "polls"]
-)
+    do_not_specialize=[
+        "num_items", "section", "num_heads", "head_batches", "total", "group", "k_batch_rows", "polls",
+        "lse_b", "lse_h",
+    ]
+)  # fmt: skip
 def forward_kernel(
     q_desc, k_desc, v_desc, out, lse, state, sinks, items, walk, counter, flags, epoch, scale,
     num_items, section, num_heads, head_batches, total, group, k_batch_rows, polls,

@@ -1,4 +1,4 @@
-"""From a segment table to what the Hopper forward reads: tiles of queries, and for each tile the blocks of keys it walks.
+"""From a segment table to what the Hopper forward reads: tiles of queries, and the blocks of keys that each walks.
 
 A *tile* is up to `tile_rows` rows of one strip. For each segment of its strip that it sees anything of, a row of the
 *walk* says where the tile's blocks begin, how many there are, and how many of them the band or the segment's end cuts.
@@ -17,13 +17,11 @@ one loop with a mask and one without. Segments are visited in table order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ring_core.segment import COLUMNS, FIRST, LAST, Table
 
-Ints = NDArray[Any]
+from ring_core.segment import COLUMNS, FIRST, LAST, Table
 
 ITEM = ("walk_start", "walk_stop", "q_row", "rows", "batch", "flags", "blocks", "unused")
 WALK = ("k_row", "k_len", "j_lo", "blocks", "right", "edges", "lower", "upper", "piece", "k_start", "unused", "unused2")
