@@ -22,8 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from ring_triton.hopper.forward import keys_descriptor, rows_descriptor
 from ring_triton.hopper.kernel import forward_kernel
+from ring_triton.hopper.launch import keys_descriptor, rows_descriptor
 from ring_triton.hopper.settings import CONSUMERS, Settings, padded_head_dim, settings_for
 
 

@@ -31,6 +31,7 @@ class Prepared:
     """A table's schedule on a device, for one batch size."""
 
     items: Tensor  # (N, 8) int32
+    count: int
     walk: Tensor  # (M, 12) int32
     repeats: int  # batch entries that all items are about
     whole: bool  # every strip begins and ends in this table
@@ -88,9 +89,11 @@ def forward(
     if not prepared.whole and state is None:
         raise ValueError("strips begin or end outside this table, but there is no state")
     head_batches = prepared.repeats * num_heads
-    total = len(prepared.items) * head_batches
+    total = prepared.count * head_batches
     if not total:
         return
+    if not k.numel():  # nobody sees anything; a descriptor still wants an address
+        k = v = q[None]
     group = num_heads // num_kv_heads
     keys = max(1, k.shape[0] * k.shape[2])
     section = min(head_batches, group * max(1, L2_BYTES // (keys * head_dim * 2 * k.element_size())))
@@ -110,7 +113,7 @@ def forward(
         dummy if flags is None else flags.values,
         dummy if flags is None else flags.epoch,
         scale * math.log2(math.e),
-        len(prepared.items),
+        prepared.count,
         section,
         num_heads,
         head_batches,
@@ -118,10 +121,10 @@ def forward(
         group,
         k.stride(1) // k.stride(2) if k.shape[1] > 1 else 0,
         POLLS,
-        *_strides(out),
+        *out.stride()[:3],
         lse.stride(0),
         lse.stride(1),
-        *((0, 0, 0) if state is None else _strides(state)),
+        *((0, 0, 0) if state is None else state.stride()[:3]),
     )
     forward_kernel[(grid,)](
         *launch_args,
@@ -154,6 +157,7 @@ def prepare(table: DeviceTable, batch: int, piece_length: int, block: int) -> Pr
         walk = schedule.walk if len(schedule.walk) else np.zeros((1, schedule.walk.shape[1]), dtype=np.int32)
         known = table.host.cache[key] = Prepared(
             torch.from_numpy(items).to(table.device),
+            len(items),
             torch.from_numpy(walk).to(table.device),
             repeats,
             all(strip[0].flags & FIRST and strip[-1].flags & LAST for strip in table.host.grouped),
@@ -209,11 +213,6 @@ def _shared_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLa
 
 def _layout(box: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return _shared_layout(tuple(box), dtype)
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Of batch entry, token and head in (B, S, H, D)."""
-    return x.stride(0), x.stride(1), x.stride(2)
 
 
 @cache
