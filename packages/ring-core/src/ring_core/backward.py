@@ -44,12 +44,23 @@ def backward(
                 rows = (part.rows(q), shape, part.rows(out), part.rows(dout))
                 some_dlse = None if dlse is None else part.lse(dlse)
                 state = backend.prepare(*rows, part.lse(lse), some_dlse, params=given)
-            dk, dv = homeward.buffers(number)
+            to = homeward.buffers(number)
             step = plan.steps[keys.step]
             if len(step.backward):
                 table = on_device(step.backward, q.device)
-                tensors = (part.rows(q), keys.k, keys.v, part.rows(dout), dk, dv)
-                backend.backward(state, *tensors, table, params=given, flags=keys.flags)
+                backend.backward(
+                    state,
+                    part.rows(q),
+                    keys.k,
+                    keys.v,
+                    part.rows(dout),
+                    to.dk,
+                    to.dv,
+                    table,
+                    params=given,
+                    flags=keys.flags,
+                    departures=to.departures,
+                )
             keys.read()
             homeward.depart(number)
             if dq is not None:

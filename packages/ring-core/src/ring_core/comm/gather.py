@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ring_core.comm.contributions import sum_in_rank_order
 from ring_core.comm.lane import Lane, compute_after, compute_now
-from ring_core.comm.transport import Gradients, Keys, nothing
+from ring_core.comm.transport import Buffers, Gradients, Keys, nothing
 from ring_core.plan import GatherPlan
 
 BUFFERS = 2
@@ -121,12 +121,12 @@ class GatherGradients:
         self._homecomings: dict[int, Callable[[], Tensor]] = {}
         self._home: list[torch.cuda.Event | None] = []
 
-    def buffers(self, number: int) -> tuple[Tensor, Tensor]:
+    def buffers(self, number: int) -> Buffers:
         if number >= BUFFERS:  # whose buffer this is
             self._settle(number - BUFFERS)
             compute_after(self._home[number - BUFFERS])
         self._parts.append(self._courier.parts(self._shape))
-        return by_piece(self._parts[number], self._plan)
+        return Buffers(*by_piece(self._parts[number], self._plan))
 
     def depart(self, number: int) -> None:
         lane = self._courier.home_lane

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from ring_core.backend import accumulation_dtype
 from ring_core.comm.channel import Channel, Pending, channel
-from ring_core.comm.transport import Gradients, Keys, add_tokens, in_dtype, pack, whole, zeros_for_gradients
+from ring_core.comm.transport import Buffers, Gradients, Keys, add_tokens, in_dtype, pack, whole, zeros_for_gradients
 from ring_core.plan import RingPlan
 from ring_core.ranges import Ranges, count
 
@@ -78,10 +78,10 @@ class RingGradients:
         self._home: Tensor | None = None
         self._pending: list[Pending] = []
 
-    def buffers(self, step: int) -> tuple[Tensor, Tensor]:
+    def buffers(self, step: int) -> Buffers:
         if step:
             self._part = zeros_for_gradients(self._k, count(self._plan.hops[step].receive))
-        return self._part[0][None], self._part[1][None]
+        return Buffers(self._part[0][None], self._part[1][None])
 
     def depart(self, step: int) -> None:
         plan, link = self._plan, self._link
