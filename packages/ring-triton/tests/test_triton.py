@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ import pytest
 import torch
 
 import ring_triton
-from ring_core.backend import on_device
+from ring_core.backend import FEATURES, Dropout, Params, UnsupportedError, on_device, takes_flags
 from ring_core.plan import Problem, make_plan
 from ring_core.segment import FIRST, LAST, Table, count_pairs
-from ring_triton import PATHS, TritonBackend
+from ring_triton import PATHS, TritonBackend, backend
 from ring_triton.portable.settings import INTERPRETED, width_of
 from ring_triton.portable.work import query_work, strip_work
 
@@ -35,6 +36,69 @@ def test_paths_by_name() -> None:
     assert [TritonBackend(path).name for path in PATHS] == [f"triton[{path}]" for path in PATHS]
     with pytest.raises(ValueError, match="no such path"):
         TritonBackend("ampere")
+
+
+@pytest.fixture
+def hopper_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if every device had compute capability 9.0."""
+    monkeypatch.setattr(backend, "_no_hopper", lambda device: "")
+    monkeypatch.setattr(backend, "_missing", lambda device: "")
+    backend._hopper_refuses.cache_clear()
+    yield
+    backend._hopper_refuses.cache_clear()
+
+
+HALF = torch.zeros(1, 8, 4, 64, dtype=torch.bfloat16)
+SLOPES = torch.zeros(4)
+OTHERS = {
+    "softcap": (HALF, Params(0.1, softcap=5.0)),
+    "ALiBi": (HALF, Params(0.1, alibi_slopes=SLOPES)),
+    "dropout": (HALF, Params(0.1, dropout=Dropout(0.1, SLOPES))),
+    "scale is -0.1": (HALF, Params(-0.1)),
+    "torch.float32": (HALF.float(), Params(0.1)),
+    "head dim is 320": (torch.zeros(1, 8, 4, 320, dtype=torch.bfloat16), Params(0.1)),
+}
+
+
+@pytest.mark.usefixtures("hopper_here")
+def test_the_fastest_path_that_can() -> None:
+    plain = Params(0.1, sinks=SLOPES, deterministic=True)
+    assert TritonBackend().path_of("forward", HALF, plain) == "hopper"
+    assert TritonBackend("hopper").path_of("forward", HALF, plain) == "hopper"
+    assert TritonBackend("portable").path_of("forward", HALF, plain) == "portable"
+    for direction in ("forward", "backward"):
+        wanted = "hopper" if direction in backend.HOPPER_DIRECTIONS else "portable"
+        assert TritonBackend().path_of(direction, HALF, plain) == wanted
+        dout = None if direction == "forward" else HALF
+        assert takes_flags(TritonBackend(), HALF, dout, plain) == (wanted == "hopper"), "who waits in the kernel"
+    assert not takes_flags(TritonBackend("portable"), HALF, None, plain)
+
+
+@pytest.mark.usefixtures("hopper_here")
+@pytest.mark.parametrize("reason", OTHERS)
+def test_what_hopper_kernels_do_not_take(reason: str) -> None:
+    q, params = OTHERS[reason]
+    assert TritonBackend().path_of("forward", q, params) == "portable"
+    assert not takes_flags(TritonBackend(), q, None, params)
+    with pytest.raises(UnsupportedError, match=rf"triton\[hopper\].*{reason}.*'triton' and 'triton\[portable\]'"):
+        TritonBackend("hopper").path_of("forward", q, params)
+
+
+@pytest.mark.usefixtures("hopper_here")
+def test_capabilities_of_the_paths() -> None:
+    any_path, hopper, portable = (TritonBackend(path).capabilities(CPU) for path in (None, "hopper", "portable"))
+    assert any_path.features == portable.features == frozenset(FEATURES)
+    assert hopper.features == any_path.features - {"alibi", "ring_alibi", "softcap", "dropout"}
+    assert torch.float32 in any_path.dtypes and hopper.dtypes == {torch.float16, torch.bfloat16}
+    assert (any_path.flags, hopper.flags, portable.flags) == (True, True, False)
+
+
+def test_no_hopper_kernels_without_hopper() -> None:
+    can = TritonBackend("hopper").capabilities(CPU)
+    assert (not can.available and "compute capability 9.0" in can.reason) or not INTERPRETED
+    assert TritonBackend().path_of("forward", HALF, Params(0.1)) == "portable"
+    with pytest.raises(UnsupportedError, match=r"compute capability 9\.0"):
+        TritonBackend("hopper").path_of("forward", HALF, Params(0.1))
 
 
 def test_where_nothing_runs_it_says_why() -> None:

@@ -1,4 +1,4 @@
-"""What the checks for staged backends say of the reference backend, which waits on the host and counts in its stream."""
+"""What the checks for staged backends say of the reference backend: it waits on the host and counts in its stream."""
 
 from __future__ import annotations
 

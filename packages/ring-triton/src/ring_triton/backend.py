@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
 import triton
 from torch import Tensor
 
-from ring_core.backend import FEATURES, Capabilities, DeviceTable, Flags, HeadDims, Params
+from ring_core.backend import FEATURES, Capabilities, DeviceTable, Flags, HeadDims, Params, UnsupportedError
 from ring_triton.portable import launch as portable
 from ring_triton.portable.settings import INTERPRETED
 
-Path = Literal["portable"]
-PATHS: tuple[Path, ...] = ("portable",)
-"""The kernels there are. "portable": compute capability 8.0 and newer, and Triton's interpreter."""
+Path = Literal["hopper", "portable"]
+Direction = Literal["forward", "backward"]
+PATHS: tuple[Path, ...] = ("hopper", "portable")
+"""The kernels there are, fastest first. "hopper": Gluon, compute capability 9.0. "portable": compute capability 8.0 and
+newer, and Triton's interpreter."""
+
+HOPPER_DIRECTIONS: frozenset[Direction] = frozenset({"forward"})
+"""What there are Hopper kernels for; the other direction takes the portable ones."""
 
 OLDEST = (8, 0)
+HOPPER = (9, 0)
+HOPPER_DTYPES = frozenset({torch.float16, torch.bfloat16})
+HOPPER_LACKS = frozenset({"alibi", "dropout", "ring_alibi", "softcap"})
+HEAD_DIMS = HeadDims(smallest=8, largest=256, multiple=8)
 
 
 @dataclass
@@ -44,25 +55,48 @@ class TritonBackend:
         self.forced = path
         self.name = "triton" if path is None else f"triton[{path}]"
 
-    def path_of(self, q: Tensor, params: Params) -> Path:
-        """The path that a call takes: the forced one, else the fastest of those that can do it."""
+    def path_of(self, direction: Direction, q: Tensor, params: Params) -> Path:
+        """The path that a call takes: the fastest of those that can do it.
+
+        Raises:
+            UnsupportedError: "hopper" is forced, and cannot.
+        """
+        if self.forced == "portable":
+            return "portable"
+        refused = _hopper_refuses(q.get_device(), q.dtype, q.shape[-1]) or _hopper_refuses_scores(params)
+        if not refused:
+            return "hopper" if direction in HOPPER_DIRECTIONS else "portable"
+        if self.forced:
+            raise UnsupportedError(
+                f"backend {self.name!r} cannot do this call: {refused}; backends 'triton' and 'triton[portable]' have "
+                "other kernels for it"
+            )
         return "portable"
 
     def capabilities(self, device: torch.device) -> Capabilities:
         missing = _missing(device)
-        if missing:
-            return Capabilities(available=False, reason=missing)
+        hopper = "" if missing else _no_hopper(device)
+        if missing or (hopper and self.forced == "hopper"):
+            return Capabilities(available=False, reason=missing or hopper)
         dtypes = {torch.float16, torch.bfloat16, torch.float32}
         if INTERPRETED:  # for tests against the oracle; GPUs have no exp2 of fp64
             dtypes.add(torch.float64)
+        features = frozenset(FEATURES)
+        if self.forced == "hopper":
+            dtypes, features = set(HOPPER_DTYPES), features - HOPPER_LACKS
         return Capabilities(
             available=True,
             dtypes=frozenset(dtypes),
-            head_dims=HeadDims(smallest=8, largest=256, multiple=8),
-            features=frozenset(FEATURES),
+            head_dims=HEAD_DIMS,
+            features=features,
             accumulate=True,
-            flags=False,
+            flags=not hopper and self.forced != "portable",
         )
+
+    def stages(self, q: Tensor, dout: Tensor | None, *, params: Params) -> bool:
+        """See `ring_core.backend.StagedBackend`: the Hopper kernels watch pieces. Strides play no part in it: all ranks
+        must decide alike."""
+        return self.path_of("forward" if dout is None else "backward", q, params) == "hopper"
 
     def forward(
         self,
@@ -77,8 +111,12 @@ class TritonBackend:
         params: Params,
         flags: Flags | None = None,
     ) -> None:
-        assert flags is None, "flags=False among the capabilities"
-        portable.forward(q, k, v, out, lse, state, table, params)
+        if self.path_of("forward", q, params) == "portable":
+            assert flags is None, "stages() said no"
+            portable.forward(q, k, v, out, lse, state, table, params)
+            return
+        with _on(q):
+            _hopper_forward()(q, k, v, out, lse, state, table, scale=params.scale, sinks=params.sinks, flags=flags)
 
     def prepare(
         self,
@@ -91,7 +129,8 @@ class TritonBackend:
         *,
         params: Params,
     ) -> BackwardState:
-        return BackwardState(self.path_of(q, params), portable.prepare(q, out, dout, lse, dlse))
+        path = self.path_of("backward", q, params)
+        return BackwardState(path, _backward(path).prepare(q, out, dout, lse, dlse))
 
     def backward(
         self,
@@ -108,11 +147,64 @@ class TritonBackend:
         flags: Flags | None = None,
         departures: Tensor | None = None,
     ) -> None:
-        assert flags is None and departures is None, "flags=False among the capabilities"
-        portable.backward(state.inner, q, k, v, dout, dk, dv, table, params)
+        staged = {} if flags is None and departures is None else {"flags": flags, "departures": departures}
+        assert not staged or state.path == "hopper", "stages() said no"
+        _backward(state.path).backward(state.inner, q, k, v, dout, dk, dv, table, params, **staged)
 
     def finish(self, state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
-        return portable.finish(state.inner, params)
+        dq, dsinks = _backward(state.path).finish(state.inner, params)
+        return dq, dsinks
+
+
+def _backward(path: Path) -> Any:
+    """The module with a path's `prepare`, `backward` and `finish`."""
+    return portable
+
+
+@cache
+def _hopper_forward() -> Any:
+    """Imported where it is used: the interpreter does not know Gluon."""
+    from ring_triton.hopper.launch import forward
+
+    return forward
+
+
+def _on(q: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's GPU the current one, where it is not."""
+    return nullcontext() if q.get_device() == torch.cuda.current_device() else torch.cuda.device(q.device)
+
+
+@cache
+def _hopper_refuses(device: int, dtype: torch.dtype, head_dim: int) -> str:
+    """Why the Hopper kernels do not take tensors on that GPU (-1: the CPU), or "" where they do."""
+    if reason := _no_hopper(torch.device("cpu") if device < 0 else torch.device("cuda", device)):
+        return reason
+    if dtype not in HOPPER_DTYPES:
+        return f"q, k, v are {dtype}, the Hopper kernels take {', '.join(sorted(map(str, HOPPER_DTYPES)))}"
+    return "" if head_dim in HEAD_DIMS else f"the head dim is {head_dim}, the Hopper kernels take {HEAD_DIMS}"
+
+
+def _hopper_refuses_scores(params: Params) -> str:
+    """Why they do not compute such scores, or "" where they do."""
+    if params.softcap:
+        return "the Hopper kernels know no softcap"
+    if params.alibi_slopes is not None:
+        return "the Hopper kernels know no ALiBi"
+    if params.dropout is not None:
+        return "the Hopper kernels know no dropout"
+    if params.scale <= 0:
+        return f"the scale is {params.scale}, the Hopper kernels look for the largest score and need it positive"
+    return ""
+
+
+def _no_hopper(device: torch.device) -> str:
+    """Why there are no Hopper kernels on a device, or "" where there are."""
+    if INTERPRETED or device.type != "cuda":
+        return "the Hopper kernels run on GPUs of compute capability 9.0, not in the interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) == HOPPER:
+        return ""
+    return f"the Hopper kernels run on GPUs of compute capability 9.0, this one has {major}.{minor}"
 
 
 def _missing(device: torch.device) -> str:

@@ -26,6 +26,7 @@ from ring_core.testing.plugin import RunRanks
 from ring_triton import PATHS
 
 NAMES = tuple(f"triton[{path}]" for path in PATHS)
+"""Of each path by itself: what one cannot do, it must refuse by name."""
 SCALE = 31
 """Lengths of about 2,000 tokens, multiples of nothing."""
 

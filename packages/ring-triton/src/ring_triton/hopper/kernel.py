@@ -364,7 +364,8 @@ def _consumer(
     do_not_specialize=[
         "num_items", "section", "num_heads", "head_batches", "total", "group", "k_batch_rows", "polls",
         "lse_b", "lse_h",
-    ]
+    ],
+    do_not_specialize_on_alignment=["counter", "flags", "epoch"],  # words inside larger tensors
 )  # fmt: skip
 def forward_kernel(
     q_desc, k_desc, v_desc, out, lse, state, sinks, items, walk, counter, flags, epoch, scale,

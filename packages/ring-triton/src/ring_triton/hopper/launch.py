@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from triton.experimental.gluon import language as gl
 
 from ring_core.backend import DeviceTable, Flags
 from ring_core.segment import FIRST, LAST
+from ring_triton.direct import aligned, current_stream, launches_of
 from ring_triton.hopper.compat import TensorDescriptor
 from ring_triton.hopper.kernel import forward_kernel
 from ring_triton.hopper.schedule import make_schedule
@@ -20,8 +22,9 @@ from ring_triton.hopper.settings import CONSUMERS, TILE_ROWS, Settings, padded_h
 
 L2_BYTES = 32 << 20
 """Keys and values that concurrent tiles should share in L2 (50 MB on an H100 or H200, also used by everything else)."""
-POLLS = 1 << 24
-"""Looks at an arrival flag before a wait ends by itself: about ten seconds."""
+POLLS = (1 << 31) - 1
+"""Looks at an arrival flag before a wait ends by itself: some twenty minutes. The transport's watchdog ends it before,
+by poison, and raises; ending by itself would be silent."""
 FAR, BOUNDLESS = 1 << 30, 0x7FFF0000
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -74,14 +77,68 @@ def forward(
 
     Args:
         q, out: (B, Sq, Hq, D), fp16 or bf16. k, v: (C, B, S, Hkv, D). lse: (B, Hq, Sq) fp32. state: (B, Sq, Hq, D)
-            fp32, or None where every strip begins and ends in this table.
+            fp32, or None where every strip begins and ends in this table. q, k, v whose strides TMA does not take are
+            copied.
         scale: of the scores, positive.
         sinks: (Hq,), one more logit a head.
         flags: arrival of the pieces; a piece's keys are read once its flag says so.
         settings: instead of those for this head dim.
     """
+    if sinks is not None and sinks.dtype != torch.float32:
+        sinks = sinks.float()
+    key = (
+        q.shape,
+        k.shape,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        out.stride(),
+        lse.stride(),
+        None if state is None else state.stride(),
+        sinks is None,
+        flags is None,
+        scale,
+        settings,
+        q.dtype,
+        q.get_device(),
+    )
+    launches = launches_of(table, "hopper forward")
+    known = launches.get(key)
+    read = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+    written = (out.data_ptr(), lse.data_ptr(), 0 if state is None else state.data_ptr())
+    more = 0 if sinks is None else sinks.data_ptr()
+    if known is None or not aligned(*read, *written, more):
+        _forward(q, k, v, out, lse, state, table, scale, sinks, flags, settings, key)
+        return
+    stream = current_stream()(q.get_device())
+    counter = _counter(table.device, stream)[1]
+    waits = (0, 0) if flags is None else (flags.values.data_ptr(), flags.epoch.data_ptr())
+    known(stream, (*written, more, *known.note, counter, *waits), read)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor | None,
+    table: DeviceTable,
+    scale: float,
+    sinks: Tensor | None,
+    flags: Flags | None,
+    settings: Settings | None,
+    key: Any,
+) -> None:
+    """`forward` by way of Triton, which compiles what it has not seen."""
     if scale <= 0:
         raise ValueError(f"scale is {scale}; the Hopper kernels take the largest score first and need it positive")
+    if supports(q, k, v):
+        q, k, v = q.clone(memory_format=torch.contiguous_format), _dense(k), _dense(v)
+        if reason := supports(q, k, v):
+            raise ValueError(f"the Hopper kernels do not take {reason}")
+        forward(q, k, v, out, lse, state, table, scale=scale, sinks=sinks, flags=flags, settings=settings)
+        return
     batch, _, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
     chosen = settings or settings_for(head_dim)
@@ -92,24 +149,26 @@ def forward(
     total = prepared.count * head_batches
     if not total:
         return
+    repeatable = bool(k.numel())
     if not k.numel():  # nobody sees anything; a descriptor still wants an address
         k = v = q[None]
     group = num_heads // num_kv_heads
     keys = max(1, k.shape[0] * k.shape[2])
     section = min(head_batches, group * max(1, L2_BYTES // (keys * head_dim * 2 * k.element_size())))
-    grid = min(total, _processors(q.device)) if chosen.persistent else total
+    grid = (min(total, _processors(q.device)) if chosen.persistent else total,)
     dummy = prepared.items
-    launch_args = (
+    dynamic = chosen.dynamic and chosen.persistent
+    arguments = (
         rows_descriptor(q),
         keys_descriptor(k, chosen.block),
         keys_descriptor(v, chosen.block),
         out,
         lse,
         dummy if state is None else state,
-        dummy if sinks is None else sinks.float(),
+        dummy if sinks is None else sinks,
         prepared.items,
         prepared.walk,
-        _counter(q.device) if chosen.dynamic and chosen.persistent else dummy,
+        _counter(table.device, current_stream()(q.get_device()))[0] if dynamic else dummy,
         dummy if flags is None else flags.values,
         dummy if flags is None else flags.epoch,
         scale * math.log2(math.e),
@@ -126,8 +185,8 @@ def forward(
         lse.stride(1),
         *((0, 0, 0) if state is None else state.stride()[:3]),
     )
-    forward_kernel[(grid,)](
-        *launch_args,
+    kernel = forward_kernel[grid](
+        *arguments,
         BLOCK=chosen.block,
         D=padded_head_dim(head_dim),
         HEAD_DIM=head_dim,
@@ -135,7 +194,7 @@ def forward(
         STATE=state is not None and not prepared.whole,
         SINKS=sinks is not None,
         FLAGS=flags is not None,
-        DYNAMIC=chosen.dynamic and chosen.persistent,
+        DYNAMIC=dynamic,
         PING_PONG=chosen.ping_pong,
         OVERLAP=chosen.overlap,
         CONSUMERS=CONSUMERS,
@@ -144,6 +203,15 @@ def forward(
         maxnreg=168,  # 65536 registers over three warpgroups; setmaxnreg then moves them to the consumers
         enable_fp_fusion=True,  # off by default from triton 3.10 on
     )
+    looked_at = (out, lse, *(x for x in (state, sinks) if x is not None))
+    if repeatable and aligned(*(x.data_ptr() for x in looked_at)):
+        launches = launches_of(table, "hopper forward")
+        launches.add(key, kernel, grid, arguments, (prepared.items.data_ptr(), prepared.walk.data_ptr()))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """k or v (C, B, S, H, D) with all tokens of a batch entry one after the other."""
+    return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
 
 
 def prepare(table: DeviceTable, batch: int, piece_length: int, block: int) -> Prepared:
@@ -220,12 +288,13 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_counters: dict[tuple[torch.device, int], tuple[Tensor, int]] = {}
 
 
-def _counter(device: torch.device) -> Tensor:
-    """A zero that kernels of the current stream share: each leaves it zero."""
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[key]
+def _counter(device: torch.device, stream: int) -> tuple[Tensor, int]:
+    """A zero that kernels of one stream share (each leaves it zero), and its address."""
+    found = _counters.get((device, stream))
+    if found is None:
+        zero = torch.zeros(1, dtype=torch.int32, device=device)
+        found = _counters[device, stream] = zero, zero.data_ptr()
+    return found
