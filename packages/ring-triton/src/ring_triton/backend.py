@@ -111,12 +111,13 @@ class TritonBackend:
         params: Params,
         flags: Flags | None = None,
     ) -> None:
-        if self.path_of("forward", q, params) == "portable":
-            assert flags is None, "stages() said no"
-            portable.forward(q, k, v, out, lse, state, table, params)
-            return
+        path = self.path_of("forward", q, params)
         with _on(q):
-            _hopper_forward()(q, k, v, out, lse, state, table, scale=params.scale, sinks=params.sinks, flags=flags)
+            if path == "hopper":
+                _hopper_forward()(q, k, v, out, lse, state, table, scale=params.scale, sinks=params.sinks, flags=flags)
+            else:
+                assert flags is None, "stages() said no"
+                portable.forward(q, k, v, out, lse, state, table, params)
 
     def prepare(
         self,
@@ -130,7 +131,8 @@ class TritonBackend:
         params: Params,
     ) -> BackwardState:
         path = self.path_of("backward", q, params)
-        return BackwardState(path, _backward(path).prepare(q, out, dout, lse, dlse))
+        with _on(q):
+            return BackwardState(path, _backward(path).prepare(q, out, dout, lse, dlse))
 
     def backward(
         self,
@@ -149,7 +151,8 @@ class TritonBackend:
     ) -> None:
         staged = {} if flags is None and departures is None else {"flags": flags, "departures": departures}
         assert not staged or state.path == "hopper", "stages() said no"
-        _backward(state.path).backward(state.inner, q, k, v, dout, dk, dv, table, params, **staged)
+        with _on(q):
+            _backward(state.path).backward(state.inner, q, k, v, dout, dk, dv, table, params, **staged)
 
     def finish(self, state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
         dq, dsinks = _backward(state.path).finish(state.inner, params)
@@ -170,8 +173,9 @@ def _hopper_forward() -> Any:
 
 
 def _on(q: Tensor) -> AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one, where it is not."""
-    return nullcontext() if q.get_device() == torch.cuda.current_device() else torch.cuda.device(q.device)
+    """Makes the tensor's GPU the current one, where it is not: launches are on its current stream."""
+    index = q.get_device()
+    return nullcontext() if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 @cache

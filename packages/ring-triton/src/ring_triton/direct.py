@@ -21,6 +21,7 @@ from threading import get_ident
 from typing import Any
 
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.backends.nvidia.driver import make_tensordesc_arg
 
@@ -43,6 +44,8 @@ NUMBERS: dict[str, Any] = {
 }
 MAPS_KEPT = 512
 """Encoded descriptors of one argument, by address: a training step reuses the allocator's blocks."""
+LAUNCHES_KEPT = 1024
+"""Of one kernel over one table: lengths may be new in every step."""
 MAP_BYTES = 128
 """A CUtensorMap: the end of Triton's `PyCUtensorMap` object."""
 
@@ -151,10 +154,31 @@ class Launches:
             return None
         return self._known.get((get_ident(), key))
 
+    def again(self, key: Any, device: int, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+        """Launches what that key launched before, on the device's current stream, and says whether it could: pointers
+        are `before`, those that were remembered as its note, then `after`."""
+        known = self.get(key)
+        if known is None or not aligned(*before, *after):
+            return False
+        known(current_stream()(device), (*before, *known.note, *after))
+        return True
+
     def add(self, key: Any, kernel: Any, grid: Sequence[int], arguments: Sequence[Any], note: Any = None) -> None:
         """Remembers what Triton has just launched, where `Launch` can repeat it."""
         if launchable(kernel, arguments):
+            if len(self._known) >= LAUNCHES_KEPT:
+                self._known.clear()
             self._known[get_ident(), key] = Launch(kernel, grid, arguments, note)
+
+
+def shaped(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """What of tensors shapes a launch."""
+    return tuple(None if x is None else (x.dtype, x.shape, x.stride()) for x in tensors)
+
+
+def addresses(*tensors: Tensor) -> tuple[int, ...]:
+    """Where they lie."""
+    return tuple(x.data_ptr() for x in tensors)
 
 
 def launches_of(table: DeviceTable, name: str) -> Launches:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import triton
-from fake_driver import inputs, no_gpu, parameters_of
+from fake_driver import inputs, no_gpu, no_gpu_portable, parameters_of
 from triton import knobs
 
-from ring_core.backend import DeviceTable, Flags, on_device
+from ring_core.backend import DeviceTable, Dropout, Flags, Params, on_device
 from ring_core.plan import Problem, make_plan
 from ring_triton.hopper import launch
+from ring_triton.portable import launch as portable
 
 
 class Launched:
@@ -144,6 +145,35 @@ def copies() -> None:
         assert kernel.compiled == 1 and len(seen.calls) == 1
         (known,) = given.host.cache["hopper forward"]._known.values()
         assert odd.data_ptr() not in known._maps[0][2]
+
+
+def portable_kernels() -> None:
+    """Forward, prepare and backward, twice: the second time by the driver alone, with the second call's pointers."""
+    problem = Problem(256, 256, 256, 256, None, 0, "contiguous", 1)
+    step = make_plan(problem, 0, "gather").steps[0]
+    forward, backward = (on_device(x, torch.device("cpu")) for x in (step.forward, step.backward))
+    seen = Launched()
+    params = Params(0.1, softcap=3.0, alibi_slopes=torch.zeros(4), dropout=Dropout(0.1, torch.zeros(1).long()))
+    with no_gpu_portable(seen) as kernels:
+        for _ in range(2):
+            q, k, v, out, lse = inputs()
+            portable.forward(q, k, v, out, lse, None, forward, params)
+            state = portable.prepare(q, out, q, lse, None)
+            dk, dv = torch.zeros(2, *k.shape)
+            portable.backward(state, q, k, v, out, dk, dv, backward, params)
+        assert [kernel.compiled for kernel in kernels.values()] == [1] * 4
+    by_kernel = dict(zip(("forward", "prepare", "gradients_kv", "gradients_q"), seen.calls, strict=True))
+    fresh: dict[str, list[torch.Tensor]] = {
+        "forward": [q, k, v, out, lse],
+        "prepare": [out, q, lse, lse, state.delta, state.scaled_lse],
+        "gradients_kv": [q, k, v, out, dk, dv, state.scaled_lse, state.delta],
+        "gradients_q": [q, k, v, out, state.dq, state.scaled_lse, state.delta],
+    }
+    for name, (*_, parameters) in by_kernel.items():
+        kernel = kernels[f"{name}_kernel"].last
+        assert len(parameters) == len(parameters_of(kernel.asm["ptx"])), name
+        got = [number(address, ctypes.c_uint64) for address in parameters[: len(fresh[name])]]
+        assert got == [x.data_ptr() for x in fresh[name]], name
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from hopper_compiling import NoGpu
 
 from ring_triton import direct
 from ring_triton.hopper import launch
+from ring_triton.portable import launch as portable
+from ring_triton.portable.settings import listed, width_of
 
 
 class Map:
@@ -58,6 +60,23 @@ def no_gpu(driver_launch: Callable[..., int]) -> Iterator[CompileOnly]:
         patch.object(direct, "make_tensordesc_arg", encoded),
     ):
         yield compile_only
+
+
+PORTABLE = ("forward_kernel", "gradients_kv_kernel", "gradients_q_kernel", "prepare_kernel")
+
+
+@contextmanager
+def no_gpu_portable(driver_launch: Callable[..., int]) -> Iterator[dict[str, CompileOnly]]:
+    """`portable.launch` on CPU tensors while it lasts, with the settings for sm_90."""
+    triton.runtime.driver.set_active(NoGpu())
+    kernels = {name: CompileOnly(getattr(portable, name)) for name in PORTABLE}
+    setting: Callable[..., Any] = lambda _, kernel, dim, bits: listed("sm_90", kernel, width_of(dim), bits)  # noqa: E731
+    with (
+        patch.multiple(portable, setting_of=setting, **kernels),
+        patch.object(direct, "current_stream", lambda: lambda index: 7),
+        patch.object(direct, "driver_launch", lambda: driver_launch),
+    ):
+        yield kernels
 
 
 def parameters_of(ptx: str) -> list[int]:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ring_core.backend import DeviceTable, Params, accumulation_dtype
+from ring_triton.direct import Launches, addresses, aligned, launches_of, shaped
 from ring_triton.portable.forward import forward_kernel
 from ring_triton.portable.gradient_sinks import gradient_sinks_kernel
 from ring_triton.portable.gradients_kv import gradients_kv_kernel
@@ -39,6 +40,9 @@ class BackwardState:
     fresh: bool = True
 
 
+_prepared = Launches()
+
+
 class _Scores(NamedTuple):
     """What `Params` comes to: arguments and constants of the kernels."""
 
@@ -51,6 +55,11 @@ class _Scores(NamedTuple):
     keep_scale: float
     first_head: int
     features: dict[str, Any]
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """All but the tensors."""
+        return *self[2:-1], *self.features.values()
 
 
 def _scores(params: Params, q: Tensor) -> _Scores:
@@ -123,44 +132,49 @@ def forward(
         return
     batches, _, num_heads, _ = q.shape
     scores = _scores(params, q)
+    running = out if state is None else state
+    sinks = q if params.sinks is None else params.sinks
+    tensors, last = (q, k, v, out, lse, running), (scores.slopes, sinks, scores.seed)
+    key = shaped(*tensors, *last), params.scale, scores.numbers, state is None, params.sinks is None, q.get_device()
+    launches = launches_of(table, "portable forward")
+    if launches.again(key, q.get_device(), addresses(*tensors), addresses(*last)):
+        return
     shape = _shape("forward", q, k, v)
     work = strip_work(table, "q", shape["ROWS"], batches)
     if not len(work):
         return
-    running = out if state is None else state
     plain = not params.softcap and params.alibi_slopes is None
+    grid = (len(work), num_heads, work.entries)
+    arguments = (
+        *tensors,
+        work.rows,
+        table.rows,
+        *last,
+        *q.stride()[:3],
+        *k.stride()[:4],
+        *v.stride()[:4],
+        *out.stride()[:3],
+        *lse.stride()[:2],
+        *running.stride()[:3],
+        scores.slope_stride,
+        num_heads // k.shape[3],
+        scores.score_scale,
+        scores.cap_scale,
+        scores.keep_from,
+        scores.keep_scale,
+        scores.first_head,
+    )
     with _on(q.device):
-        forward_kernel[(len(work), num_heads, work.entries)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            running,
-            work.rows,
-            table.rows,
-            scores.slopes,
-            q if params.sinks is None else params.sinks,
-            scores.seed,
-            *q.stride()[:3],
-            *k.stride()[:4],
-            *v.stride()[:4],
-            *out.stride()[:3],
-            *lse.stride()[:2],
-            *running.stride()[:3],
-            scores.slope_stride,
-            num_heads // k.shape[3],
-            scores.score_scale,
-            scores.cap_scale,
-            scores.keep_from,
-            scores.keep_scale,
-            scores.first_head,
+        kernel = forward_kernel[grid](
+            *arguments,
             FUSED=plain and params.scale > 0,
             SINKS=params.sinks is not None,
             STATE=state is not None,
             **scores.features,
             **shape,
         )
+        if aligned(*addresses(*tensors, *last)):
+            launches.add(key, kernel, grid, arguments, addresses(work.rows, table.rows))
 
 
 def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> BackwardState:
@@ -174,19 +188,22 @@ def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | No
     width = width_of(head_dim)
     rows = ELEMENTS // width
     given = lse if dlse is None else dlse
+    tensors = (out, dout, lse, given, delta, scaled_lse)
+    key = shaped(*tensors), q.dtype, dlse is None, q.get_device()
+    if _prepared.again(key, q.get_device(), addresses(*tensors), ()):
+        return state
+    grid = (triton.cdiv(length, rows), num_heads, batches)
+    arguments = (
+        *tensors,
+        *out.stride()[:3],
+        *dout.stride()[:3],
+        *lse.stride()[:2],
+        *given.stride(),
+        length,
+    )
     with _on(q.device):
-        prepare_kernel[(triton.cdiv(length, rows), num_heads, batches)](
-            out,
-            dout,
-            lse,
-            given,
-            delta,
-            scaled_lse,
-            *out.stride()[:3],
-            *dout.stride()[:3],
-            *lse.stride()[:2],
-            *given.stride(),
-            length,
+        kernel = prepare_kernel[grid](
+            *arguments,
             ROWS=rows,
             D=head_dim,
             WIDTH=width,
@@ -196,6 +213,8 @@ def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | No
             DLSE=dlse is not None,
             num_warps=4,
         )
+        if aligned(*addresses(*tensors)):
+            _prepared.add(key, kernel, grid, arguments, ())
     return state
 
 
@@ -231,25 +250,23 @@ def _gradients_kv(
     params: Params,
     scores: _Scores,
 ) -> None:
+    tensors, last = (q, k, v, dout, dk, dv, state.scaled_lse, state.delta), (scores.slopes, scores.seed)
+    key = shaped(*tensors, *last), params.scale, scores.numbers, q.get_device()
+    launches = launches_of(table, "portable gradients_kv")
+    if launches.again(key, q.get_device(), addresses(*tensors), addresses(*last)):
+        return
     batches, length, num_heads, _ = q.shape
     num_kv_heads = k.shape[3]
     shape = _shape("gradients_kv", q, k, v, dout)
     work = strip_work(table, "k", shape["KEYS"], batches)
     if not len(work):
         return
-    gradients_kv_kernel[(len(work), num_kv_heads, work.entries)](
-        q,
-        k,
-        v,
-        dout,
-        dk,
-        dv,
-        state.scaled_lse,
-        state.delta,
+    grid = (len(work), num_kv_heads, work.entries)
+    arguments = (
+        *tensors,
         work.rows,
         table.rows,
-        scores.slopes,
-        scores.seed,
+        *last,
         *q.stride()[:3],
         *k.stride()[:4],
         *v.stride()[:4],
@@ -266,9 +283,10 @@ def _gradients_kv(
         scores.keep_from,
         scores.keep_scale,
         scores.first_head,
-        **scores.features,
-        **shape,
     )
+    kernel = gradients_kv_kernel[grid](*arguments, **scores.features, **shape)
+    if aligned(*addresses(*tensors, *last)):
+        launches.add(key, kernel, grid, arguments, addresses(work.rows, table.rows))
 
 
 def _gradients_q(
@@ -281,24 +299,26 @@ def _gradients_q(
     params: Params,
     scores: _Scores,
 ) -> None:
+    fresh, state.fresh = state.fresh, False
+    tensors, last = (q, k, v, dout, state.dq, state.scaled_lse, state.delta), (scores.slopes, scores.seed)
+    key = shaped(*tensors, *last), params.scale, scores.numbers, fresh, q.get_device()
+    launches = launches_of(table, "portable gradients_q")
+    if launches.again(key, q.get_device(), addresses(*tensors), addresses(*last)):
+        return
     batches, length, num_heads, _ = q.shape
     shape = _shape("gradients_q", q, k, v, dout)
-    work = query_work(table, shape["ROWS"], batches, length, cover=state.fresh)
+    work = query_work(table, shape["ROWS"], batches, length, cover=fresh)
+    assert work.numbers is not None
     if not len(work):
+        state.fresh = fresh
         return
-    gradients_q_kernel[(len(work), num_heads, work.entries)](
-        q,
-        k,
-        v,
-        dout,
-        state.dq,
-        state.scaled_lse,
-        state.delta,
+    grid = (len(work), num_heads, work.entries)
+    arguments = (
+        *tensors,
         work.rows,
         work.numbers,
         table.rows,
-        scores.slopes,
-        scores.seed,
+        *last,
         *q.stride()[:3],
         *k.stride()[:4],
         *v.stride()[:4],
@@ -313,11 +333,10 @@ def _gradients_q(
         scores.keep_from,
         scores.keep_scale,
         scores.first_head,
-        FRESH=state.fresh,
-        **scores.features,
-        **shape,
     )
-    state.fresh = False
+    kernel = gradients_q_kernel[grid](*arguments, FRESH=fresh, **scores.features, **shape)
+    if aligned(*addresses(*tensors, *last)):
+        launches.add(key, kernel, grid, arguments, addresses(work.rows, work.numbers, table.rows))
 
 
 def finish(state: BackwardState, params: Params) -> tuple[Tensor, Tensor | None]:
