@@ -88,7 +88,9 @@ def editable(*packages: str, extra: str = "") -> list[str]:
 def run_tests(session: nox.Session, *packages: str) -> None:
     """One pytest process per package, so that a package's tests never lean on what another's have imported."""
     for package in packages:
-        session.run("pytest", f"packages/{package}/tests", *session.posargs, env=ONE_THREAD)
+        # Triton's kernels are tested in its interpreter; elsewhere it would only slow down what torch compiles.
+        interpret = {"TRITON_INTERPRET": "1"} if package == "ring-triton" else {}
+        session.run("pytest", f"packages/{package}/tests", *session.posargs, env=ONE_THREAD | interpret)
 
 
 @nox.session

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ring_core.backend import Backend, Capabilities, DeviceTable, Flags, Params, on_device
+from ring_core.backend import Backend, Capabilities, DeviceTable, Flags, Params, on_device, takes_flags
 from ring_core.merge import merge_
 from ring_core.segment import COLUMNS, FIRST, LAST, Segment, Table
 
@@ -25,6 +25,9 @@ class Accumulating:
 
     def capabilities(self, device: torch.device) -> Capabilities:
         return replace(self.inner.capabilities(device), accumulate=True)
+
+    def stages(self, q: Tensor, dout: Tensor | None, *, params: Params) -> bool:
+        return takes_flags(self.inner, q, dout, params)
 
     def forward(
         self,

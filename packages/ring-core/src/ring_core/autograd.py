@@ -34,6 +34,7 @@ from ring_core.backend import (
     check_supported,
     choose_backend,
     load_backend,
+    takes_flags,
 )
 from ring_core.comm import transport
 from ring_core.packed import PackedPlan
@@ -276,15 +277,17 @@ def _forward(
     if seed is not None and group is not None and not call.shared_seed:
         seed = seed.clone()
         dist.broadcast(seed, src=dist.get_global_rank(group, 0), group=group)
+    params = _params(call, alibi_slopes, sinks, seed)
+    staged = takes_flags(way.backend, q, None, params)
     with _device_of(q):
         out, lse = orchestration_forward.forward(
             q,
             k,
             v,
             plan=way.plan,
-            transport=transport(way.plan, group, q.shape[2], k, "forward", call.heads_at_once),
+            transport=transport(way.plan, group, q.shape[2], k, "forward", call.heads_at_once, staged=staged),
             backend=way.backend,
-            params=_params(call, alibi_slopes, sinks, seed),
+            params=params,
         )
     return out, lse, seed
 
@@ -307,6 +310,8 @@ def _backward(
     asked = {"alibi": alibi_slopes is not None, "sinks": sinks is not None, "lse_grad": dlse is not None}
     group = _group(call)
     way = _prepare(q, k, call, group, **asked)
+    params = _params(call, alibi_slopes, sinks, seed)
+    staged = takes_flags(way.backend, q, dout, params)
     with _device_of(q):
         return orchestration_backward.backward(
             dout,
@@ -317,9 +322,9 @@ def _backward(
             out,
             lse,
             plan=way.plan,
-            transport=transport(way.plan, group, q.shape[2], k, "backward", call.heads_at_once),
+            transport=transport(way.plan, group, q.shape[2], k, "backward", call.heads_at_once, staged=staged),
             backend=way.backend,
-            params=_params(call, alibi_slopes, sinks, seed),
+            params=params,
         )
 
 

@@ -72,7 +72,8 @@ class Capabilities:
     accumulate: bool = True
     """Continues from (state, lse) and walks several segments a strip. Where False, ring-core merges."""
     flags: bool = False
-    """Waits in the kernel for pieces that are still arriving, and counts departures."""
+    """Waits in the kernel for pieces that are still arriving and counts departures, at least in some calls: see
+    `StagedBackend`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,8 @@ def of_heads(kv: slice, num_kv_heads: int, num_heads: int) -> HeadPart:
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """Arrival of pieces: piece c may be read once values[c] >= epoch[0]; POISON means give up."""
+    """Arrival of pieces: piece c may be read once values[c] >= epoch[0]; POISON means give up. Whoever hands them over
+    has enqueued all that raises them, so that waiting needs nothing but this device's copy engines."""
 
     values: Tensor  # (C,) int32, read as uint32
     epoch: Tensor  # (1,) int32
@@ -237,12 +239,45 @@ class Backend(Protocol):
         departures: Tensor | None = None,
     ) -> None:
         """Once per step, on a key-major table: adds into dq (in `state`) and into dk, dv (shaped as k, summed over the
-        query heads of a group, zeroed or partly summed on entry)."""
+        query heads of a group, zeroed or partly summed on entry). departures: see `departures_of`."""
         ...
 
     def finish(self, state: Any, *, params: Params) -> tuple[Tensor, Tensor | None]:
         """Once per backward: (dq in q's dtype, dsinks (Hq,) or None). dsinks is this rank's part."""
         ...
+
+
+@runtime_checkable
+class StagedBackend(Backend, Protocol):
+    """A backend whose kernels watch pieces come and go: what `Capabilities.flags` promises."""
+
+    def stages(self, q: Tensor, dout: Tensor | None, *, params: Params) -> bool:
+        """Whether a call on q, a backward where dout is given, takes flags (and departures). Cheap. The keys will be
+        those of a transport: in q's dtype, whole tokens of k and v side by side."""
+        ...
+
+
+def takes_flags(backend: Backend, q: Tensor, dout: Tensor | None, params: Params) -> bool:
+    """Whether the backend may be given arrival flags, and in a backward departure counters, on this call."""
+    if not backend.capabilities(q.device).flags:
+        return False
+    assert isinstance(backend, StagedBackend), f"backend {backend.name!r} has flags=True, but cannot say when"
+    return backend.stages(q, dout, params=params)
+
+
+def departures_of(table: Table, pieces: int, batch: int, num_kv_heads: int) -> tuple[int, ...]:
+    """What the departure counter of each piece, int32 read as uint32 and zeroed by ring-core, comes to: for every strip
+    of a key-major table, kv head and batch entry, its number of keys. Kernels add, once a tile's dk and dv are in
+    memory, the tile's number of keys, by a release at system scope: so the sum does not depend on the size of tiles."""
+    key = ("departures", pieces, batch)
+    counts: tuple[int, ...] | None = table.cache.get(key)
+    if counts is None:
+        counted = [0] * pieces
+        for strip in table.grouped:
+            entries = {segment.batch for segment in strip}
+            counted[strip[0].piece] += strip[0].k_len * (batch if -1 in entries else len(entries))
+        counts = table.cache[key] = tuple(counted)
+    return tuple(count * num_kv_heads for count in counts)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -48,12 +48,23 @@ def backward(
                 _, state, prepared = states[-1]
                 compute_after(prepared)
             compute_after(keys.arrived)
-            dk, dv = homeward.buffers(keys)
+            to = homeward.buffers(keys)
             step = plan.steps[keys.step]
             if len(step.backward):
                 table = on_device(step.backward, q.device)
-                tensors = (part.rows(q), keys.k, keys.v, part.rows(dout), dk, dv)
-                backend.backward(state, *tensors, table, params=given, flags=keys.flags)
+                backend.backward(
+                    state,
+                    part.rows(q),
+                    keys.k,
+                    keys.v,
+                    part.rows(dout),
+                    to.dk,
+                    to.dv,
+                    table,
+                    params=given,
+                    flags=keys.flags,
+                    departures=to.departures,
+                )
             keys.read()
             homeward.depart(keys)
             if dq is not None and keys.alone:  # here and now: its memory is the next but one's

@@ -45,6 +45,9 @@ class ReferenceBackend:
             flags=True,
         )
 
+    def stages(self, q: Tensor, dout: Tensor | None, *, params: Params) -> bool:
+        return True
+
     def forward(
         self,
         q: Tensor,
@@ -115,24 +118,45 @@ class ReferenceBackend:
         flags: Flags | None = None,
         departures: Tensor | None = None,
     ) -> None:
-        for segment in table.host.segments:
-            for batch, rows in _blocks((segment,), q):
-                place = (batch, slice(segment.q_start + rows.start, segment.q_start + rows.stop))
-                place_lse = (batch, slice(None), place[1])
-                keys, values = _read(k, segment, batch, flags), _read(v, segment, batch, flags)
-                s, visible = _scores(q[place], keys, segment, rows, batch, params)
-                row_lse = state.lse[place_lse].masked_fill(state.lse[place_lse] == -torch.inf, torch.inf)
-                p = torch.exp(s - row_lse[..., None])  # (B, H, rows, k_len)
-                do = dout[place].to(p.dtype)
-                target = (segment.piece, batch, slice(segment.k_start, segment.k_start + segment.k_len))
-                dv[target] += _over_rows(_drop(p, segment, rows, batch, params), do, dv.shape[3])
-                dp = _drop(_dot(do, values), segment, rows, batch, params)
-                ds = p * (dp - state.delta[place_lse][..., None])
-                if params.softcap:
-                    ds = ds * (1 - torch.tanh(_dot(q[place], keys) * (params.scale / params.softcap)) ** 2)
-                ds = ds.masked_fill(~visible, 0.0) * params.scale
-                state.dq[place] += _weigh(ds, keys)
-                dk[target] += _over_rows(ds, q[place].to(ds.dtype), dk.shape[3])
+        for strip in table.host.grouped:
+            for segment in strip:
+                self._add(state, segment, q, k, v, dout, dk, dv, params, flags)
+            if departures is not None:
+                entries = {segment.batch for segment in strip}
+                copies = q.shape[0] if -1 in entries else len(entries)
+                departures[strip[0].piece] += strip[0].k_len * copies * k.shape[3]
+
+    def _add(
+        self,
+        state: BackwardState,
+        segment: Segment,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dout: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        params: Params,
+        flags: Flags | None,
+    ) -> None:
+        """One segment's part of dq, dk and dv."""
+        for batch, rows in _blocks((segment,), q):
+            place = (batch, slice(segment.q_start + rows.start, segment.q_start + rows.stop))
+            place_lse = (batch, slice(None), place[1])
+            keys, values = _read(k, segment, batch, flags), _read(v, segment, batch, flags)
+            s, visible = _scores(q[place], keys, segment, rows, batch, params)
+            row_lse = state.lse[place_lse].masked_fill(state.lse[place_lse] == -torch.inf, torch.inf)
+            p = torch.exp(s - row_lse[..., None])  # (B, H, rows, k_len)
+            do = dout[place].to(p.dtype)
+            target = (segment.piece, batch, slice(segment.k_start, segment.k_start + segment.k_len))
+            dv[target] += _over_rows(_drop(p, segment, rows, batch, params), do, dv.shape[3])
+            dp = _drop(_dot(do, values), segment, rows, batch, params)
+            ds = p * (dp - state.delta[place_lse][..., None])
+            if params.softcap:
+                ds = ds * (1 - torch.tanh(_dot(q[place], keys) * (params.scale / params.softcap)) ** 2)
+            ds = ds.masked_fill(~visible, 0.0) * params.scale
+            state.dq[place] += _weigh(ds, keys)
+            dk[target] += _over_rows(ds, q[place].to(ds.dtype), dk.shape[3])
 
     def finish(self, state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
         dq = state.dq.to(state.dtype)
@@ -172,9 +196,16 @@ def _read(x: Tensor, segment: Segment, batch: slice, flags: Flags | None) -> Ten
     """Keys or values (B, k_len, Hkv, D) of a segment, in the accumulation dtype."""
     if not segment.k_len:  # rows that see nothing: there may not even be a piece
         return x.new_empty(x[:0, batch].shape[1], 0, *x.shape[3:], dtype=accumulation_dtype(x.dtype))
-    if flags is not None and flags.values[segment.piece] < flags.epoch[0]:
-        raise RuntimeError(f"piece {segment.piece} is read before it has arrived")
+    if flags is not None:
+        _await(flags, segment.piece)
     return x[segment.piece, batch, segment.k_start : segment.k_start + segment.k_len].to(accumulation_dtype(x.dtype))
+
+
+def _await(flags: Flags, piece: int) -> None:
+    """Looks until the piece has arrived or is poisoned; on the CPU, where nobody would bring it meanwhile, once."""
+    while not (flags.values[piece] >= flags.epoch[0]) | (flags.values[piece] == -1):  # POISON
+        if not flags.values.is_cuda:
+            raise RuntimeError(f"piece {piece} is read before it has arrived")
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

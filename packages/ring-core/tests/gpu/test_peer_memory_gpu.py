@@ -63,12 +63,12 @@ def test_peer_memory_gives_what_collectives_give(ranks: RunRanks, seed: int, at_
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-def among_collectives(seed: int) -> bool:
+def among_collectives(seed: int, at_once: int) -> bool:
     """An all-reduce of another group is enqueued before the ring call on one rank and after it on the others."""
     others = dist.new_group(list(range(dist.get_world_size())))
     number = torch.ones(1 << 20, device="cuda")
     dist.all_reduce(number, group=others)
-    want = everything(seed, "collectives", 2)
+    want = everything(seed, "collectives", at_once)
     side = torch.cuda.Stream()
     for _ in range(5):
         number.fill_(1.0)
@@ -76,7 +76,7 @@ def among_collectives(seed: int) -> bool:
         if dist.get_rank() == 0:
             with torch.cuda.stream(side):
                 dist.all_reduce(number, group=others)
-        got = everything_enqueued(seed)
+        got = everything_enqueued(seed, at_once)
         if dist.get_rank() != 0:
             with torch.cuda.stream(side):
                 dist.all_reduce(number, group=others)
@@ -86,17 +86,19 @@ def among_collectives(seed: int) -> bool:
     return True
 
 
-def everything_enqueued(seed: int) -> list[Tensor]:
+def everything_enqueued(seed: int, at_once: int) -> list[Tensor]:
     q, k, v, dout = shards(seed, batch=1, length=256)
     with gather_through("peer_memory"):
-        out, lse = attend(q, k, v, causal=True, layout="zigzag", schedule="gather", heads_at_once=2, **PLAIN)
+        out, lse = attend(q, k, v, causal=True, layout="zigzag", schedule="gather", heads_at_once=at_once, **PLAIN)
         return [x.detach() for x in (out, lse, *torch.autograd.grad(out, (q, k, v), dout))]
 
 
 @pytest.mark.multi_gpu(2)
 @pytest.mark.parametrize("setting", ["", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING"])
-def test_progress_beside_collectives_of_another_group(ranks: RunRanks, seed: int, setting: str) -> None:
-    assert all(ranks(2, among_collectives, seed, env={setting: "1"} if setting else {}, timeout=120))
+@pytest.mark.parametrize("at_once", [2, 4])
+def test_progress_beside_collectives_of_another_group(ranks: RunRanks, seed: int, setting: str, at_once: int) -> None:
+    """In two head groups, and in one, whose pieces the backend waits for itself."""
+    assert all(ranks(2, among_collectives, seed, at_once, env={setting: "1"} if setting else {}, timeout=120))
 
 
 def silent_peer() -> str:

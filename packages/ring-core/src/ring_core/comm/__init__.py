@@ -18,10 +18,11 @@ from ring_core.comm.lane import Lane, Turns, compute_after
 from ring_core.comm.peer import PeerCourier
 from ring_core.comm.ring import RingTransport
 from ring_core.comm.shared_memory import shared_memory
+from ring_core.comm.staged import StagedGather
 from ring_core.comm.symmetric_memory import arena_bytes, peers
 from ring_core.comm.traffic import Traffic, record_traffic
 from ring_core.comm.transport import Gradients, Keys, LocalTransport, Transport
-from ring_core.plan import GatherPlan, Plan, RingPlan
+from ring_core.plan import GatherPlan, Plan, Problem, RingPlan
 
 __all__ = [
     "Gradients",
@@ -66,6 +67,8 @@ def transport(
     k: Tensor,
     direction: Direction,
     heads_at_once: int = 0,
+    *,
+    staged: bool = False,
 ) -> Transport:
     """What moves keys and gradients for a plan.
 
@@ -73,15 +76,21 @@ def transport(
         num_heads: Hq.
         k: (B, S, Hkv, D): local keys, for their shape, dtype and device.
         direction: of the pass.
-        heads_at_once: key heads in a group of the gather schedule; 0: as `ring_core.comm.heads` has it.
+        heads_at_once: key heads in a group of the gather schedule; 0: all where pieces are staged, else as
+            `ring_core.comm.heads` has it.
+        staged: the backend takes arrival flags and departure counters, where the transport has them.
     """
     if group is None or not plan.problem.travels:
         return LocalTransport()
     if isinstance(plan, RingPlan):
         return RingTransport(plan, group)
-    return GatherTransport(
-        plan, _courier(plan, group, k), head_groups(plan.problem, num_heads, k, direction, heads_at_once)
-    )
+    courier = _courier(plan, group, k)
+    if staged and not heads_at_once and isinstance(courier, PeerCourier) and isinstance(plan.problem, Problem):
+        heads_at_once = k.shape[2]  # on every rank, also on one that sees a single piece: slots are laid out by group
+    groups = head_groups(plan.problem, num_heads, k, direction, heads_at_once)
+    if staged and len(groups) == 1 and isinstance(courier, PeerCourier) and courier.pieces is not None:
+        return StagedGather(plan, courier)
+    return GatherTransport(plan, courier, groups)
 
 
 def _courier(plan: GatherPlan, group: ProcessGroup, k: Tensor) -> Courier:

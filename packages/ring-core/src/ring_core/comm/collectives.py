@@ -18,7 +18,8 @@ from ring_core.ranges import Ranges, count
 
 
 class CollectiveCourier:
-    """Packs what a peer wants into one message, and unpacks what comes."""
+    """Packs what a peer wants into one message, and unpacks what comes. It cannot be a `StagedCourier`: NCCL's kernels
+    need multiprocessors, which a kernel that waits for pieces would hold."""
 
     def __init__(self, plan: GatherPlan, group: ProcessGroup, k: Tensor) -> None:
         self._plan = plan

@@ -30,6 +30,16 @@ def _stretches(plan: GatherPlan) -> dict[int, tuple[tuple[int, int, int], ...]]:
 
 
 @lru_cache(maxsize=256)
+def pieces_of(plan: GatherPlan) -> dict[int, tuple[int, ...]] | None:
+    """Which pieces each rank's keys are, in a plan whose pieces have one owner each; None where one has several, as
+    that of packed documents, or there is one piece only: then there is nothing to compute on before all is there."""
+    owners = {(placement.piece, placement.source) for placement in plan.placements}
+    if plan.piece_count < 2 or len(owners) > plan.piece_count:
+        return None
+    return {source: tuple(sorted(piece for piece, owner in owners if owner == source)) for source in plan.order}
+
+
+@lru_cache(maxsize=256)
 def arrival_places(plan: GatherPlan) -> dict[int, int]:
     """Where each peer's contributions begin in the buffer (B, m, 2, h, D) that takes all of them, in tokens."""
     places, begin = {}, 0

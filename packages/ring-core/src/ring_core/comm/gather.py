@@ -27,7 +27,7 @@ from torch import Tensor
 from ring_core.backend import accumulation_dtype
 from ring_core.comm.contributions import sum_in_rank_order
 from ring_core.comm.lane import URGENT, Lane, compute_after, compute_now
-from ring_core.comm.transport import Gradients, Keys, nothing
+from ring_core.comm.transport import Buffers, Gradients, Keys, nothing
 from ring_core.plan import GatherPlan
 
 BUFFERS = 2
@@ -136,20 +136,20 @@ class GatherGradients:
         self._homecomings: dict[int, Callable[[], Tensor]] = {}
         self._home: list[torch.cuda.Event | None] = []
 
-    def buffers(self, keys: Keys) -> tuple[Tensor, Tensor]:
+    def buffers(self, keys: Keys) -> Buffers:
         plan, k = self._plan, self._k
         if keys.step == HOME:
             assert plan.home is not None
             shape = (k.shape[0], plan.home[1] - plan.home[0], 2, keys.k.shape[3], k.shape[3])
             own = torch.zeros(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
             self._at_home.append((own, None))
-            return own[None, :, :, 0], own[None, :, :, 1]
+            return Buffers(own[None, :, :, 0], own[None, :, :, 1])
         number = len(self._parts)
         if number >= BUFFERS:  # whose buffer this is
             self._settle(number - BUFFERS)
             compute_after(self._home[number - BUFFERS])
         self._parts.append(self._courier.parts(pieces_shape(plan, k, keys.heads)))
-        return by_piece(self._parts[number], plan)
+        return Buffers(*by_piece(self._parts[number], plan))
 
     def depart(self, keys: Keys) -> None:
         lane = self._courier.home_lane

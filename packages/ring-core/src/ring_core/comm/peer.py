@@ -24,10 +24,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ring_core.backend import accumulation_dtype
-from ring_core.comm.contributions import arrival_places, arrivals, published, stretches
+from ring_core.backend import Flags, accumulation_dtype
+from ring_core.comm.contributions import arrival_places, arrivals, pieces_of, published, stretches
 from ring_core.comm.gather import Heads
-from ring_core.comm.lane import Lane
+from ring_core.comm.lane import Lane, compute_now
 from ring_core.comm.traffic import count_sent
 from ring_core.comm.transport import nothing
 from ring_core.plan import GatherPlan, make_plan
@@ -36,6 +36,7 @@ from ring_core.ranges import count
 PUBLISHED, READ = 0, 1
 COUNTERS = 2
 GENERATIONS = 2
+MOST_PIECES = 2  # of a rank: a zigzag chunk's halves
 
 
 class Copy(NamedTuple):
@@ -45,6 +46,13 @@ class Copy(NamedTuple):
     source: int
     target: int
     nbytes: int
+
+
+class Leg(NamedTuple):
+    """What a rank waits for: pieces, and what their departure counters come to."""
+
+    rank: int
+    full: tuple[tuple[int, int], ...]
 
 
 class PeerMemory(Protocol):
@@ -79,6 +87,19 @@ class PeerMemory(Protocol):
         """`signal`, then `wait`."""
         ...
 
+    def flags(self, pieces: int, epoch: int) -> Flags:
+        """Arrival flags of so many pieces, for this epoch: all of them down."""
+        ...
+
+    def arrive(self, pieces: tuple[int, ...], epoch: int) -> None:
+        """Raises their flags, after all that was copied before. Called once before anybody looks at `Flags.epoch`,
+        which it sets."""
+        ...
+
+    def depart(self, departures: Tensor, legs: list[Leg], counter: int, epoch: int) -> None:
+        """For each leg in turn: once its pieces' counters are full, signals to its rank alone."""
+        ...
+
     def pull(self, target: Tensor, generation: int, copies: list[Copy]) -> None:
         """Copies bytes of ranks' slots into `target`, which is contiguous."""
         ...
@@ -107,6 +128,8 @@ class PeerCourier:
         self._batch, self._row = 0, 0  # bytes of a token's keys and values of one head
         self._dtype = torch.float32
         self.lane, self.home_lane = lanes
+        self.pieces = pieces_of(plan)
+        self._zeroed: torch.cuda.Event | None = None
 
     def offer(self, k: Tensor, v: Tensor, groups: Heads) -> None:
         memory, plan = self._keys, self._plan
@@ -129,44 +152,102 @@ class PeerCourier:
             count_sent("keys", peer, batch * count(wanted) * num_heads * self._row)
 
     def fetch(self, number: int, pieces: Tensor) -> Callable[[], None]:
-        plan, memory, batch, heads = self._plan, self._keys, self._batch, self._groups[number]
-        token = (heads.stop - heads.start) * self._row
-        with _poisoning(memory):
-            for source in plan.order:  # own first; no two ranks pull from one peer at the same time
-                chunk, span = plan.problem.key_chunk(source), plan.piece_count * plan.piece_length
-                begin = batch * chunk * heads.start * self._row
-                copies = [
-                    Copy(source, begin + (b * chunk + start) * token, (b * span + at) * token, n * token)
-                    for b in range(batch)
-                    for start, at, n in stretches(plan, source)
-                ]
-                memory.pull(pieces, self._epoch % GENERATIONS, copies)
+        with _poisoning(self._keys):
+            for source in self._plan.order:  # own first; no two ranks pull from one peer at the same time
+                self._pull(source, number, pieces)
         return nothing
+
+    def _pull(self, source: int, number: int, pieces: Tensor) -> None:
+        """A rank's keys of the number-th group, from its slot into the pieces."""
+        plan, batch, heads = self._plan, self._batch, self._groups[number]
+        token = (heads.stop - heads.start) * self._row
+        chunk, span = plan.problem.key_chunk(source), plan.piece_count * plan.piece_length
+        begin = batch * chunk * heads.start * self._row
+        copies = [
+            Copy(source, begin + (b * chunk + start) * token, (b * span + at) * token, n * token)
+            for b in range(batch)
+            for start, at, n in stretches(plan, source)
+        ]
+        self._keys.pull(pieces, self._epoch % GENERATIONS, copies)
 
     def fetched(self) -> None:
         self._keys.signal(READ, self._epoch)
         self._keys.watch(self._epoch)
 
     def parts(self, shape: torch.Size) -> Tensor:
-        memory = self._gradients
-        dtype = accumulation_dtype(self._dtype)
-        with _poisoning(memory):
-            # For the largest group at once: no arena grows while one of its slots is in use.
-            per_token = shape[0] * 2 * self._widest * shape[-1]
-            memory.reserve(self._plan.problem.k_length * per_token * dtype.itemsize)
-            self._parts_epoch = self._begin(memory)
-            slot = memory.slot(memory.rank, self._parts_epoch % GENERATIONS)
-            return _typed(slot, dtype, shape).zero_()
+        return self._parts(shape, 0)[0]
 
     def ship(self, parts: Tensor) -> Callable[[], Tensor]:
         plan, memory, epoch = self._plan, self._gradients, self._parts_epoch
         with _poisoning(memory):
             memory.exchange(PUBLISHED, epoch, tuple(plan.send))
-        for owner, taken in plan.receive.items():
-            count_sent("gradients", owner, parts[:, : count(taken)].nbytes)
+        self._count_shipped(parts)
         return lambda: self._arrived(parts, epoch)
 
-    def _arrived(self, parts: Tensor, epoch: int) -> Tensor:
+    # --- of a StagedCourier
+
+    def stage(self, pieces: Tensor) -> Flags:
+        assert self.pieces is not None, "a plan whose pieces come one by one"
+        memory, own = self._keys, self._plan.rank
+        with _poisoning(memory):
+            flags = memory.flags(self._plan.piece_count, self._epoch)
+            if own in self.pieces:
+                self._pull(own, 0, pieces)
+            memory.arrive(self.pieces.get(own, ()), self._epoch)
+        return flags
+
+    def follow(self, pieces: Tensor) -> None:
+        assert self.pieces is not None
+        with _poisoning(self._keys):
+            for source in self._plan.order:
+                if source != self._plan.rank:
+                    self._pull(source, 0, pieces)
+                    self._keys.arrive(self.pieces[source], self._epoch)
+
+    def staged_parts(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        found = self._parts(shape, self._plan.piece_count)
+        self._zeroed = compute_now(self.lane)
+        return found
+
+    def ship_staged(self, parts: Tensor, departures: Tensor, full: tuple[int, ...]) -> Callable[[], Tensor]:
+        assert self.pieces is not None
+        plan, memory, epoch = self._plan, self._gradients, self._parts_epoch
+        legs = [
+            Leg(owner, tuple((piece, full[piece]) for piece in self.pieces[owner]))
+            for owner in plan.order
+            if owner != plan.rank
+        ]
+        with _poisoning(memory):
+            self.lane.after(self._zeroed)
+            with self.lane.on():
+                memory.depart(departures, legs, PUBLISHED, epoch)
+                memory.watch(epoch)
+        self._count_shipped(parts)
+        return lambda: self._arrived(parts, epoch, one_by_one=True)
+
+    # ---
+
+    def _parts(self, shape: torch.Size, counters: int) -> tuple[Tensor, Tensor]:
+        """Zeros, followed in the slot by departure counters (N,) int32."""
+        memory = self._gradients
+        dtype = accumulation_dtype(self._dtype)
+        with _poisoning(memory):
+            # For the largest group at once: no arena grows while one of its slots is in use.
+            per_token = shape[0] * 2 * self._widest * shape[-1]
+            memory.reserve(
+                self._plan.problem.k_length * per_token * dtype.itemsize + 4 * MOST_PIECES * memory.world_size
+            )
+            self._parts_epoch = self._begin(memory)
+            slot = memory.slot(memory.rank, self._parts_epoch % GENERATIONS)
+            nbytes = shape.numel() * dtype.itemsize
+            slot[: nbytes + 4 * counters].zero_()
+            return _typed(slot, dtype, shape), slot[nbytes : nbytes + 4 * counters].view(torch.int32)
+
+    def _count_shipped(self, parts: Tensor) -> None:
+        for owner, taken in self._plan.receive.items():
+            count_sent("gradients", owner, parts[:, : count(taken)].nbytes)
+
+    def _arrived(self, parts: Tensor, epoch: int, *, one_by_one: bool = False) -> Tensor:
         plan, memory = self._plan, self._gradients
         batch, token = parts.shape[0], parts.shape[2:].numel() * parts.element_size()
         tokens = arrivals(plan)
@@ -181,6 +262,8 @@ class PeerCourier:
                         for b in range(batch)
                     ]
                     offset += n
+                if one_by_one:
+                    memory.wait(PUBLISHED, epoch, (peer,))
                 memory.pull(arrived, epoch % GENERATIONS, copies)
             memory.signal(READ, epoch)
             memory.watch(epoch)

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from ring_core.backend import accumulation_dtype
 from ring_core.comm.channel import Channel, Pending, channel
-from ring_core.comm.transport import Gradients, Keys, add_tokens, in_dtype, pack, whole, zeros_for_gradients
+from ring_core.comm.transport import Buffers, Gradients, Keys, add_tokens, in_dtype, pack, whole, zeros_for_gradients
 from ring_core.plan import RingPlan
 from ring_core.ranges import Ranges, count
 
@@ -79,10 +79,10 @@ class RingGradients:
         self._home: Tensor | None = None
         self._pending: list[Pending] = []
 
-    def buffers(self, keys: Keys) -> tuple[Tensor, Tensor]:
+    def buffers(self, keys: Keys) -> Buffers:
         if step := keys.step:
             self._part = zeros_for_gradients(self._k, count(self._plan.hops[step].receive))
-        return self._part[0][None], self._part[1][None]
+        return Buffers(self._part[0][None], self._part[1][None])
 
     def depart(self, keys: Keys) -> None:
         plan, link, step = self._plan, self._link, keys.step

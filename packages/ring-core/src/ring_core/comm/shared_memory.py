@@ -18,16 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ring_core.backend import Flags
 from ring_core.comm.channel import RingCommError, timeout
-from ring_core.comm.peer import GENERATIONS, Copy
+from ring_core.comm.peer import COUNTERS, GENERATIONS, MOST_PIECES, Copy, Leg
 
-_POISON = 2
-_COUNTERS = 3
-_HEADER = 64  # bytes: the counters, then the slots
+_ALIGNMENT = 64  # bytes: slots begin where any dtype may
 
 
 class SharedMemory:
-    """`PeerMemory` for one purpose ("keys" or "gradients") of one group on one host."""
+    """`PeerMemory` for one purpose ("keys" or "gradients") of one group on one host.
+
+    An arena begins with int64 counters: for each of COUNTERS one for every reader, and one that is not 0 once its owner
+    has failed; then come the slots.
+    """
 
     def __init__(self, group: ProcessGroup, name: str) -> None:
         self.rank = dist.get_rank(group)
@@ -37,19 +40,22 @@ class SharedMemory:
         self._epoch = 0
         self._size = 0
         self._arenas: list[Tensor] = []
+        self._poison = COUNTERS * self.world_size
+        self._header = -(-8 * (self._poison + 1) // _ALIGNMENT) * _ALIGNMENT
+        self._arrivals = torch.zeros(MOST_PIECES * self.world_size, dtype=torch.int32)
         self.reserve(1)
 
     def reserve(self, nbytes: int) -> None:
-        nbytes = -(-nbytes // _HEADER) * _HEADER  # slots begin where any dtype may
+        nbytes = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         if nbytes <= self._size:
             return
         if self._arenas:  # the slots of the last epochs are still being read, until every rank has come here
             dist.barrier(group=self._group)
-        size = _HEADER + GENERATIONS * nbytes
+        size = self._header + GENERATIONS * nbytes
         path = Path(tempfile.gettempdir()) / f"ring-{os.getpid()}-{id(self)}-{self._name}"
         own = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-        own[:_HEADER].zero_()
-        own[: 8 * 2].view(torch.int64).fill_(self._epoch)
+        own[: self._header].zero_()
+        own[: 8 * self._poison].view(torch.int64).fill_(self._epoch)
         paths: list[str] = [""] * self.world_size
         dist.all_gather_object(paths, str(path), group=self._group)
         self._arenas = [
@@ -61,7 +67,7 @@ class SharedMemory:
         self._size = nbytes
 
     def slot(self, rank: int, generation: int) -> Tensor:
-        start = _HEADER + generation * self._size
+        start = self._header + generation * self._size
         return self._arenas[rank][start : start + self._size]
 
     def next_epoch(self) -> int:
@@ -69,7 +75,7 @@ class SharedMemory:
         return self._epoch
 
     def signal(self, counter: int, epoch: int) -> None:
-        self._counters(self.rank)[counter] = epoch
+        self._counters(self.rank)[counter * self.world_size : (counter + 1) * self.world_size] = epoch
 
     def wait(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
         for rank in ranks:
@@ -79,8 +85,8 @@ class SharedMemory:
         counters = self._counters(rank)
         limit = timeout()
         deadline = time.monotonic() + (limit.total_seconds() if limit else 600.0)
-        while counters[counter] < epoch:
-            if counters[_POISON]:
+        while counters[counter * self.world_size + self.rank] < epoch:
+            if counters[self._poison]:
                 raise RingCommError(f"rank {self.rank} of {self.world_size}: rank {rank} has failed ({self._name})")
             if time.monotonic() > deadline:
                 raise RingCommError(
@@ -93,6 +99,19 @@ class SharedMemory:
         self.signal(counter, epoch)
         self.wait(counter, epoch, ranks)
 
+    def flags(self, pieces: int, epoch: int) -> Flags:
+        return Flags(self._arrivals[:pieces], torch.tensor([epoch], dtype=torch.int32))
+
+    def arrive(self, pieces: tuple[int, ...], epoch: int) -> None:
+        self._arrivals[list(pieces)] = epoch
+
+    def depart(self, departures: Tensor, legs: list[Leg], counter: int, epoch: int) -> None:
+        for rank, full in legs:
+            for piece, number in full:
+                if departures[piece] != number:  # whoever counts has done so: everything here is done by the host
+                    raise RuntimeError(f"piece {piece} departs with {int(departures[piece])} of {number} keys")
+            self._counters(self.rank)[counter * self.world_size + rank] = epoch
+
     def pull(self, target: Tensor, generation: int, copies: list[Copy]) -> None:
         flat = target.view(-1).view(torch.uint8)
         for rank, source, into, nbytes in copies:
@@ -102,10 +121,10 @@ class SharedMemory:
         """Waiting is over when `wait` returns."""
 
     def poison(self) -> None:
-        self._counters(self.rank)[_POISON] = 1
+        self._counters(self.rank)[self._poison] = 1
 
     def _counters(self, rank: int) -> Tensor:
-        return self._arenas[rank][: 8 * _COUNTERS].view(torch.int64)
+        return self._arenas[rank][: 8 * (self._poison + 1)].view(torch.int64)
 
 
 _memories: dict[tuple[str, str], tuple[ProcessGroup, SharedMemory]] = {}

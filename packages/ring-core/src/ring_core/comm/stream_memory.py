@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 _WAIT, _WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32, …_WRITE_VALUE_32
 _GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ: (int32)(word - value) >= 0
+_MOST = 256  # operations a batch
 
 
 class _Operation(ctypes.Structure):
@@ -29,19 +31,34 @@ class _Operation(ctypes.Structure):
     )
 
 
-def write_and_wait(stream: int, written: Sequence[int], awaited: Sequence[int], value: int) -> None:
-    """Enqueues writing `value` to each address in `written`, after everything the stream holds (whoever sees the word
-    sees all of that: the operation has a system-wide barrier), and then waiting until each word in `awaited` is at
-    least `value`: in one call, since each costs the host some 10 µs."""
-    count = len(written) + len(awaited)
-    if not count:
-        return
-    word = value & 0xFFFFFFFF
-    batch = (_Operation * count)(
-        *(_Operation(operation=_WRITE, address=address, value=word) for address in written),
-        *(_Operation(operation=_WAIT, address=address, value=word, flags=_GEQ) for address in awaited),
-    )
-    _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream, count, batch, 0))
+class Write(NamedTuple):
+    """Sets the word at an address once everything before is done; whoever sees it sees all of that (the operation has a
+    system-wide barrier)."""
+
+    address: int
+    value: int
+
+
+class Wait(NamedTuple):
+    """Nothing after it begins until the word at an address is at least `value`."""
+
+    address: int
+    value: int
+
+
+def enqueue(stream: int, operations: Sequence[Write | Wait]) -> None:
+    """Enqueues them in that order, in one call of the driver, since each costs the host some 10 µs."""
+    for start in range(0, len(operations), _MOST):
+        some = operations[start : start + _MOST]
+        batch = (_Operation * len(some))(
+            *(
+                _Operation(operation=_WRITE, address=x.address, value=x.value & 0xFFFFFFFF)
+                if isinstance(x, Write)
+                else _Operation(operation=_WAIT, address=x.address, value=x.value & 0xFFFFFFFF, flags=_GEQ)
+                for x in some
+            )
+        )
+        _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream, len(some), batch, 0))
 
 
 def copy_bytes(stream: int, target: int, source: int, nbytes: int) -> None:

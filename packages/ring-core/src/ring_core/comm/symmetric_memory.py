@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -23,18 +24,26 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ring_core._torch import current_stream, current_stream_handle, symmetric_buffer, symmetric_rendezvous
+from ring_core.backend import POISON, Flags
 from ring_core.comm.channel import RingCommError, timeout
 from ring_core.comm.lane import Lane
-from ring_core.comm.peer import COUNTERS, GENERATIONS, PUBLISHED, READ, Copy
-from ring_core.comm.stream_memory import copy_bytes, write_and_wait
+from ring_core.comm.peer import COUNTERS, GENERATIONS, MOST_PIECES, PUBLISHED, READ, Copy, Leg
+from ring_core.comm.stream_memory import Wait, Write, copy_bytes, enqueue
 
 _ALIGNMENT = 512  # bytes; slots begin at multiples of it
 _PATIENCE = 600.0  # seconds, without RING_TIMEOUT
-_RELEASE = 0x7FFFFFFF  # satisfies every wait: epochs stay below it
+_RELEASE = 0x7FFFFFFF  # satisfies every wait of a stream: epochs stay below it
+_EPOCHS = 8
+"""Device words with the epochs of the last calls, one each: a kernel reads its own as long as it runs, beside others on
+other streams."""
 
 
 class SymmetricMemory:
-    """`PeerMemory` for one purpose ("keys" or "gradients") of one group of GPUs on one host."""
+    """`PeerMemory` for one purpose ("keys" or "gradients") of one group of GPUs on one host.
+
+    An arena begins with int32 words: COUNTERS x W that the peers write, then, of this GPU's own, EPOCHS epochs and the
+    arrival flags of all pieces; then come the slots.
+    """
 
     def __init__(self, group: ProcessGroup, device: torch.device, name: str) -> None:
         self.rank = dist.get_rank(group)
@@ -47,7 +56,10 @@ class SymmetricMemory:
         self._arenas: list[Tensor] = []
         self._addresses: list[int] = []
         self._failure = ""
-        self._header = -(-COUNTERS * self.world_size * 4 // _ALIGNMENT) * _ALIGNMENT
+        self._signals = COUNTERS * self.world_size
+        words = self._signals + _EPOCHS + MOST_PIECES * self.world_size
+        self._header = -(-words * 4 // _ALIGNMENT) * _ALIGNMENT
+        self._departures: dict[int, Tensor] = {}  # of the last epochs, by generation
 
     @property
     def nbytes(self) -> int:
@@ -66,6 +78,7 @@ class SymmetricMemory:
         own[: self._header].view(torch.int32).fill_(self._epoch)
         self._arenas = symmetric_rendezvous(own, self._group)
         self._addresses = [arena.data_ptr() for arena in self._arenas]
+        self._departures = {}
         self._size = nbytes
         torch.cuda.synchronize(self._device)
         dist.barrier(group=self._group)  # nobody signals before all have set their counters
@@ -80,13 +93,32 @@ class SymmetricMemory:
         return self._epoch
 
     def signal(self, counter: int, epoch: int) -> None:
-        self._enqueue(self._own_words(counter), [], epoch)
+        self._enqueue(self._signals_of(counter, epoch))
 
     def wait(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
-        self._enqueue([], self._words_of(counter, ranks), epoch)
+        self._enqueue(self._waits_for(counter, epoch, ranks))
 
     def exchange(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
-        self._enqueue(self._own_words(counter), self._words_of(counter, ranks), epoch)
+        self._enqueue(self._signals_of(counter, epoch) + self._waits_for(counter, epoch, ranks))
+
+    def flags(self, pieces: int, epoch: int) -> Flags:
+        place = self._signals + epoch % _EPOCHS
+        words, first = self._words(), self._signals + _EPOCHS
+        return Flags(words[first : first + pieces], words[place : place + 1])
+
+    def arrive(self, pieces: tuple[int, ...], epoch: int) -> None:
+        first = self._addresses[self.rank] + 4 * self._signals
+        raised = [Write(first + 4 * (_EPOCHS + piece), epoch) for piece in pieces]
+        self._enqueue([Write(first + 4 * (epoch % _EPOCHS), epoch), *raised])
+
+    def depart(self, departures: Tensor, legs: list[Leg], counter: int, epoch: int) -> None:
+        self._departures[epoch % GENERATIONS] = departures
+        first = departures.data_ptr()
+        operations: list[Write | Wait] = []
+        for rank, full in legs:
+            operations += [Wait(first + 4 * piece, number) for piece, number in full]
+            operations.append(Write(self._word(rank, counter, self.rank), epoch))
+        self._enqueue(operations)
 
     def pull(self, target: Tensor, generation: int, copies: list[Copy]) -> None:
         stream, into = current_stream_handle(self._device), target.data_ptr()
@@ -102,10 +134,11 @@ class SymmetricMemory:
         """Others learn of it when their waits run out of time: a failed rank may not have a working stream left."""
 
     def release(self, epoch: int) -> None:
-        """Ends every wait of this rank, and makes its next call raise. Called by the watchdog, beside all streams."""
+        """Ends every wait of this rank, and makes its next call raise. Called by the watchdog, beside all streams, and
+        by copies only: a kernel that waits may hold all multiprocessors."""
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
-            words = self._arenas[self.rank][: self._header].view(torch.int32)
-            seen = words[: COUNTERS * self.world_size].view(COUNTERS, self.world_size).tolist()
+            words = self._words()
+            seen = words[: self._signals].view(COUNTERS, self.world_size).tolist()
             late = [
                 str(rank)
                 for rank in range(self.world_size)
@@ -116,19 +149,29 @@ class SymmetricMemory:
                 f"({self._name}, epoch {epoch}), and what was computed since is void. RING_TIMEOUT sets how many "
                 f"seconds to wait."
             )
-            words.fill_(_RELEASE)
+            released = torch.full(words.shape, _RELEASE, dtype=torch.int32)
+            released[self._signals :] = POISON - (1 << 32)  # as int32: kernels read these words
+            words.copy_(released.pin_memory(), non_blocking=True)
+            for departures in self._departures.values():
+                full = torch.full(departures.shape, _RELEASE, dtype=torch.int32)
+                departures.copy_(full.pin_memory(), non_blocking=True)
             torch.cuda.current_stream().synchronize()
 
-    def _enqueue(self, written: list[int], awaited: list[int], epoch: int) -> None:
-        write_and_wait(current_stream_handle(self._device), written, awaited, epoch)
+    def _enqueue(self, operations: Sequence[Write | Wait]) -> None:
+        enqueue(current_stream_handle(self._device), operations)
 
-    def _own_words(self, counter: int) -> list[int]:
-        """Where the peers look for this rank's counter."""
-        return [self._word(peer, counter, self.rank) for peer in range(self.world_size) if peer != self.rank]
+    def _signals_of(self, counter: int, epoch: int) -> list[Write | Wait]:
+        """Writes this rank's counter where the peers look for it."""
+        peers = (peer for peer in range(self.world_size) if peer != self.rank)
+        return [Write(self._word(peer, counter, self.rank), epoch) for peer in peers]
 
-    def _words_of(self, counter: int, ranks: tuple[int, ...]) -> list[int]:
-        """Where this rank looks for theirs."""
-        return [self._word(self.rank, counter, rank) for rank in ranks]
+    def _waits_for(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> list[Write | Wait]:
+        """Waits where this rank looks for theirs."""
+        return [Wait(self._word(self.rank, counter, rank), epoch) for rank in ranks]
+
+    def _words(self) -> Tensor:
+        """int32: the beginning of this rank's arena."""
+        return self._arenas[self.rank][: self._header].view(torch.int32)
 
     def _word(self, owner: int, counter: int, writer: int) -> int:
         return self._addresses[owner] + 4 * (counter * self.world_size + writer)

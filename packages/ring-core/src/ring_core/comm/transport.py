@@ -34,16 +34,24 @@ class Keys(NamedTuple):
     flags: Flags | None = None
 
 
+class Buffers(NamedTuple):
+    """What a backward adds into."""
+
+    dk: Tensor  # (C, B, S_piece, h, D), in the accumulation dtype
+    dv: Tensor  # (C, B, S_piece, h, D)
+    departures: Tensor | None = None
+    """Zeros (C,) int32, where pieces leave as they are completed: `ring_core.backend.departures_of`."""
+
+
 class Gradients(Protocol):
     """dk and dv on their way to the ranks that hold the keys."""
 
-    def buffers(self, keys: Keys) -> tuple[Tensor, Tensor]:
-        """dk, dv (C, B, S_piece, h, D) for what `Transport.keys` has just yielded, zeroed, in the accumulation
-        dtype."""
+    def buffers(self, keys: Keys) -> Buffers:
+        """Zeros for what `Transport.keys` has just yielded."""
         ...
 
     def depart(self, keys: Keys) -> None:
-        """Its contributions are complete (on the current stream)."""
+        """All that computes its contributions is enqueued (on the current stream)."""
         ...
 
     def collect(self) -> tuple[Tensor, Tensor]:
@@ -88,8 +96,8 @@ class LocalGradients:
         self._dtype = k.dtype
         self._sums = zeros_for_gradients(k, k.shape[1])
 
-    def buffers(self, keys: Keys) -> tuple[Tensor, Tensor]:
-        return self._sums[0][None], self._sums[1][None]
+    def buffers(self, keys: Keys) -> Buffers:
+        return Buffers(self._sums[0][None], self._sums[1][None])
 
     def depart(self, keys: Keys) -> None:
         pass

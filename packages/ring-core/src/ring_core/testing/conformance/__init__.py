@@ -24,7 +24,8 @@ A backend's test file:
 contract says is not read holds NaN, what it says is not written is compared bit by bit. *Ring level*: ranks of a pool
 go through `ring_attention` or `ring_attention_packed`. Results are judged against the float64 oracle, by the error that
 torch's own attention makes in the same dtype. A case that the backend's Capabilities rule out is not run; the operator
-must then refuse it by name, and that is what is checked.
+must then refuse it by name, and that is what is checked. *Staged*, on GPUs: pieces come late
+(`check_late_arrivals`) and leave early (`check_departures`), for backends whose kernels watch them.
 """
 
 from ring_core.testing.conformance.case import AttentionCase, check_refused
@@ -32,13 +33,17 @@ from ring_core.testing.conformance.kernel import KernelCase, check_kernel_case, 
 from ring_core.testing.conformance.kernel_cases import kernel_cases
 from ring_core.testing.conformance.packed import PackedCase, check_packed_case, packed_cases, run_packed_case
 from ring_core.testing.conformance.ring import RingCase, check_ring_case, ring_cases, run_ring_case
+from ring_core.testing.conformance.staged import StagedCase, check_departures, check_late_arrivals
 
 __all__ = [
     "AttentionCase",
     "KernelCase",
     "PackedCase",
     "RingCase",
+    "StagedCase",
+    "check_departures",
     "check_kernel_case",
+    "check_late_arrivals",
     "check_late_piece",
     "check_packed_case",
     "check_refused",

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from ring_core.accumulate import accumulating
-from ring_core.backend import Backend, Dropout, Flags, Params, accumulation_dtype, on_device
+from ring_core.backend import (
+    Backend,
+    Dropout,
+    Flags,
+    Params,
+    accumulation_dtype,
+    departures_of,
+    on_device,
+    takes_flags,
+)
 from ring_core.segment import LAST
 from ring_core.testing.conformance.case import (
     AttentionCase,
@@ -86,7 +95,7 @@ def check_kernel_case(case: KernelCase, backend: Backend, device: torch.device |
     if case.cu_q is not None:
         options.update(cu_seqlens_q=case.cu_q, cu_seqlens_k=case.cu_k, total_length=None)
     able = accumulating(backend, device)
-    results = _Run(case, able, device, tensors, can.flags).all_shares()
+    results = _Run(case, able, device, tensors).all_shares()
     # dk and dv are added to numbers of size 1: each addition rounds at that size.
     rounding = 8 * torch.finfo(accumulation_dtype(tensors.q.dtype)).eps
     truth = check_results(case, tensors, results, options, slack={"dk": rounding, "dv": rounding})
@@ -94,7 +103,7 @@ def check_kernel_case(case: KernelCase, backend: Backend, device: torch.device |
         same = torch.equal(results["out"].cpu() != 0, truth.out.cpu() != 0)
         assert same, f"{case}: the dropout mask is not Philox's, bit for bit"
     if case.deterministic:
-        again = _Run(case, able, device, tensors, can.flags).all_shares()
+        again = _Run(case, able, device, tensors).all_shares()
         differ = [name for name, value in results.items() if not torch.equal(value, again[name])]
         assert not differ, f"{case}: {differ} differ bitwise from run to run though deterministic=True"
 
@@ -102,14 +111,13 @@ def check_kernel_case(case: KernelCase, backend: Backend, device: torch.device |
 class _Run:
     """All shares of one case through one backend; everything that the contract says is not read holds NaN."""
 
-    def __init__(self, case: KernelCase, backend: Backend, device: torch.device, tensors: Tensors, flags: bool) -> None:
+    def __init__(self, case: KernelCase, backend: Backend, device: torch.device, tensors: Tensors) -> None:
         self.case, self.backend, self.device, self.tensors = case, backend, device, tensors
         self.sums = accumulation_dtype(tensors.q.dtype)
         scale = 1 / math.sqrt(case.head_dim) if case.scale is None else case.scale
         seed = torch.tensor([tensors.dropout_seed], device=device)
         dropout = Dropout(case.dropout_p, seed) if case.dropout_p else None
         self.params = Params(scale, case.softcap, tensors.alibi_slopes, tensors.sinks, dropout, case.deterministic)
-        self.flagged = case.flags and flags
 
     def all_shares(self) -> dict[str, Tensor]:
         """Global out, lse, dq, dk, dv and dsinks, from the parts of all simulated ranks."""
@@ -177,8 +185,8 @@ class _Run:
         roomy[..., 1, :] = x
         return roomy[..., 1, :]
 
-    def _flags(self, call: Call) -> Flags | None:
-        if not self.flagged:
+    def _flags(self, call: Call, q: Tensor, dout: Tensor | None) -> Flags | None:
+        if not self.case.flags or not takes_flags(self.backend, q, dout, self.params):
             return None
         values = torch.full((call.keys.shape[0],), EPOCH, dtype=torch.int32, device=self.device)
         return Flags(values, torch.tensor([EPOCH], dtype=torch.int32, device=self.device))
@@ -193,7 +201,7 @@ class _Run:
                 continue
             before = out.clone(), lse.clone(), None if state is None else state.clone()
             table = on_device(call.forward, self.device)
-            self.backend.forward(q, k, v, out, lse, state, table, params=self.params, flags=self._flags(call))
+            self.backend.forward(q, k, v, out, lse, state, table, params=self.params, flags=self._flags(call, q, None))
             others = ~rows_of(call.forward, batch, q_length).to(self.device)
             unfinished = ~rows_of(call.forward, batch, q_length, LAST).to(self.device)
             self._untouched("out", out, before[0], unfinished)
@@ -225,8 +233,13 @@ class _Run:
             before = torch.randn(2, *k.shape, generator=generator, dtype=self.sums).to(self.device)
             after = before.clone()
             table = on_device(call.backward, self.device)
-            flags = self._flags(call)
-            self.backend.backward(state, q, k, v, dout, after[0], after[1], table, params=self.params, flags=flags)
+            flags = self._flags(call, q, dout)
+            departures = None if flags is None else torch.zeros_like(flags.values)
+            staged: dict[str, Any] = {"flags": flags, "departures": departures}
+            self.backend.backward(state, q, k, v, dout, after[0], after[1], table, params=self.params, **staged)
+            if departures is not None:
+                full = departures_of(call.backward, k.shape[0], q.shape[0], k.shape[3])
+                assert tuple(departures.tolist()) == full, f"{self.case}: departures {departures.tolist()}, not {full}"
             read = keys_of(call.backward, q.shape[0], call.keys).to(self.device)
             for side, name in enumerate(("dk", "dv")):
                 self._untouched(name, after[side], before[side], ~read)
@@ -259,7 +272,7 @@ def check_late_piece(backend: Backend, device: torch.device | str = "cpu") -> No
     if not can.flags or device.type != "cpu":
         pytest.skip("only backends that read arrival flags, on the CPU, can be asked not to wait")
     late_case = KernelCase(name="late piece", hand_made=True, calls=1, pieces=3, block=10, flags=True).resolved(can)
-    run = _Run(late_case, accumulating(backend, device), device, make_tensors(late_case, 0, device), True)
+    run = _Run(late_case, accumulating(backend, device), device, make_tensors(late_case, 0, device))
     (share,) = shares(late_case)
     (call,) = share.calls
     (k, v) = run._pieces(call)

@@ -1,0 +1,29 @@
+"""What the checks for staged backends say of the reference backend: it waits on the host and counts in its stream."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+
+from ring_core.backend import load_backend
+from ring_core.testing.conformance import StagedCase, check_departures, check_late_arrivals
+
+CASES = [
+    StagedCase(length=256, heads=(4, 2), head_dim=16, world_size=3, rank=2, dtype=torch.float32),
+    StagedCase(length=256, heads=(4, 2), head_dim=16, world_size=2, rank=1, layout="zigzag", causal=True),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_late_pieces(case: StagedCase, seed: int) -> None:
+    orders = [list(order) for order in permutations(range(case.plan.piece_count))]
+    check_late_arrivals(load_backend("reference"), case, orders, seed=seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_departs_is_final(case: StagedCase, seed: int) -> None:
+    check_departures(load_backend("reference"), case, list(range(case.plan.piece_count))[::-1], seed=seed)

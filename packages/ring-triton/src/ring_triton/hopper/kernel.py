@@ -1,0 +1,431 @@
+"""The Hopper forward in Gluon: one launch over all tiles of a table.
+
+    default partition (4 warps, few registers)        one partition per 64 rows (4 warps, many registers)
+    ┌──────────── producer ────────────┐              ┌──────────────── consumer ────────────────┐
+    │ Q tile, then K and V blocks      │── full ────►│ S[n+1] = Q K[n+1]ᵀ   issued               │
+    │ by TMA into two rings of STAGES  │              │ O += P[n] V[n]        issued               │
+    │ (waits for arrival flags before  │◄── empty ───│ softmax of S[n+1] while O is summed        │
+    │ a piece's first load)            │              │ P stays in registers                       │
+    └──────────────────────────────────┘              └──────────────────────────────────────────┘
+
+Barriers: `q_full`/`q_empty` one per consumer and tile, `k_full`/`k_empty` and `v_full`/`v_empty` one per stage. Blocks
+are counted over the whole life of the CTA; stage and phase follow from the count.
+
+Keys and values are read through a descriptor whose bounds are the segment's own (the ragged view of
+`triton.tools.ragged_tma`): rows beyond a segment arrive as zeros whatever memory holds there, so 0 x NaN cannot occur
+and nothing has to be cleared. Rows of queries beyond a tile's last are read, computed and dropped.
+
+Which tile next: CTA p takes p, p + grid, ... (one each if the grid is that large), or with DYNAMIC what an atomic
+counter says, which the last CTA to ask sets back to 0.
+
+After Shah et al. (arXiv:2407.08608): roles, register split, order of the two products.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from ring_triton.hopper.compat import tma_load
+
+
+@gluon.jit
+def _tile(work, items, num_items, section, num_heads, head_batches):
+    """What tile number `work` is: heads come in sections whose keys fit the L2, tiles longest first within one."""
+    nth = work // (num_items * section)
+    rest = work - nth * (num_items * section)
+    here = gl.minimum(section, head_batches - nth * section)
+    item = rest // here
+    head_batch = nth * section + rest - item * here
+    entry = items + item * 8
+    batch = gl.load(entry + 4)
+    batch = gl.where(batch < 0, head_batch // num_heads, batch)
+    head = head_batch % num_heads
+    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3), batch, head, gl.load(entry + 5)
+
+
+@gluon.jit
+def _await_piece(flags, epoch, piece, polls):
+    """Returns once piece has arrived, is poisoned (the largest value) or `polls` looks were in vain."""
+    want = gl.load(epoch).to(gl.uint32, bitcast=True)
+    seen = gl.inline_asm_elementwise(
+        "ld.acquire.sys.global.u32 $0, [$1];", "=r,l", [flags + piece], dtype=gl.uint32, is_pure=False, pack=1
+    )
+    looks = 0
+    while (seen < want) & (looks < polls):
+        seen = gl.inline_asm_elementwise(
+            "ld.acquire.sys.global.u32 $0, [$1];", "=r,l", [flags + piece], dtype=gl.uint32, is_pure=False, pack=1
+        )
+        looks += 1
+    # the copy engine's writes, acquired by the generic proxy, must be visible to the async proxy (TMA)
+    gl.inline_asm_elementwise("fence.proxy.async; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _load_tile(
+    work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
+    q_desc, k_desc, v_desc, flags, epoch, polls, qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FLAGS: gl.constexpr,
+):  # fmt: skip
+    """The producer's part of one tile; returns blocks and tiles loaded so far."""
+    start, stop, q_row, _rows, batch, head, _flags = _tile(work, items, num_items, section, num_heads, head_batches)
+    FAR: gl.constexpr = 1 << 30
+    if stop > start:
+        for c in gl.static_range(CONSUMERS):
+            mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
+            mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
+            tma_load(q_desc, [batch, head, q_row + c * 64, 0], q_full.index(c), qs.index(c))
+        for w in range(start, stop):
+            entry = walk + w * 12
+            k_row = gl.load(entry)
+            k_len = gl.load(entry + 1)
+            j_lo = gl.load(entry + 2)
+            count = gl.load(entry + 3)
+            right = gl.load(entry + 4)
+            if FLAGS:
+                _await_piece(flags, epoch, gl.load(entry + 8), polls)
+            end = batch * k_batch_rows + k_row + k_len
+            for t in range(count):
+                block = gl.where(t < right, count - 1 - t, t - right)
+                x = FAR - k_len + j_lo + block * BLOCK
+                stage = blocks % STAGES
+                phase = (blocks // STAGES) & 1
+                mbarrier.wait(k_empty.index(stage), phase ^ 1)
+                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                tma_load(k_desc, [FAR, end, head // group, x, 0], k_full.index(stage), ks.index(stage))
+                mbarrier.wait(v_empty.index(stage), phase ^ 1)
+                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                tma_load(v_desc, [FAR, end, head // group, x, 0], v_full.index(stage), vs.index(stage))
+                blocks += 1
+        tiles += 1
+    return blocks, tiles
+
+
+@gluon.jit
+def _mask(s, rows, columns, j, k_len, lower, upper):
+    """-inf where row r does not see key j + column."""
+    first = rows + (lower - j)
+    last = gl.minimum(rows + (upper - j), k_len - 1 - j)
+    seen = (columns[None, :] >= first[:, None]) & (columns[None, :] <= last[:, None])
+    return gl.where(seen, s, -float("inf"))
+
+
+@gluon.jit
+def _softmax(s, m, norm, scale, MASKED: gl.constexpr):
+    """One step of the online softmax in base 2: probabilities, the factor for what was summed before, m, norm."""
+    new = gl.maximum(m, gl.max(s, 1) * scale)
+    base = new
+    if MASKED:
+        base = gl.where(new == -float("inf"), 0.0, new)  # a row that has seen nothing yet
+    p = gl.exp2(s * scale - base[:, None])
+    decay = gl.exp2(m - base)
+    return p, decay, new, norm * decay + gl.sum(p, 1)
+
+
+@gluon.jit
+def _block(
+    q, ks, vs, k_full, k_empty, v_full, v_empty, blocks, p, m, norm, o, zero, scale, rows, columns,
+    j, k_len, lower, upper, OL: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, CID: gl.constexpr,
+    MASKED: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """Scores of this block, then the sum over the values of the block before, whose probabilities `p` are at hand."""
+    stage = blocks % STAGES
+    mbarrier.wait(k_full.index(stage), (blocks // STAGES) & 1)
+    if PING_PONG:
+        _my_turn(CID)
+    scores = warpgroup_mma(q, ks.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    before = (blocks - 1) % STAGES
+    mbarrier.wait(v_full.index(before), ((blocks - 1) // STAGES) & 1)
+    sums = warpgroup_mma(p, vs.index(before), o, is_async=True)
+    if PING_PONG:
+        _your_turn(CID)
+    s = warpgroup_mma_wait(1, [scores])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    if MASKED:
+        s = _mask(s, rows, columns, j, k_len, lower, upper)
+    p32, decay, m, norm = _softmax(s, m, norm, scale, MASKED)
+    if OVERLAP > 1:
+        p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2))
+    if OVERLAP > 0:
+        # over already, but a branch: ptxas would otherwise wait for the sums before the exponentials they overlap
+        mbarrier.wait(v_full.index(before), ((blocks - 1) // STAGES) & 1)
+    o = warpgroup_mma_wait(0, [sums])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    o = o * gl.convert_layout(decay, gl.SliceLayout(1, OL))[:, None]
+    if OVERLAP < 2:
+        p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2))
+    return p, m, norm, o
+
+
+@gluon.jit
+def _my_turn(CID: gl.constexpr):
+    if CID == 0:
+        gl.inline_asm_elementwise("bar.sync 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.sync 10, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _your_turn(CID: gl.constexpr):
+    if CID == 0:
+        gl.inline_asm_elementwise("bar.arrive 10, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _attend_tile(
+    work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
+    out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+    qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    STATE: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """A consumer's part of one tile: its 64 rows; returns blocks and tiles walked so far."""
+    SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
+    OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    start, stop, q_row, count, batch, head, ends = _tile(work, items, num_items, section, num_heads, head_batches)
+    rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SL))
+    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, SL))
+    o_rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OL))
+    o_columns = gl.arange(0, D, layout=gl.SliceLayout(0, OL))
+    o_mask = (o_rows < count)[:, None]
+    if HEAD_DIM != D:
+        o_mask = o_mask & (o_columns < HEAD_DIM)[None, :]
+    lse_at = lse + batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h + q_row
+    # strips that begin here are empty but for the sink; others continue from lse and state
+    start_m = -float("inf")
+    if SINKS:
+        start_m = gl.where((ends & 1) != 0, gl.load(sinks + head) * 1.4426950408889634, -float("inf"))
+    m = gl.full([64], start_m, gl.float32, layout=gl.SliceLayout(1, SL))
+    if STATE:
+        state_at = state + batch.to(gl.int64) * state_b + head.to(gl.int64) * state_h + q_row.to(gl.int64) * state_s
+        continues = (ends & 1) == 0
+        earlier = gl.load(lse_at + rows, mask=(rows < count) & continues, other=-float("inf")) * 1.4426950408889634
+        seen = earlier != -float("inf")
+        m = gl.maximum(m, earlier)
+        o = gl.load(
+            state_at + o_rows[:, None] * state_s + o_columns[None, :],
+            mask=o_mask & gl.convert_layout(seen, gl.SliceLayout(1, OL))[:, None],
+            other=0.0,
+        )
+    else:
+        o = gl.zeros([64, D], gl.float32, layout=OL)
+    norm = gl.where(m == -float("inf"), 0.0, 1.0)
+    if stop > start:
+        q = qs.index(CID)
+        zero = gl.zeros([64, BLOCK], gl.float32, layout=SL)
+        mbarrier.wait(q_full.index(CID), tiles & 1)
+        # the first block has no values to sum before it
+        stage = blocks % STAGES
+        entry = walk + start * 12
+        k_len = gl.load(entry + 1)
+        j = gl.load(entry + 2) + gl.where(gl.load(entry + 4) > 0, gl.load(entry + 3) - 1, 0) * BLOCK
+        mbarrier.wait(k_full.index(stage), (blocks // STAGES) & 1)
+        if PING_PONG:
+            _my_turn(CID)
+        scores = warpgroup_mma(q, ks.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        if PING_PONG:
+            _your_turn(CID)
+        s = warpgroup_mma_wait(0, [scores])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        s = _mask(s, rows, columns, j, k_len, gl.load(entry + 6), gl.load(entry + 7))
+        p32, decay, m, norm = _softmax(s, m, norm, scale, True)
+        if STATE:
+            o = o * gl.convert_layout(decay, gl.SliceLayout(1, OL))[:, None]
+        p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2))
+        blocks += 1
+        done = 1
+        for w in range(start, stop):
+            entry = walk + w * 12
+            k_len = gl.load(entry + 1)
+            j_lo = gl.load(entry + 2)
+            number = gl.load(entry + 3)
+            right = gl.load(entry + 4)
+            edges = gl.load(entry + 5)
+            lower = gl.load(entry + 6)
+            upper = gl.load(entry + 7)
+            for t in range(done, edges):
+                j = j_lo + gl.where(t < right, number - 1 - t, t - right) * BLOCK
+                p, m, norm, o = _block(
+                    q, ks, vs, k_full, k_empty, v_full, v_empty, blocks, p, m, norm, o, zero, scale, rows, columns,
+                    j, k_len, lower, upper, OL, STAGES, PING_PONG, CID, True, OVERLAP,
+                )  # fmt: skip
+                blocks += 1
+            for _ in range(gl.maximum(done, edges), number):
+                p, m, norm, o = _block(
+                    q, ks, vs, k_full, k_empty, v_full, v_empty, blocks, p, m, norm, o, zero, scale, rows, columns,
+                    0, k_len, lower, upper, OL, STAGES, PING_PONG, CID, False, OVERLAP,
+                )  # fmt: skip
+                blocks += 1
+            done = 0
+        mbarrier.arrive(q_empty.index(CID), count=1)  # all scores are computed
+        before = (blocks - 1) % STAGES
+        mbarrier.wait(v_full.index(before), ((blocks - 1) // STAGES) & 1)
+        sums = warpgroup_mma(p, vs.index(before), o, is_async=True)
+        o = warpgroup_mma_wait(0, [sums])
+        mbarrier.arrive(v_empty.index(before), count=1)
+        tiles += 1
+    unseen = norm == 0.0
+    gl.store(
+        lse_at + rows,
+        gl.where(unseen, -float("inf"), (m + gl.log2(norm)) * 0.6931471805599453),
+        mask=rows < count,
+    )
+    o = o * gl.convert_layout(gl.where(unseen, 0.0, 1.0 / norm), gl.SliceLayout(1, OL))[:, None]
+    out_at = out + batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h + q_row.to(gl.int64) * out_s
+    if STATE:
+        final = (ends & 2) != 0
+        gl.store(state_at + o_rows[:, None] * state_s + o_columns[None, :], o, mask=o_mask & (final == 0))
+        o_mask = o_mask & final
+    gl.store(out_at + o_rows[:, None] * out_s + o_columns[None, :], o.to(out.dtype.element_ty), mask=o_mask)
+    return blocks, tiles
+
+
+@gluon.jit
+def _producer(
+    items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
+    q_desc, k_desc, v_desc, flags, epoch, polls, qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    nexts, next_full, next_empty,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FLAGS: gl.constexpr, DYNAMIC: gl.constexpr,
+):  # fmt: skip
+    grid = gl.num_programs(0)
+    blocks = 0
+    tiles = 0
+    if DYNAMIC:
+        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        work = gl.program_id(0)
+        turn = 0
+        while work < total:
+            asked = gl.atomic_add(counter, 1, sem="relaxed")
+            if asked == total - 1:  # every CTA asks until it is refused: the last to ask
+                gl.atomic_xchg(counter, 0, sem="relaxed")
+            slot = turn & 1
+            mbarrier.wait(next_empty.index(slot), ((turn >> 1) & 1) ^ 1)
+            nexts.index(slot).store(gl.full([1], 0, gl.int32, layout=ONE) + (asked + grid))
+            mbarrier.arrive(next_full.index(slot), count=1)
+            blocks, tiles = _load_tile(
+                work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
+                q_desc, k_desc, v_desc, flags, epoch, polls, qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, BLOCK, STAGES, CONSUMERS, FLAGS,
+            )  # fmt: skip
+            work = asked + grid
+            turn += 1
+    else:
+        for work in range(gl.program_id(0), total, grid):
+            blocks, tiles = _load_tile(
+                work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
+                q_desc, k_desc, v_desc, flags, epoch, polls, qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, BLOCK, STAGES, CONSUMERS, FLAGS,
+            )  # fmt: skip
+
+
+@gluon.jit
+def _consumer(
+    items, walk, num_items, section, num_heads, head_batches, total,
+    out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+    qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, nexts, next_full, next_empty,
+    CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    STATE: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, DYNAMIC: gl.constexpr,
+):  # fmt: skip
+    blocks = 0
+    tiles = 0
+    if PING_PONG and CID == 1:
+        _your_turn(CID)
+    if DYNAMIC:
+        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        work = gl.program_id(0)
+        turn = 0
+        while work < total:
+            slot = turn & 1
+            mbarrier.wait(next_full.index(slot), (turn >> 1) & 1)
+            then = gl.max(nexts.index(slot).load(ONE), 0)
+            mbarrier.arrive(next_empty.index(slot), count=1)
+            blocks, tiles = _attend_tile(
+                work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
+                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, SINKS, PING_PONG, OVERLAP,
+            )  # fmt: skip
+            work = then
+            turn += 1
+    else:
+        for work in range(gl.program_id(0), total, gl.num_programs(0)):
+            blocks, tiles = _attend_tile(
+                work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
+                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, SINKS, PING_PONG, OVERLAP,
+            )  # fmt: skip
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "num_items", "section", "num_heads", "head_batches", "total", "group", "k_batch_rows", "polls",
+        "lse_b", "lse_h",
+    ],
+    do_not_specialize_on_alignment=["counter", "flags", "epoch"],  # words inside larger tensors
+)  # fmt: skip
+def forward_kernel(
+    q_desc, k_desc, v_desc, out, lse, state, sinks, items, walk, counter, flags, epoch, scale,
+    num_items, section, num_heads, head_batches, total, group, k_batch_rows, polls,
+    out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+    BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    STATE: gl.constexpr, SINKS: gl.constexpr, FLAGS: gl.constexpr, DYNAMIC: gl.constexpr, PING_PONG: gl.constexpr,
+    OVERLAP: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """q_desc (B, Hq, Sq, D), boxes of 64 rows; k_desc, v_desc ragged (far, end, Hkv, key, D), boxes of BLOCK keys;
+    scale is the softmax's times log2(e)."""
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], q_desc.dtype)
+    KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], q_desc.dtype)
+    qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 64, D], ROWS)
+    ks = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK, D], KEYS)
+    vs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK, D], KEYS)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    nexts = gl.allocate_shared_memory(gl.int32, [2, 1], FLAT)
+    next_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    next_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=CONSUMERS)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(2):
+        mbarrier.init(next_full.index(i), count=1)
+        mbarrier.init(next_empty.index(i), count=CONSUMERS)
+    C0: gl.constexpr = 0
+    C1: gl.constexpr = 1
+    gl.warp_specialize(
+        [
+            (_producer, (
+                items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
+                q_desc, k_desc, v_desc, flags, epoch, polls, qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, nexts, next_full, next_empty, BLOCK, STAGES, CONSUMERS, FLAGS, DYNAMIC,
+            )),
+            (_consumer, (
+                items, walk, num_items, section, num_heads, head_batches, total,
+                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, nexts, next_full, next_empty,
+                C0, BLOCK, D, HEAD_DIM, STAGES, STATE, SINKS, PING_PONG, OVERLAP, DYNAMIC,
+            )),
+            (_consumer, (
+                items, walk, num_items, section, num_heads, head_batches, total,
+                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, nexts, next_full, next_empty,
+                C1, BLOCK, D, HEAD_DIM, STAGES, STATE, SINKS, PING_PONG, OVERLAP, DYNAMIC,
+            )),
+        ],
+        [4, 4],
+        [REGISTERS, REGISTERS],
+    )  # fmt: skip

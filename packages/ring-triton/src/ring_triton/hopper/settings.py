@@ -1,0 +1,49 @@
+"""Launch settings of the Hopper forward, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CONSUMERS = 2
+"""Consumer warpgroups of 64 rows each: what `kernel.forward_kernel` spells out."""
+TILE_ROWS = 64 * CONSUMERS
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one kind of call is launched."""
+
+    block: int
+    """Keys a block."""
+    stages: int
+    """Blocks of K, and of V, in shared memory."""
+    registers: int
+    """Per thread of a consumer; the producer has what is left of 504 a lane of three warpgroups."""
+    persistent: bool
+    """As many CTAs as processors, each taking tiles until none is left; otherwise one CTA a tile."""
+    dynamic: bool
+    """Persistent CTAs ask a counter for the next tile, otherwise they take every n-th."""
+    ping_pong: bool
+    """Consumers issue their products in turns."""
+    overlap: int = 1
+    """What is done while O is being summed: 0 the maximum of the next scores, 1 their exponentials too, 2 and the
+    conversion to P, which costs P's registers twice. Read off the SASS: see `kernel._block`."""
+
+
+FORWARD: dict[int, Settings] = {
+    # padded head dim: S and P of 64 x block, O of 64 x head dim live in registers, two rings and Q in 227 KiB
+    64: Settings(block=128, stages=2, registers=240, persistent=True, dynamic=True, ping_pong=False),
+    128: Settings(block=128, stages=2, registers=240, persistent=True, dynamic=True, ping_pong=False),
+    256: Settings(block=64, stages=2, registers=240, persistent=True, dynamic=True, ping_pong=False),
+}
+"""By head dim, rounded up to the next key. Not yet measured on a GPU: block and stages are those of the probe."""
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The head dim that is computed with; columns beyond the true one are zeros that TMA fills in."""
+    return next(width for width in FORWARD if head_dim <= width)
+
+
+def settings_for(head_dim: int) -> Settings:
+    """The settings for a head dim."""
+    return FORWARD[padded_head_dim(head_dim)]
