@@ -56,7 +56,7 @@ def compile_backward(
 ) -> Compiled:
     """The backward kernel of these settings for sm_90a."""
     triton.runtime.driver.set_active(NoGpu())
-    chosen = replace(settings or backward_settings_for(head_dim), **changed)
+    chosen = replace(settings or backward_settings_for(head_dim, ordered=ordered), **changed)
     length = 256
     plan = make_plan(Problem(length, length, length, length, None, 0, "contiguous", 1), 0, "gather")
     q = torch.zeros(1, length, heads[0], head_dim, dtype=dtype)
@@ -149,7 +149,7 @@ GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
 def problems(compiled: Compiled, head_dim: int, changed: dict[str, Any]) -> list[str]:
     """What is wrong with a compiled kernel."""
     width = backward_head_dim(head_dim)
-    chosen = backward_settings_for(head_dim)
+    chosen = backward_settings_for(head_dim, ordered=changed.get("ordered", False))
     block, order = changed.get("block", chosen.block), changed.get("order", chosen.order)
     dq = 0 if changed.get("ordered") else 128 // 16
     begin, rest = 2 * (width // 16), 2 * (block // 16) + dq

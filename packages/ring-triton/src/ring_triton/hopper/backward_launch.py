@@ -161,7 +161,8 @@ def backward(
         return
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
-    chosen = settings or backward_settings_for(head_dim)
+    ordered = state.ordered is not None
+    chosen = settings or backward_settings_for(head_dim, ordered=ordered)
     dout = dout if state.dout is None else state.dout
     by_piece = chosen.by_piece or flags is not None or departures is not None
     prepared = schedule_for(table, batch, chosen.block, by_piece)
@@ -169,7 +170,6 @@ def backward(
     programs = prepared.count * prepared.repeats * num_kv_heads
     if not programs:
         return
-    ordered = state.ordered is not None
     split = 1 if ordered or departures is not None else _split(group, programs, q.device)
     head_batches = prepared.repeats * num_kv_heads * split
     members = group // split

@@ -38,12 +38,18 @@ BACKWARD: dict[int, BackwardSettings] = {
 """By head dim, rounded up to the next key. Not yet measured on a GPU: block, stages and order are those that compile
 without spills in the loop."""
 
+ORDERED: dict[int, BackwardSettings] = {
+    64: BackwardSettings(block=64, q_stages=4, do_stages=2, order=1),
+    128: BackwardSettings(block=64, q_stages=4, do_stages=2, order=0),
+}
+"""The same where another kernel computes dq in a fixed order. At D 128 order 1 spills 500 bytes, order 0 56."""
+
 
 def backward_head_dim(head_dim: int) -> int:
     """The head dim that is computed with; columns beyond the true one are zeros that TMA fills in."""
     return next(width for width in BACKWARD if head_dim <= width)
 
 
-def backward_settings_for(head_dim: int) -> BackwardSettings:
-    """The settings for a head dim."""
-    return BACKWARD[backward_head_dim(head_dim)]
+def backward_settings_for(head_dim: int, *, ordered: bool = False) -> BackwardSettings:
+    """The settings for a head dim. ordered: without dq."""
+    return (ORDERED if ordered else BACKWARD)[backward_head_dim(head_dim)]
