@@ -8,6 +8,7 @@ import signal
 import tempfile
 import time
 from contextlib import nullcontext
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -16,10 +17,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from ring_core import RingCommError, local_positions, ring_attention, shard_sequence, unshard_sequence
+from ring_core import (
+    RingCommError,
+    local_positions,
+    plan_packed,
+    ring_attention,
+    ring_attention_packed,
+    shard_sequence,
+    unshard_sequence,
+)
 from ring_core.comm import channel as channels
 from ring_core.comm import gather_through
 from ring_core.comm.contributions import sum_in_rank_order
+from ring_core.comm.heads import _tapered
 from ring_core.comm.peer import GENERATIONS, PUBLISHED, READ
 from ring_core.comm.shared_memory import SharedMemory, shared_memory
 from ring_core.group import rank_and_size
@@ -296,7 +306,7 @@ def test_contributions_are_summed_in_rank_order(rank: int) -> None:
     parts = torch.full((1, 6, 2, 1, 4), values[rank])
     arrived = torch.cat([torch.full((1, 2, 2, 1, 4), values[peer]) for peer in range(3) if peer != rank], dim=1)
     dk, dv = torch.ones(2, 1, 2, 1, 4)
-    sum_in_rank_order(plan, parts, arrived, dk, dv)
+    sum_in_rank_order(plan, parts, None, arrived, dk, dv)
     assert not dk.any() and not dv.any()
 
 
@@ -350,6 +360,68 @@ def test_heads_may_be_taken_a_few_at_a_time(ranks: RunRanks, seed: int, at_once:
     ):
         for x, y in zip(apart, together, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
+
+
+def in_uneven_head_groups(seed: int, sizes: list[int], transport: str) -> list[Tensor]:
+    ends = list(accumulate(sizes, initial=0))
+    groups = tuple(slice(start, stop) for start, stop in pairwise(ends))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ring_core.comm.head_groups", lambda *_: groups)
+        return in_head_groups(seed, 0, transport)
+
+
+@pytest.mark.parametrize("transport", ["collectives", "shared_memory"])
+@pytest.mark.parametrize("sizes", [[1, 3], [1, 2, 1]], ids=str)
+def test_groups_of_heads_may_differ_in_size(ranks: RunRanks, seed: int, sizes: list[int], transport: str) -> None:
+    for apart, together in zip(
+        ranks(2, in_uneven_head_groups, seed, sizes, transport),
+        ranks(2, in_head_groups, seed, 4, "collectives"),
+        strict=True,
+    ):
+        for x, y in zip(apart, together, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
+
+
+def packed_in_head_groups(seed: int, sizes: list[int], transport: str) -> list[Tensor]:
+    """Documents of which some cross ranks and some do not."""
+    generator = torch.Generator().manual_seed(seed)
+    plan = plan_packed([0, 5, 17, 23, 40], layout="balanced", causal=True)
+    q, k, v, dout = (
+        plan.shard(torch.randn(40, heads, 8, generator=generator, dtype=torch.float64)) for heads in (8, 4, 4, 8)
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    groups = tuple(slice(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0)))
+    with pytest.MonkeyPatch.context() as patch, gather_through(transport):
+        patch.setattr("ring_core.comm.head_groups", lambda *_: groups)
+        out = ring_attention_packed(*leaves, plan, schedule="gather")
+        gradients = torch.autograd.grad(out, leaves, dout)
+    home = make_plan(plan.problem, plan.rank, "gather").home
+    return [out.detach(), *gradients, torch.tensor(home is not None)]
+
+
+@pytest.mark.parametrize("transport", ["collectives", "shared_memory"])
+@pytest.mark.parametrize("sizes", [[4], [1, 3], [1, 2, 1]], ids=str)
+def test_queries_that_wait_for_nothing_in_head_groups(
+    ranks: RunRanks, seed: int, sizes: list[int], transport: str
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    whole = [torch.randn(40, heads, 8, generator=generator, dtype=torch.float64) for heads in (8, 4, 4, 8)]
+    leaves = [x.requires_grad_() for x in whole[:3]]
+    plan = plan_packed([0, 5, 17, 23, 40], causal=True, rank=0, world_size=1)
+    out = ring_attention_packed(*leaves, plan)
+    wanted = [out.detach(), *torch.autograd.grad(out, leaves, whole[3])]
+    results = ranks(2, packed_in_head_groups, seed, sizes, transport)
+    assert any(result[-1] for result in results)
+    for rank, result in enumerate(results):
+        dealt = plan_packed([0, 5, 17, 23, 40], layout="balanced", causal=True, rank=rank, world_size=2)
+        for found, truth in zip(result, wanted, strict=False):
+            torch.testing.assert_close(found, dealt.shard(truth), rtol=1e-11, atol=1e-12)
+
+
+def test_head_groups_are_small_where_nothing_hides_the_wait() -> None:
+    assert _tapered(8, 4, "forward") == [1, 7] and _tapered(8, 2, "backward") == [1, 2, 2, 2, 1]
+    assert _tapered(32, 8, "backward") == [4, 8, 8, 8, 4] and _tapered(2, 1, "forward") == [1, 1]
+    assert _tapered(3, 3, "backward") == [3] and _tapered(12, 3, "backward") == [1, 3, 3, 3, 2]
 
 
 # --- groups

@@ -74,6 +74,9 @@ def buffers(plan: Any, step: int) -> Array:
         parcel = plan.hops[step].receive if step else ((0, len(chunk)),)
         return np.concatenate([chunk[:0], *(chunk[start:stop] for start, stop in parcel)])
     assert plan.piece_count == 1
+    if step == 1:  # of queries that see own keys only
+        own: Array = held(problem, plan.rank)[1][slice(*plan.home)]
+        return own
     piece = np.full(plan.piece_length, -1)
     places = [(placement.piece, placement.offset) for placement in plan.placements]
     assert places == sorted(places)
@@ -154,6 +157,30 @@ def test_every_visible_pair_is_computed_once_on_the_right_rank(problem: PackedPr
     assert problem.visible_pairs() == seen.sum()
 
 
+def seen_by_waiting(problem: PackedProblem, seen: Array, rank: int) -> set[int]:
+    """Keys that a rank's queries see in documents of which they see keys of others too: those that lie with theirs
+    among a rank's queries count as one, as one strip of a kernel."""
+    queries, own = np.sort(held(problem, rank)[0]), held(problem, rank)[1]
+    document = problem.documents.of_query(queries)
+    found: set[int] = set()
+    for part in np.split(queries, np.flatnonzero((np.diff(queries) != 1) | (np.diff(document) != 0)) + 1):
+        keys = set(np.flatnonzero(seen[part].any(axis=0)).tolist())
+        if keys - set(own.tolist()):
+            found |= keys
+    return found
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+@given(problems())
+def test_what_waits_comes_first_in_balanced_layouts(problem: PackedProblem) -> None:
+    if problem.layout != "balanced" or problem.documents.cu_q.tolist() != problem.documents.cu_k.tolist():
+        return
+    for rank in range(problem.world_size):
+        plan = make_plan.__wrapped__(problem, rank, "gather")
+        waiting = [(s.q_start, s.q_start + s.q_len) for s in plan.steps[0].forward.segments]
+        assert max((stop for _, stop in waiting), default=0) == sum(stop - start for start, stop in waiting)
+
+
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 @given(problems())
 def test_only_keys_that_are_seen_travel(problem: PackedProblem) -> None:
@@ -171,7 +198,12 @@ def test_only_keys_that_are_seen_travel(problem: PackedProblem) -> None:
     for rank in range(world_size):
         gather, ring = gathers[rank], rings[rank]
         assert isinstance(gather, GatherPlan)
-        assert gather.piece_length == sum(map(len, needed[rank]))
+        assert gather.piece_length == len(seen_by_waiting(problem, seen, rank))
+        if gather.home is not None:
+            start, stop = gather.home
+            assert 0 <= start <= stop <= problem.key_chunk(rank)
+            read = [(s.k_start, s.k_start + s.k_len) for s in gather.steps[1].backward.segments]
+            assert not read or (min(read)[0], max(stop for _, stop in read)) == (0, stop - start)
         assert rank not in gather.order[1:] and set(gather.order) - {rank} == set(gather.receive)
         for peer, given_away in gather.send.items():
             assert gathers[peer].receive[rank] == given_away
@@ -256,7 +288,9 @@ def test_work_is_equal_within_three_percent(kind: str, mask: tuple[int | None, i
         lengths = [tokens] if kind == "one" else realistic(kind, tokens, random)
         problem = packed(lengths, mask=mask, layout="balanced", world_size=world_size)
         assert max(problem.pairs) / np.mean(problem.pairs) <= SHARE, (world_size, lengths)
-        runs = [len(problem.queries.runs(rank)) for rank in range(world_size)]
+        runs = [0] * world_size  # neighbours in the stream are one, wherever they lie in the tensor
+        for owner in problem.queries.owner[np.append(True, np.diff(problem.queries.owner) != 0)]:
+            runs[owner] += 1
         assert sum(runs) <= 2 * world_size - 1 and max(runs) <= 8, runs
 
 

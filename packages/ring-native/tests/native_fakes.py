@@ -130,7 +130,10 @@ class Fake:
     def _read(self, mask: Mask, k_len: int, sequences: Sequences | None) -> Mask:
         """left and right as flash-attn takes them."""
         longest = k_len if sequences is None else sequences.max_k
-        return Mask(*(UNREAD if bound < 0 or bound >= longest else bound for bound in mask))
+        read = Mask(*(UNREAD if bound < 0 or bound >= longest else bound for bound in mask))
+        if self.style is not Style.BOTTOM_RIGHT or read == (UNREAD, 0):
+            return read
+        return Mask(*(longest if bound == UNREAD != other else bound for bound, other in (read, read[::-1])))
 
     def _bias(
         self, mask: Mask, rows: slice, keys: slice, sequences: Sequences | None, params: Params, number: int

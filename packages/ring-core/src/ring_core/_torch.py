@@ -25,6 +25,36 @@ def current_stream_handle(device: torch.device) -> int:
     return handle
 
 
+def current_stream(device_index: int) -> torch.cuda.Stream:
+    """`torch.cuda.current_stream`, without its search for the device."""
+    stream_id, index, kind = torch._C._cuda_getCurrentStream(device_index)
+    return torch.cuda.Stream(stream_id=stream_id, device_index=index, device_type=kind)
+
+
+class OnStream:
+    """`torch.cuda.stream` for a stream of the current device, which it does not look up: a context costs the host 2 µs
+    instead of 10, and a backward pass enters several."""
+
+    __slots__ = ("_before", "_stream")
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._before: tuple[int, int, int] | None = None
+
+    def __enter__(self) -> None:
+        stream = self._stream
+        self._before = torch._C._cuda_getCurrentStream(stream.device_index)
+        _set_stream(stream.stream_id, stream.device_index, stream.device_type)
+
+    def __exit__(self, *_: object) -> None:
+        assert self._before is not None
+        _set_stream(*self._before)
+
+
+def _set_stream(stream_id: int, device_index: int, device_type: int) -> None:
+    torch._C._cuda_setStream(stream_id=stream_id, device_index=device_index, device_type=device_type)
+
+
 def symmetric_buffer(nbytes: int, device: torch.device) -> Tensor:
     """uint8 (nbytes,): memory of one GPU that the other ranks of a group can map, once `symmetric_rendezvous` has been
     called on it."""

@@ -27,24 +27,28 @@ def backward(
     params: Params,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dsinks, in the dtypes of q, k, v and the sinks, from the gradients of out and lse."""
+    turns = Turns(q.device, several=transport.side_by_side)
+    homeward = transport.gradients(k)
     dq = dsinks = None
-    if transport.independent:  # every head group is a backward of its own, and writes its part of these
+    if transport.head_groups > 1:  # each group is a backward of its own, and writes its part of these
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dsinks = None if params.sinks is None else torch.empty_like(params.sinks)
-    turns = Turns(q.device, several=transport.independent)
-    homeward = transport.gradients(k)
-    state: Any = None
-    for number, keys in enumerate(transport.keys(k, v)):
+    states: list[tuple[HeadPart, Any, torch.cuda.Event | None]] = []
+    for keys in transport.keys(k, v):
         part = of_heads(keys.heads, k.shape[2], q.shape[2])
         given = part.params(params)
-        with turns.turn(number):
-            compute_after(keys.arrived)
-            if number == 0 or transport.independent:
+        with turns.turn(keys.turn):
+            if not states or states[-1][0] != part:
                 shape = torch.Size((*k.shape[:2], keys.k.shape[3], k.shape[3]))
                 rows = (part.rows(q), shape, part.rows(out), part.rows(dout))
                 some_dlse = None if dlse is None else part.lse(dlse)
                 state = backend.prepare(*rows, part.lse(lse), some_dlse, params=given)
-            to = homeward.buffers(number)
+                states.append((part, state, turns.now()))
+            else:
+                _, state, prepared = states[-1]
+                compute_after(prepared)
+            compute_after(keys.arrived)
+            to = homeward.buffers(keys)
             step = plan.steps[keys.step]
             if len(step.backward):
                 table = on_device(step.backward, q.device)
@@ -62,12 +66,16 @@ def backward(
                     departures=to.departures,
                 )
             keys.read()
-            homeward.depart(number)
-            if dq is not None:
+            homeward.depart(keys)
+            if dq is not None and keys.alone:  # here and now: its memory is the next but one's
+                states.pop()
                 _keep(part, dq, dsinks, *backend.finish(state, params=given))
     turns.join()
     if dq is None:
-        dq, dsinks = backend.finish(state, params=params)
+        dq, dsinks = backend.finish(states[0][1], params=params)
+    else:
+        for part, state, _ in states:
+            _keep(part, dq, dsinks, *backend.finish(state, params=part.params(params)))
     return dq, *homeward.collect(), dsinks
 
 

@@ -20,10 +20,10 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, num_heads, q_len, dtype=sums, device=q.device)
     state = torch.empty(q.shape, dtype=sums, device=q.device) if plan.spans_steps else None
-    turns = Turns(q.device, several=transport.independent)
-    for number, keys in enumerate(transport.keys(k, v)):
+    turns = Turns(q.device, several=transport.side_by_side)
+    for keys in transport.keys(k, v):
         step = plan.steps[keys.step]
-        with turns.turn(number):
+        with turns.turn(keys.turn):
             compute_after(keys.arrived)
             if len(step.forward):
                 part = of_heads(keys.heads, k.shape[2], num_heads)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_core import RingCommError, ring_attention, shard_sequence
+from ring_core import RingCommError, plan_packed, ring_attention, shard_sequence
 from ring_core.comm import arena_bytes, gather_through
 from ring_core.comm.contributions import arrivals, sum_in_rank_order
 from ring_core.interface import attend
@@ -191,7 +191,23 @@ def test_the_sum_kernel_adds_as_torch_operations_do(layout: str, rank: int, seed
     span = plan.piece_count * plan.piece_length
     parts, arrived = (torch.randn(2, n, 2, 3, 40, generator=generator) for n in (span, arrivals(plan)))
     plain, kernel = torch.full((2, 2, 120, 9, 40), torch.nan), torch.full((2, 2, 120, 9, 40), torch.nan).cuda()
-    sum_in_rank_order(plan, parts, arrived, *plain[:, :, :, 3:6])
-    sum_in_rank_order(plan, parts.cuda(), arrived.cuda(), *kernel[:, :, :, 3:6])
+    sum_in_rank_order(plan, parts, None, arrived, *plain[:, :, :, 3:6])
+    sum_in_rank_order(plan, parts.cuda(), None, arrived.cuda(), *kernel[:, :, :, 3:6])
     assert torch.equal(kernel.cpu()[:, :, :, 3:6], plain[:, :, :, 3:6])
     assert kernel[:, :, :, :3].isnan().all() and kernel[:, :, :, 6:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_the_sum_kernel_adds_what_was_computed_at_home(rank: int, seed: int) -> None:
+    dealt = plan_packed([0, 50, 170, 230, 400], layout="balanced", causal=True, rank=rank, world_size=3)
+    plan = make_plan(dealt.problem, rank, "gather")
+    assert isinstance(plan, GatherPlan) and plan.home is not None
+    generator = torch.Generator().manual_seed(seed)
+    lengths = plan.piece_length, plan.home[1] - plan.home[0], arrivals(plan)
+    contributions = [torch.randn(1, n, 2, 3, 40, generator=generator) for n in lengths]
+    plain = torch.full((2, 1, dealt.local_length, 3, 40), torch.nan)
+    kernel = plain.cuda()
+    sum_in_rank_order(plan, *contributions, *plain)
+    sum_in_rank_order(plan, *(x.cuda() for x in contributions), *kernel)
+    assert torch.equal(kernel.cpu(), plain) and plain.isfinite().all()

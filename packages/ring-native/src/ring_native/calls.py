@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ring_core.backend import UnsupportedError
 from ring_core.segment import FIRST, LAST, Segment, Table
 from ring_native.blocks import Block, coalesced
 from ring_native.masks import Choice, Mask, Style, in_place, split
@@ -212,6 +213,7 @@ def _calls(
     else:
         blocks = sorted(part for block in blocks for part in split(block, style))
     if not varlen:
+        assert not distances
         return sorted((_call([block], Choice.of(block)) for block in blocks), key=_largest_first)
     chains: dict[tuple[int, int, int], _Chain] = {}  # by where they end
     closed: list[Call] = []
@@ -232,7 +234,22 @@ def _calls(
             closed.append(_call(other.blocks, other.choice))
         chains[end] = chain
     closed += [_call(chain.blocks, chain.choice) for chain in chains.values()]
+    if distances:
+        for call in closed:
+            _check_reach(call)
     return sorted(closed, key=_largest_first)
+
+
+def _check_reach(call: Call) -> None:
+    """flash-attn reads a window without a bound on the right, but with one on the left, as reaching as far to the right
+    as there are keys; where distances do not count, `split` leaves no such call."""
+    longest = call.k_stop - call.k_start if call.sequences is None else call.sequences.max_k
+    queries = call.q_stop - call.q_start if call.sequences is None else call.sequences.max_q
+    if call.mask.left >= 0 and call.mask.right < 0 and queries > longest + 1:
+        raise UnsupportedError(
+            f"ALiBi: this kernel ends window_size=({call.mask.left}, -1) {longest} keys to the right of each query's "
+            f"position, and some of {queries} queries see beyond"
+        )
 
 
 def _largest_first(call: Call) -> tuple[int, ...]:

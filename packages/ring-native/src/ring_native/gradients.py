@@ -59,7 +59,10 @@ class QueryGradient:
 
     def __init__(self, q: Tensor) -> None:
         self._dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (B, Sq, Hq, D)
-        self._sum: Tensor | None = self._dq if q.dtype == accumulation_dtype(q.dtype) else None
+        self._wide = q.dtype == accumulation_dtype(q.dtype)
+        # By the stream that adds: calls about different rows may run side by side.
+        self._sums: dict[int, Tensor] = {}
+        self._summed: set[tuple[int, int, int, int]] = set()  # entry, start, stop of rows, stream
         # Of all batch entries together until a call is about one of them.
         self._spans = {EVERY: Spans(q.shape[1])}
 
@@ -79,7 +82,7 @@ class QueryGradient:
             part = dq if entry == EVERY or call.batch != EVERY else dq[_entries(entry)]
             for rows, status in spans.touch(call.q_start, call.q_stop):
                 inside = slice(rows.start - call.q_start, rows.stop - call.q_start)
-                self._add((_entries(entry), rows), status, part[:, inside])
+                self._add(entry, rows, status, part[:, inside])
 
     def finish(self) -> Tensor:
         """dq (B, Sq, Hq, D) in q's dtype; rows that nothing was added to are 0."""
@@ -88,8 +91,9 @@ class QueryGradient:
                 where = _entries(entry), rows
                 if status == UNTOUCHED:
                     self._dq[where].zero_()
-                elif status == SUMMED and self._sum is not None and self._sum is not self._dq:
-                    self._dq[where].copy_(self._sum[where])
+        for entry, start, stop, stream in self._summed:
+            summed = _entries(entry), slice(start, stop)
+            self._dq[summed].copy_(self._sums[stream][summed])
         return self._dq
 
     def _of(self, call: Call) -> list[tuple[int, Spans]]:
@@ -105,15 +109,21 @@ class QueryGradient:
                         spans.touch(rows.start, rows.stop)
         return list(self._spans.items()) if call.batch == EVERY else [(call.batch, self._spans[call.batch])]
 
-    def _add(self, where: tuple[slice, slice], status: int, dq: Tensor) -> None:
+    def _add(self, entry: int, rows: slice, status: int, dq: Tensor) -> None:
+        where = _entries(entry), rows
         if status == UNTOUCHED:
             self._dq[where].copy_(dq)
             return
-        if self._sum is None:
-            self._sum = torch.empty(self._dq.shape, dtype=accumulation_dtype(dq.dtype), device=dq.device)
-        if status == ONCE and self._sum is not self._dq:
-            self._sum[where].copy_(self._dq[where])
-        self._sum[where].add_(dq)
+        if self._wide:
+            self._dq[where].add_(dq)
+            return
+        stream = torch.cuda.current_stream(dq.device).cuda_stream if dq.is_cuda else 0
+        if stream not in self._sums:
+            self._sums[stream] = torch.empty(self._dq.shape, dtype=accumulation_dtype(dq.dtype), device=dq.device)
+        if status == ONCE:
+            self._sums[stream][where].copy_(self._dq[where])
+        self._sums[stream][where].add_(dq)
+        self._summed.add((entry, rows.start, rows.stop, stream))
 
 
 def _entries(entry: int) -> slice:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ring_core.merge import triton_is_importable
 from ring_core.plan import GatherPlan
-from ring_core.ranges import count
+from ring_core.ranges import Ranges, count
 
 
 def stretches(plan: GatherPlan, source: int) -> tuple[tuple[int, int, int], ...]:
@@ -34,7 +34,7 @@ def pieces_of(plan: GatherPlan) -> dict[int, tuple[int, ...]] | None:
     """Which pieces each rank's keys are, in a plan whose pieces have one owner each; None where one has several, as
     that of packed documents, or there is one piece only: then there is nothing to compute on before all is there."""
     owners = {(placement.piece, placement.source) for placement in plan.placements}
-    if plan.piece_count < 2 or len(owners) > plan.piece_count:
+    if plan.piece_count < 2 or len(owners) > plan.piece_count or plan.home is not None:
         return None
     return {source: tuple(sorted(piece for piece, owner in owners if owner == source)) for source in plan.order}
 
@@ -54,11 +54,32 @@ def arrivals(plan: GatherPlan) -> int:
     return sum(count(given) for given in plan.send.values())
 
 
-def sum_in_rank_order(plan: GatherPlan, parts: Tensor, arrived: Tensor, dk: Tensor, dv: Tensor) -> None:
+def published(plan: GatherPlan) -> Ranges:
+    """What of this rank's chunk somebody takes, itself included."""
+    edges = [(start, start + n) for start, _, n in stretches(plan, plan.rank)]
+    edges += [taken for wanted in plan.send.values() for taken in wanted]
+    return _published(tuple(sorted(edges)))
+
+
+@lru_cache(maxsize=256)
+def _published(edges: Ranges) -> Ranges:
+    joined: list[tuple[int, int]] = []
+    for start, stop in edges:
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
+
+
+def sum_in_rank_order(
+    plan: GatherPlan, parts: Tensor, at_home: Tensor | None, arrived: Tensor, dk: Tensor, dv: Tensor
+) -> None:
     """Writes the sums of all contributions to this rank's keys.
 
     Args:
-        parts: (B, C * S_piece, 2, h, D): this rank's contributions to all that it sees.
+        parts: (B, C * S_piece, 2, h, D): this rank's contributions to all that it gathered.
+        at_home: (B, home[1] - home[0], 2, h, D): those of its home step to own keys, if the plan has one.
         arrived: (B, m, 2, h, D): those of others to its keys, one after the other by rank.
         dk, dv: (B, S, h, D), any dtype.
     """
@@ -69,7 +90,8 @@ def sum_in_rank_order(plan: GatherPlan, parts: Tensor, arrived: Tensor, dk: Tens
         longest = int(cells[:, 1].max(initial=0))
         if longest:
             table = _on_device(plan, parts.device)
-            sum_contributions(parts, arrived, table, longest, plan.rank, plan.problem.world_size, dk, dv)
+            at_home = parts[:, :0] if at_home is None else at_home
+            sum_contributions(parts, at_home, arrived, table, longest, plan.rank, plan.problem.world_size, dk, dv)
         return
     total = parts.new_zeros(dk.shape[0], dk.shape[1], *parts.shape[2:])
     begins = arrival_places(plan)
@@ -77,6 +99,8 @@ def sum_in_rank_order(plan: GatherPlan, parts: Tensor, arrived: Tensor, dk: Tens
         if rank == plan.rank:
             for start, at, length in stretches(plan, rank):
                 total[:, start : start + length].add_(parts[:, at : at + length])
+            if at_home is not None and plan.home is not None:
+                total[:, slice(*plan.home)].add_(at_home)
         elif rank in plan.send:
             offset = begins[rank]
             for start, stop in plan.send[rank]:
@@ -88,8 +112,8 @@ def sum_in_rank_order(plan: GatherPlan, parts: Tensor, arrived: Tensor, dk: Tens
 
 @lru_cache(maxsize=256)
 def _cells(plan: GatherPlan) -> NDArray[np.int32]:
-    """int32 (cells, 2 + W): the chunk cut where contributors change. Start, length, then for each rank the token in its
-    buffer (for others: in that of all arrivals) at which the cell lies, or -1."""
+    """int32 (cells, 3 + W): the chunk cut where contributors change. Start, length, then for each rank the token in its
+    buffer (for others: in that of all arrivals) at which the cell lies, or -1; last in that of the home step."""
     rank, tokens = plan.rank, plan.problem.key_chunk(plan.rank)
     given: dict[int, list[tuple[int, int, int]]] = {rank: list(stretches(plan, rank))}
     for peer, ranges in plan.send.items():
@@ -98,18 +122,20 @@ def _cells(plan: GatherPlan) -> NDArray[np.int32]:
         for start, stop in ranges:
             given[peer].append((start, offset, stop - start))
             offset += stop - start
+    if plan.home is not None:
+        given[plan.problem.world_size] = [(plan.home[0], 0, plan.home[1] - plan.home[0])]
     edges = {0, tokens}
     for places in given.values():
         edges |= {edge for start, _, length in places for edge in (start, start + length)}
     rows = []
     for start, stop in pairwise(sorted(edges)):
-        row = [start, stop - start] + [-1] * plan.problem.world_size
+        row = [start, stop - start] + [-1] * (plan.problem.world_size + 1)
         for contributor, places in given.items():
             for first, at, length in places:
                 if first <= start < first + length:
                     row[2 + contributor] = at + start - first
         rows.append(row)
-    return np.array(rows, np.int32).reshape(-1, 2 + plan.problem.world_size)
+    return np.array(rows, np.int32).reshape(-1, 3 + plan.problem.world_size)
 
 
 @lru_cache(maxsize=256)

@@ -8,6 +8,9 @@ is merged.
     lane      keys 0 │ keys 1 ─────── │ keys 2 (buffer of 0) … gradients 0 home │ …
     compute          │ group 0 ────── │ group 1 ──────────── …
 
+Queries that see own keys only (`GatherPlan.home`) wait for nothing and are waited for by nobody: they are computed
+while the keys of the others arrive and their gradients go home, on whatever the others leave of the GPU.
+
 Owners add the contributions to their own keys in fp32 and in rank order, so the result does not depend on who was
 first. How the bytes travel is a `Courier`'s business: torch.distributed (`ring_core.comm.collectives`) or memory that
 all ranks can read (`ring_core.comm.peer`). Keys and values of a token travel side by side, as (2, heads, D).
@@ -21,14 +24,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ring_core.backend import accumulation_dtype
 from ring_core.comm.contributions import sum_in_rank_order
-from ring_core.comm.lane import Lane, compute_after, compute_now
+from ring_core.comm.lane import URGENT, Lane, compute_after, compute_now
 from ring_core.comm.transport import Buffers, Gradients, Keys, nothing
 from ring_core.plan import GatherPlan
 
 BUFFERS = 2
 Heads = tuple[slice, ...]
-"""Groups of key heads, in order, equally many in each."""
+"""Groups of key heads, in order."""
+HOME = 1
+"""The step of queries that see own keys only."""
 
 
 class Courier(Protocol):
@@ -69,26 +75,34 @@ class GatherTransport:
         self.plan = plan
         self.courier = courier
         self.groups = groups
-        self.independent = len(groups) > 1
+        self.head_groups = len(groups)
+        self.side_by_side = len(groups) > 1 or plan.home is not None
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
         plan, courier, lane = self.plan, self.courier, self.courier.lane
-        shape = pieces_shape(plan, k, self.groups)
+        shapes = [pieces_shape(plan, k, heads) for heads in self.groups]
         # Allocated here and freed here, on the compute stream, which by then has waited for all that the lane did.
-        buffers = [k.new_empty(shape) for _ in self.groups[:BUFFERS]]
-        views = [by_piece(buffer, plan) for buffer in buffers]
+        largest = [max(shape.numel() for shape in shapes[at::BUFFERS]) for at in range(len(shapes[:BUFFERS]))]
+        memory = [k.new_empty(numel) for numel in largest]
+        buffers = [memory[at % BUFFERS][: shape.numel()].view(shape) for at, shape in enumerate(shapes)]
         marks: list[torch.cuda.Event | None] = []  # behind the reading of each group
         lane.after_compute()
         with lane.on():
             courier.offer(k, v, self.groups)
             arrival = courier.fetch(0, buffers[0])
         for number, heads in enumerate(self.groups):
+            if plan.home is not None:
+                own = slice(*plan.home)
+                yield Keys(HOME, heads, k[None, :, own, heads], v[None, :, own, heads])
             with lane.on():
                 arrival()
                 landed = lane.now()
                 if lane.stream is None:  # the host is about to compute: post before
                     arrival = self._next(number, buffers, marks)
-            yield Keys(0, heads, *views[number % BUFFERS], landed, lambda: marks.append(compute_now(lane)))
+            alone = plan.home is None
+            turn = number % 2 if alone else URGENT
+            pieces = by_piece(buffers[number], plan)
+            yield Keys(0, heads, *pieces, turn, alone, landed, lambda: marks.append(compute_now(lane)))
             if lane.stream is not None:  # the GPU is about to compute, and its host should first tell it so
                 with lane.on():
                     arrival = self._next(number, buffers, marks)
@@ -101,7 +115,7 @@ class GatherTransport:
             return nothing
         if number:
             self.courier.lane.after(marks[number - 1])
-        return self.courier.fetch(following, buffers[following % BUFFERS])
+        return self.courier.fetch(following, buffers[following])
 
     def gradients(self, k: Tensor) -> Gradients:
         return GatherGradients(self.plan, self.courier, self.groups, k)
@@ -114,22 +128,35 @@ class GatherGradients:
         self._plan = plan
         self._courier = courier
         self._groups = groups
-        self._shape = pieces_shape(plan, k, groups)
+        self._k = k
         self._dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         self._dv = torch.empty_like(self._dk)
         self._parts: list[Tensor] = []
+        self._at_home: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._homecomings: dict[int, Callable[[], Tensor]] = {}
         self._home: list[torch.cuda.Event | None] = []
 
-    def buffers(self, number: int) -> Buffers:
+    def buffers(self, keys: Keys) -> Buffers:
+        plan, k = self._plan, self._k
+        if keys.step == HOME:
+            assert plan.home is not None
+            shape = (k.shape[0], plan.home[1] - plan.home[0], 2, keys.k.shape[3], k.shape[3])
+            own = torch.zeros(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
+            self._at_home.append((own, None))
+            return Buffers(own[None, :, :, 0], own[None, :, :, 1])
+        number = len(self._parts)
         if number >= BUFFERS:  # whose buffer this is
             self._settle(number - BUFFERS)
             compute_after(self._home[number - BUFFERS])
-        self._parts.append(self._courier.parts(self._shape))
-        return Buffers(*by_piece(self._parts[number], self._plan))
+        self._parts.append(self._courier.parts(pieces_shape(plan, k, keys.heads)))
+        return Buffers(*by_piece(self._parts[number], plan))
 
-    def depart(self, number: int) -> None:
+    def depart(self, keys: Keys) -> None:
         lane = self._courier.home_lane
+        if keys.step == HOME:
+            self._at_home[-1] = self._at_home[-1][0], compute_now(lane)
+            return
+        number = len(self._home)
         lane.after_compute()
         with lane.on():
             self._homecomings[number] = self._courier.ship(self._parts[number])
@@ -150,13 +177,16 @@ class GatherGradients:
         if homecoming is None:
             return
         parts, heads = self._parts[number], self._groups[number]
-        sum_in_rank_order(self._plan, parts, homecoming(), self._dk[:, :, heads], self._dv[:, :, heads])
+        arrived, at_home = homecoming(), None
+        if self._at_home:
+            at_home, mark = self._at_home[number]
+            self._courier.home_lane.after(mark)
+        sum_in_rank_order(self._plan, parts, at_home, arrived, self._dk[:, :, heads], self._dv[:, :, heads])
 
 
-def pieces_shape(plan: GatherPlan, k: Tensor, groups: Heads) -> torch.Size:
+def pieces_shape(plan: GatherPlan, k: Tensor, heads: slice) -> torch.Size:
     """(B, C * S_piece, 2, h, D): all pieces of one head group, keys and values of a token side by side."""
-    heads = groups[0].stop - groups[0].start
-    return torch.Size((k.shape[0], plan.piece_count * plan.piece_length, 2, heads, k.shape[3]))
+    return torch.Size((k.shape[0], plan.piece_count * plan.piece_length, 2, heads.stop - heads.start, k.shape[3]))
 
 
 def by_piece(pieces: Tensor, plan: GatherPlan) -> tuple[Tensor, Tensor]:

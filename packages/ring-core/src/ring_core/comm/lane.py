@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 
+from ring_core._torch import OnStream, current_stream
+
 
 class Lane:
     """Work enqueued inside `on()` runs on the lane's stream; without one (CPU) it is done at once, by the host."""
@@ -16,12 +18,12 @@ class Lane:
         self.stream = stream
 
     def on(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+        return nullcontext() if self.stream is None else OnStream(self.stream)
 
     def after_compute(self) -> None:
         """What comes next on the lane comes after everything the current stream holds now."""
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(current_stream(self.stream.device_index))
 
     def now(self) -> torch.cuda.Event | None:
         """A mark behind everything the lane holds now."""
@@ -35,36 +37,52 @@ class Lane:
 
 def compute_now(lane: Lane) -> torch.cuda.Event | None:
     """A mark behind everything the current stream holds now, where the lane is a stream of its own."""
-    return None if lane.stream is None else torch.cuda.current_stream().record_event()
+    return None if lane.stream is None else current_stream(lane.stream.device_index).record_event()
 
 
 def compute_after(mark: torch.cuda.Event | None) -> None:
     """What comes next on the current stream comes after a mark on another."""
     if mark is not None:
-        torch.cuda.current_stream().wait_event(mark)
+        mark.wait(current_stream(mark.device.index))
+
+
+URGENT = 2
+"""The turn whose tiles go first, whenever they can: what others wait for."""
 
 
 class Turns:
-    """Computations that do not depend on each other, on two streams in turn: the last tiles of one and the first of the
-    next share the GPU, which a kernel boundary on one stream would leave half empty."""
+    """Computations that do not depend on each other, on several streams: two equal ones (0 and 1), so that the last
+    tiles of one and the first of the next share the GPU, which a kernel boundary on one stream would leave half empty;
+    and an URGENT one, beside which the others fill what it leaves."""
 
     def __init__(self, device: torch.device, *, several: bool) -> None:
         self._streams: tuple[torch.cuda.Stream, ...] = ()
+        self._used: set[int] = set()
+        self._begin: torch.cuda.Event | None = None
         if several and device.type == "cuda":
-            self._streams = _pair(device)
-            for stream in self._streams:
-                stream.wait_stream(torch.cuda.current_stream(device))
+            self._streams = _streams(device)
+            self._begin = current_stream(device.index).record_event()
 
     def turn(self, number: int) -> AbstractContextManager[object]:
-        """Where the number-th computation is enqueued."""
-        return torch.cuda.stream(self._streams[number % 2]) if self._streams else nullcontext()
+        """Where a computation of that turn is enqueued."""
+        if self._begin is None:
+            return nullcontext()
+        if number not in self._used:
+            self._used.add(number)
+            self._streams[number].wait_event(self._begin)
+        return OnStream(self._streams[number])
+
+    def now(self) -> torch.cuda.Event | None:
+        """A mark behind everything the current turn holds now."""
+        return None if self._begin is None else current_stream(self._streams[0].device_index).record_event()
 
     def join(self) -> None:
         """The current stream goes on when all are done."""
-        for stream in self._streams:
-            torch.cuda.current_stream(stream.device).wait_stream(stream)
+        for number in self._used:
+            stream = self._streams[number]
+            current_stream(stream.device_index).wait_stream(stream)
 
 
 @cache
-def _pair(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    return *(torch.cuda.Stream(device) for _ in range(2)), torch.cuda.Stream(device, priority=-1)

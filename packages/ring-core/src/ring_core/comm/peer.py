@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ring_core.backend import Flags, accumulation_dtype
-from ring_core.comm.contributions import arrival_places, arrivals, pieces_of, stretches
+from ring_core.comm.contributions import arrival_places, arrivals, pieces_of, published, stretches
 from ring_core.comm.gather import Heads
 from ring_core.comm.lane import Lane, compute_now
 from ring_core.comm.traffic import count_sent
@@ -114,37 +114,42 @@ class PeerMemory(Protocol):
 
 
 class PeerCourier:
-    """One arena for keys, one for contributions. A slot of keys holds them by head group, (G, B, S, 2, h, D), so that
-    what a peer pulls is contiguous; a slot of contributions is what the backend adds into, (B, C * S_piece, 2, h, D),
-    and their owners know from their maker's plan what lies where."""
+    """One arena for keys, one for contributions. A slot of keys holds them group after group of heads, (B, S, 2, h, D)
+    each, so that what a peer pulls is contiguous; a slot of contributions is what the backend adds into,
+    (B, C * S_piece, 2, h, D), and their owners know from their maker's plan what lies where."""
 
     def __init__(self, plan: GatherPlan, memories: Callable[[str], PeerMemory], lanes: tuple[Lane, Lane]) -> None:
         self._plan = plan
         self._keys, self._gradients = memories("keys"), memories("gradients")
         self._others = tuple(rank for rank in range(plan.problem.world_size) if rank != plan.rank)
         self._epoch = self._parts_epoch = 0
-        self._shape = torch.Size()
+        self._groups: Heads = ()
+        self._widest = 0
+        self._batch, self._row = 0, 0  # bytes of a token's keys and values of one head
         self._dtype = torch.float32
         self.lane, self.home_lane = lanes
         self.pieces = pieces_of(plan)
         self._zeroed: torch.cuda.Event | None = None
 
     def offer(self, k: Tensor, v: Tensor, groups: Heads) -> None:
-        memory = self._keys
-        heads = groups[0].stop
-        self._shape = torch.Size((len(groups), k.shape[0], k.shape[1], 2, heads, k.shape[3]))
-        self._dtype = k.dtype
+        memory, plan = self._keys, self._plan
+        batch, tokens, num_heads, head_dim = k.shape
+        self._groups, self._batch, self._dtype = groups, batch, k.dtype
+        self._widest = max(heads.stop - heads.start for heads in groups)
+        self._row = 2 * head_dim * k.element_size()
         with _poisoning(memory):
-            longest = self._plan.problem.longest_key_chunk
-            memory.reserve(2 * k.shape[0] * longest * k.shape[2:].numel() * k.element_size())
+            memory.reserve(batch * plan.problem.longest_key_chunk * num_heads * self._row)
             self._epoch = self._begin(memory)
             slot = memory.slot(memory.rank, self._epoch % GENERATIONS)
-            mine = _typed(slot, self._dtype, self._shape)
-            for side, x in enumerate((k, v)):
-                mine[:, :, :, side].copy_(x.unflatten(2, (len(groups), heads)).movedim(2, 0))
-            memory.exchange(PUBLISHED, self._epoch, tuple(self._plan.receive))
-        for peer, wanted in self._plan.send.items():
-            count_sent("keys", peer, mine[:, :, : count(wanted)].nbytes)
+            for heads in groups:
+                shape = torch.Size((batch, tokens, 2, heads.stop - heads.start, head_dim))
+                mine = _typed(slot[batch * tokens * heads.start * self._row :], k.dtype, shape)
+                for start, stop in published(plan):
+                    for side, x in enumerate((k, v)):
+                        mine[:, start:stop, side].copy_(x[:, start:stop, heads])
+            memory.exchange(PUBLISHED, self._epoch, tuple(plan.receive))
+        for peer, wanted in plan.send.items():
+            count_sent("keys", peer, batch * count(wanted) * num_heads * self._row)
 
     def fetch(self, number: int, pieces: Tensor) -> Callable[[], None]:
         with _poisoning(self._keys):
@@ -154,11 +159,12 @@ class PeerCourier:
 
     def _pull(self, source: int, number: int, pieces: Tensor) -> None:
         """A rank's keys of the number-th group, from its slot into the pieces."""
-        plan, (_, batch, *_) = self._plan, self._shape
-        token = self._shape[3:].numel() * self._dtype.itemsize
+        plan, batch, heads = self._plan, self._batch, self._groups[number]
+        token = (heads.stop - heads.start) * self._row
         chunk, span = plan.problem.key_chunk(source), plan.piece_count * plan.piece_length
+        begin = batch * chunk * heads.start * self._row
         copies = [
-            Copy(source, ((number * batch + b) * chunk + start) * token, (b * span + at) * token, n * token)
+            Copy(source, begin + (b * chunk + start) * token, (b * span + at) * token, n * token)
             for b in range(batch)
             for start, at, n in stretches(plan, source)
         ]
@@ -226,10 +232,10 @@ class PeerCourier:
         memory = self._gradients
         dtype = accumulation_dtype(self._dtype)
         with _poisoning(memory):
-            per_token = shape[0] * shape[2:].numel()
-            memory.reserve(
-                self._plan.problem.k_length * per_token * dtype.itemsize + 4 * MOST_PIECES * memory.world_size
-            )
+            # For the largest group at once: no arena grows while one of its slots is in use.
+            per_token = shape[0] * 2 * self._widest * shape[-1] * dtype.itemsize
+            most_counters = MOST_PIECES * memory.world_size
+            memory.reserve(self._plan.problem.k_length * per_token + 4 * most_counters)
             self._parts_epoch = self._begin(memory)
             slot = memory.slot(memory.rank, self._parts_epoch % GENERATIONS)
             nbytes = shape.numel() * dtype.itemsize

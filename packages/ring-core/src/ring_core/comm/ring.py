@@ -24,7 +24,8 @@ from ring_core.ranges import Ranges, count
 class RingTransport:
     """Moves what a `RingPlan` says between the ranks of a group."""
 
-    independent = False
+    head_groups = 1
+    side_by_side = False
 
     def __init__(self, plan: RingPlan, group: ProcessGroup) -> None:
         self.plan = plan
@@ -78,13 +79,13 @@ class RingGradients:
         self._home: Tensor | None = None
         self._pending: list[Pending] = []
 
-    def buffers(self, step: int) -> Buffers:
-        if step:
+    def buffers(self, keys: Keys) -> Buffers:
+        if step := keys.step:
             self._part = zeros_for_gradients(self._k, count(self._plan.hops[step].receive))
         return Buffers(self._part[0][None], self._part[1][None])
 
-    def depart(self, step: int) -> None:
-        plan, link = self._plan, self._link
+    def depart(self, keys: Keys) -> None:
+        plan, link, step = self._plan, self._link, keys.step
         link.after_compute()
         with link.on_stream():
             self._settle()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ring_core.backend import Flags, departures_of
 from ring_core.comm.contributions import sum_in_rank_order
-from ring_core.comm.gather import Courier, Heads, by_piece, pieces_shape
+from ring_core.comm.gather import Courier, by_piece, pieces_shape
 from ring_core.comm.lane import compute_after
 from ring_core.comm.transport import Buffers, Gradients, Keys
 from ring_core.plan import GatherPlan
@@ -56,7 +56,8 @@ class StagedCourier(Courier, Protocol):
 class StagedGather:
     """Moves what a `GatherPlan` says, all heads at once."""
 
-    independent = False
+    head_groups = 1
+    side_by_side = False
 
     def __init__(self, plan: GatherPlan, courier: StagedCourier) -> None:
         self.plan = plan
@@ -64,17 +65,17 @@ class StagedGather:
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
         courier, lane = self.courier, self.courier.lane
-        heads = _all_heads(k)
+        heads = slice(0, k.shape[2])
         pieces = k.new_empty(pieces_shape(self.plan, k, heads))
         lane.after_compute()
         with lane.on():
-            courier.offer(k, v, heads)
+            courier.offer(k, v, (heads,))
             flags = courier.stage(pieces)
             ready = lane.now()
             courier.follow(pieces)
             courier.fetched()
             landed = lane.now()
-        yield Keys(0, heads[0], *by_piece(pieces, self.plan), ready, flags=flags)
+        yield Keys(0, heads, *by_piece(pieces, self.plan), arrived=ready, flags=flags)
         compute_after(landed)  # which it is, if the kernel has waited: the memory is free for others behind this
 
     def gradients(self, k: Tensor) -> Gradients:
@@ -87,18 +88,18 @@ class StagedGradients:
     def __init__(self, plan: GatherPlan, courier: StagedCourier, k: Tensor) -> None:
         self._plan = plan
         self._courier = courier
-        self._shape = pieces_shape(plan, k, _all_heads(k))
+        self._shape = pieces_shape(plan, k, slice(0, k.shape[2]))
         self._full = departures_of(plan.steps[0].backward, plan.piece_count, k.shape[0], k.shape[2])
         self._dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         self._dv = torch.empty_like(self._dk)
         self._parts = self._departures = self._dk.new_empty(0)
         self._homecoming: Callable[[], None] | None = None
 
-    def buffers(self, number: int) -> Buffers:
+    def buffers(self, keys: Keys) -> Buffers:
         self._parts, self._departures = self._courier.staged_parts(self._shape)
         return Buffers(*by_piece(self._parts, self._plan), self._departures)
 
-    def depart(self, number: int) -> None:
+    def depart(self, keys: Keys) -> None:
         lane = self._courier.home_lane
         with lane.on():
             arriving = self._courier.ship_staged(self._parts, self._departures, self._full)
@@ -118,9 +119,5 @@ class StagedGradients:
             arrived = arriving()
         lane.after_compute()  # own contributions are complete
         with lane.on():
-            sum_in_rank_order(self._plan, self._parts, arrived, self._dk, self._dv)
+            sum_in_rank_order(self._plan, self._parts, None, arrived, self._dk, self._dv)
         compute_after(lane.now())
-
-
-def _all_heads(k: Tensor) -> Heads:
-    return (slice(0, k.shape[2]),)

@@ -16,11 +16,13 @@ from torch import Tensor
 @triton.jit
 def _sum(
     own,
+    at_home,
     arrived,
     cells,
     dk,
     dv,
     own_b,
+    at_home_b,
     arrived_b,
     target_b,
     target_s,
@@ -30,7 +32,7 @@ def _sum(
     TOKENS: tl.constexpr,
     ROW: tl.constexpr,
 ):
-    cell = cells + tl.program_id(1) * (2 + WORLD)
+    cell = cells + tl.program_id(1) * (3 + WORLD)
     start, length = tl.load(cell), tl.load(cell + 1)
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     batch = tl.program_id(2).to(tl.int64)
@@ -46,16 +48,30 @@ def _sum(
                     total += tl.load(own + batch * own_b + at, mask=inside, other=0.0)
                 else:
                     total += tl.load(arrived + batch * arrived_b + at, mask=inside, other=0.0)
+            if rank == RANK:
+                place = tl.load(cell + 2 + WORLD)
+                if place >= 0:
+                    at = ((place + tokens).to(tl.int64) * 2 + side)[:, None] * row + column[None, :]
+                    total += tl.load(at_home + batch * at_home_b + at, mask=inside, other=0.0)
         target = batch * target_b + (start + tokens).to(tl.int64)[:, None] * target_s + column[None, :]
         out = dk if side == 0 else dv
         tl.store(out + target, total.to(out.dtype.element_ty), mask=inside)
 
 
 def sum_contributions(
-    own: Tensor, arrived: Tensor, cells: Tensor, longest: int, rank: int, world_size: int, dk: Tensor, dv: Tensor
+    own: Tensor,
+    at_home: Tensor,
+    arrived: Tensor,
+    cells: Tensor,
+    longest: int,
+    rank: int,
+    world_size: int,
+    dk: Tensor,
+    dv: Tensor,
 ) -> None:
-    """own (B, n, 2, h, D), arrived (B, m, 2, h, D): contiguous, fp32; cells: int32 (cells, 2 + W): start, length, and
-    for each rank the token in its buffer at which the cell lies; dk, dv (B, S, h, D): alike in strides, heads dense."""
+    """own (B, n, 2, h, D), at_home (B, l, 2, h, D), arrived (B, m, 2, h, D): contiguous, fp32; cells: int32
+    (cells, 3 + W): start, length, and for each rank, then for the home step, the token in its buffer at which the cell
+    lies; dk, dv (B, S, h, D): alike in strides, heads dense."""
     batch, _, _, heads, head_dim = own.shape
     row = heads * head_dim
     width = triton.next_power_of_2(row)
@@ -64,11 +80,13 @@ def sum_contributions(
     with torch.cuda.device(own.device):
         _sum[grid](
             own,
+            at_home,
             arrived,
             cells,
             dk,
             dv,
             own.stride(0),
+            at_home.stride(0),
             arrived.stride(0),
             dk.stride(0),
             dk.stride(1),

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ring_core._torch import current_stream_handle, symmetric_buffer, symmetric_rendezvous
+from ring_core._torch import current_stream, current_stream_handle, symmetric_buffer, symmetric_rendezvous
 from ring_core.backend import POISON, Flags
 from ring_core.comm.channel import RingCommError, timeout
 from ring_core.comm.lane import Lane
@@ -127,7 +127,7 @@ class SymmetricMemory:
             copy_bytes(stream, into + place, self._addresses[rank] + offset + source, nbytes)
 
     def watch(self, epoch: int) -> None:
-        stream = torch.cuda.current_stream(self._device)
+        stream = current_stream(self._device.index)
         _watchdog().guard(_Wait(self, epoch, stream.record_event(), _deadline()))
 
     def poison(self) -> None:

@@ -23,6 +23,10 @@ class Keys(NamedTuple):
     heads: slice  # of the key heads
     k: Tensor  # (C, B, S_piece, h, D)
     v: Tensor  # (C, B, S_piece, h, D)
+    turn: int = 0
+    """Which of the streams of `ring_core.comm.lane.Turns` computes on them."""
+    alone: bool = False
+    """Whether nothing else is about these heads."""
     arrived: torch.cuda.Event | None = None
     """What the current stream must wait for before it reads them."""
     read: Callable[[], None] = nothing
@@ -42,12 +46,12 @@ class Buffers(NamedTuple):
 class Gradients(Protocol):
     """dk and dv on their way to the ranks that hold the keys."""
 
-    def buffers(self, number: int) -> Buffers:
-        """Zeros for the pieces that `Transport.keys` yielded as the number-th (from 0)."""
+    def buffers(self, keys: Keys) -> Buffers:
+        """Zeros for what `Transport.keys` has just yielded."""
         ...
 
-    def depart(self, number: int) -> None:
-        """All that computes their contributions is enqueued (on the current stream)."""
+    def depart(self, keys: Keys) -> None:
+        """All that computes its contributions is enqueued (on the current stream)."""
         ...
 
     def collect(self) -> tuple[Tensor, Tensor]:
@@ -58,8 +62,10 @@ class Gradients(Protocol):
 class Transport(Protocol):
     """Moves keys out and gradients home as one plan says."""
 
-    independent: bool
-    """Whether what it yields is about different heads each time, so that nothing of it waits for the others."""
+    head_groups: int
+    """How many groups of heads it yields, one after the other."""
+    side_by_side: bool
+    """Whether what it yields is about different heads or rows each time, so that nothing of it waits for the others."""
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
         """The pieces of each step in turn, or of each group of heads, from this rank's k, v (B, S, Hkv, D)."""
@@ -73,7 +79,8 @@ class Transport(Protocol):
 class LocalTransport:
     """Nothing travels: one rank, or several of which each sees only its own keys."""
 
-    independent = False
+    head_groups = 1
+    side_by_side = False
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
         yield Keys(0, slice(0, k.shape[2]), k[None], v[None])
@@ -89,10 +96,10 @@ class LocalGradients:
         self._dtype = k.dtype
         self._sums = zeros_for_gradients(k, k.shape[1])
 
-    def buffers(self, number: int) -> Buffers:
+    def buffers(self, keys: Keys) -> Buffers:
         return Buffers(self._sums[0][None], self._sums[1][None])
 
-    def depart(self, number: int) -> None:
+    def depart(self, keys: Keys) -> None:
         pass
 
     def collect(self) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ HOLES = 3
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """A stream cut into runs, in stream order; a rank's tokens are its runs one after the other."""
+    """A stream cut into runs, in stream order; a rank's tokens are its runs one after the other, by `local`."""
 
     start: Array
     stop: Array
@@ -64,8 +64,9 @@ class Cells:
         return found
 
     def runs(self, rank: int) -> list[tuple[int, int]]:
-        """A rank's (start, stop) in the stream."""
-        mine = self.owner == rank
+        """A rank's (start, stop) in the stream, as they lie one after the other in its tensor."""
+        mine = np.flatnonzero(self.owner == rank)
+        mine = mine[np.argsort(self.local[mine], kind="stable")]
         return list(zip(self.start[mine].tolist(), self.stop[mine].tolist(), strict=True))
 
 
@@ -80,12 +81,45 @@ def deal(documents: Documents, layout: str, world_size: int) -> tuple[Cells, Cel
     else:
         cells = _balanced(documents, world_size)
         if np.array_equal(documents.cu_q, documents.cu_k):
+            cells = _waiting_first(documents, cells)
             return cells, cells
         return cells, _spread(cells.stop - cells.start, cells.owner, documents.k_length, world_size)
     queries = _spread(shares, owner, documents.q_length, world_size)
     if documents.k_length == documents.q_length:
         return queries, queries
     return queries, _spread(shares, owner, documents.k_length, world_size)
+
+
+def waits(documents: Documents, keys: Cells, start: Array, stop: Array, owner: Array) -> Array:
+    """bool: whether queries [start, stop) of one document, on a rank, see keys of another rank."""
+    low, high = documents.seen(start, stop, documents.of_query(start))
+    seen = high > low
+    if not len(keys.start):
+        return seen
+    first = keys.of_token(np.where(seen, low, 0))
+    last = keys.of_token(np.where(seen, high - 1, 0))
+    changes = np.cumsum(np.append(0, keys.owner[1:] != keys.owner[:-1]))
+    found: Array = seen & ((changes[first] != changes[last]) | (keys.owner[first] != owner))
+    return found
+
+
+def _waiting_first(documents: Documents, cells: Cells) -> Cells:
+    """The same owners; a rank's queries that wait for keys of others come first in its tensor, those that see only keys
+    of its own after them, so that each are one call of a kernel."""
+    edges = np.unique(np.concatenate([documents.cu_q, cells.start]))
+    start, stop = edges[:-1], edges[1:]
+    cell = cells.of_token(start)
+    owner = cells.owner[cell]
+    waiting = waits(documents, cells, start, stop, owner)
+    begins = np.ones(len(start), bool)
+    begins[1:] = (cell[1:] != cell[:-1]) | (waiting[1:] != waiting[:-1])
+    ends = np.append(begins[1:], True) if len(begins) else begins
+    start, stop, owner, waiting = start[begins], stop[ends], owner[begins], waiting[begins]
+    order = np.lexsort([start, ~waiting, owner])
+    length = (stop - start)[order]
+    local = np.empty_like(start)
+    local[order] = np.cumsum(length) - length - (np.cumsum(cells.lengths) - cells.lengths)[owner[order]]
+    return Cells(start, stop, owner, local, cells.lengths)
 
 
 def quotas(length: int, world_size: int) -> Array:

@@ -206,7 +206,15 @@ class PackedProblem:
     @cached_property
     def needed(self) -> Array:
         """bool (W, stretches): which rank needs which keys."""
-        parts, stretches = self.parts, self.stretches
+        return self._needed_by(self.parts)
+
+    def needed_by(self, parts: Parts, rank: int) -> Array:
+        """bool (stretches): which keys some of a rank's parts need."""
+        found: Array = self._needed_by(parts)[rank]
+        return found
+
+    def _needed_by(self, parts: Parts) -> Array:
+        stretches = self.stretches
         seen = parts.high > parts.low
         change = np.zeros((self.world_size, len(stretches.start) + 1), np.int32)
         np.add.at(change, (parts.owner[seen], np.searchsorted(stretches.start, parts.low[seen])), 1)
@@ -236,7 +244,7 @@ class PackedProblem:
     def by_owner(self, chosen: Array) -> list[Ranges]:
         """The chosen stretches (bool) as ranges of each owner's tokens."""
         at = np.flatnonzero(chosen)
-        at = at[np.argsort(self.stretches.owner[at], kind="stable")]
+        at = at[np.lexsort([self.stretches.local[at], self.stretches.owner[at]])]
         start, stop, owner, local = (column[at] for column in self.stretches)
         end = local + stop - start
         begins = np.ones(len(at), bool)

@@ -1,14 +1,15 @@
 """The plans of both schedules for packed documents.
 
 A part (queries of one run in one document) is a strip: no strip crosses a document, so none is rounded to whole tiles.
-Its keys lie in the stream in one piece. In the gather, whose one piece holds all that a rank needs in stream order, it
-is one segment; in the ring one a run of keys.
+Its keys lie in the stream in one piece. In the gather, whose pieces hold keys in stream order, it is one segment; in
+the ring one a run of keys.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from ring_core.plan.dealing import waits
 from ring_core.plan.packed import PackedProblem, Parts
 from ring_core.plan.schedule import GatherPlan, GradientHop, Hop, Placement, RingPlan, Step, into_parcels
 from ring_core.plan.tiling import FLAGS, K_START, STEP, table, tables_by_step
@@ -49,7 +50,7 @@ def packed_ring_plan(problem: PackedProblem, rank: int) -> RingPlan:
         home = ((rank + int(visits[-1])) % world_size, int(visits[-1]), problem.by_owner(up_to_here[-1] & mine)[rank])
 
     query_rows, query_strips = _by_run_of_keys(problem, rank)
-    key_rows, key_strips = _key_major(problem, rank, in_runs=True)
+    key_rows, key_strips = _key_major(problem, _of_rank(problem.parts, rank), rank)
     for rows in (query_rows, key_rows):
         into_parcels(rows, incoming)
     steps = tuple(
@@ -65,42 +66,58 @@ def packed_ring_plan(problem: PackedProblem, rank: int) -> RingPlan:
 
 
 def packed_gather_plan(problem: PackedProblem, rank: int) -> GatherPlan:
-    """The gather for packed documents: one piece with all the keys that the rank needs, in stream order."""
-    world_size, stretches, needed = problem.world_size, problem.stretches, problem.needed
-    taken = problem.by_owner(needed[rank])
+    """The gather for packed documents: one piece with all the keys of queries that see some of other ranks, in stream
+    order; a step of their own for all other queries."""
+    world_size, stretches = problem.world_size, problem.stretches
+    parts = _of_rank(problem.parts, rank)
+    waiting = waits(problem.documents, problem.keys, parts.start, parts.stop, parts.owner)
+    here, there = (Parts(*(column[chosen] for column in parts)) for chosen in (~waiting, waiting))
+    needed = problem.needed_by(there, rank)
+    taken = problem.by_owner(needed)
     order = [(rank - h) % world_size for h in range(world_size)]
     mine = stretches.owner == rank
-    given = [problem.by_owner(needed[peer] & mine)[rank] for peer in range(world_size)]
+    given = [problem.by_owner(problem.needed[peer] & mine)[rank] for peer in range(world_size)]
 
-    start, stop, owner, local = (x[needed[rank]] for x in stretches)
+    start, stop, owner, local = (x[needed] for x in stretches)
     begins = np.ones(len(start), bool)
-    begins[1:] = (start[1:] != stop[:-1]) | (owner[1:] != owner[:-1])
+    begins[1:] = (start[1:] != stop[:-1]) | (owner[1:] != owner[:-1]) | (local[1:] != (local + stop - start)[:-1])
     ends = np.ones(len(start), bool)
     ends[:-1] = begins[1:]
     start, stop, owner, local = start[begins], stop[ends], owner[begins], local[begins]
     offset = np.cumsum(stop - start) - (stop - start)
     placements = zip(*(x.tolist() for x in (owner, local, stop - start, np.zeros_like(owner), offset)), strict=True)
 
-    parts = _of_rank(problem.parts, rank)
-    query_rows, query_strips = _rows(problem, parts, np.arange(len(parts.start)), parts.low, parts.high)
-    query_rows[:, FLAGS] = FIRST | LAST
-    key_rows, key_strips = _key_major(problem, rank, in_runs=False)
-    for rows in (query_rows, key_rows):  # from the stream to the piece
-        if len(start):
-            run = np.clip(np.searchsorted(start, rows[:, K_START], side="right") - 1, 0, None)
-            rows[:, K_START] += np.where(rows[:, K_START + 1] > 0, offset[run] - start[run], -rows[:, K_START])
-    step = Step(table(query_rows, query_strips), table(key_rows, key_strips))
+    steps, home = [_step(problem, there, start, offset - start)], None
+    if len(here.start):
+        own, seen = problem.keys, here.high > here.low
+        cell = own.of_token(here.low[seen])
+        low = own.local[cell] + here.low[seen] - own.start[cell]
+        home = (int(low.min()), int((low + here.high[seen] - here.low[seen]).max())) if seen.any() else (0, 0)
+        steps.append(_step(problem, here, own.start, own.local - own.start - home[0]))
     return GatherPlan(
         problem,
         rank,
-        (step,),
+        tuple(steps),
         1,
         int((stop - start).sum()),
         tuple(Placement(*placement) for placement in placements),
         tuple(source for source in order if taken[source]),
         {source: taken[source] for source in order if taken[source] and source != rank},
         {peer: ranges for peer, ranges in enumerate(given) if ranges and peer != rank},
+        home=home,
     )
+
+
+def _step(problem: PackedProblem, parts: Parts, start: Array, shift: Array) -> Step:
+    """The tables of some of a rank's parts; keys from start[i] of the stream on lie shift[i] further in the piece."""
+    query_rows, query_strips = _rows(problem, parts, np.arange(len(parts.start)), parts.low, parts.high)
+    query_rows[:, FLAGS] = FIRST | LAST
+    key_rows, key_strips = _key_major(problem, parts)
+    for rows in (query_rows, key_rows):
+        if len(start):
+            run = np.clip(np.searchsorted(start, rows[:, K_START], side="right") - 1, 0, None)
+            rows[:, K_START] += np.where(rows[:, K_START + 1] > 0, shift[run], -rows[:, K_START])
+    return Step(table(query_rows, query_strips), table(key_rows, key_strips))
 
 
 def _of_rank(parts: Parts, rank: int) -> Parts:
@@ -169,11 +186,12 @@ def _by_run_of_keys(problem: PackedProblem, rank: int) -> tuple[Array, Array]:
     return rows, strips
 
 
-def _key_major(problem: PackedProblem, rank: int, *, in_runs: bool) -> tuple[Array, Array]:
-    """Keys cut where some part begins or ends to see them, and with `in_runs` where a run ends: by step, then strip."""
-    parts, cells = _of_rank(problem.parts, rank), problem.keys
+def _key_major(problem: PackedProblem, parts: Parts, ring_rank: int | None = None) -> tuple[Array, Array]:
+    """Keys cut where some part begins or ends to see them, and in the ring of a rank where a run ends: by step, then
+    strip."""
+    cells = problem.keys
     parts = Parts(*(column[parts.high > parts.low] for column in parts))
-    edges = np.unique(np.concatenate([parts.low, parts.high, *([cells.start] if in_runs else [])]))
+    edges = np.unique(np.concatenate([parts.low, parts.high, *([] if ring_rank is None else [cells.start])]))
     first, last = np.searchsorted(edges, parts.low), np.searchsorted(edges, parts.high)
     which, strip = _expand(first, last - first)
     parts = Parts(*(column[which] for column in parts))
@@ -185,8 +203,8 @@ def _key_major(problem: PackedProblem, rank: int, *, in_runs: bool) -> tuple[Arr
     end = np.minimum(high + left - position, parts.stop - parts.start)
     parts = parts._replace(start=parts.start + begin, stop=parts.start + end, local=parts.local + begin)
     rows, _ = _rows(problem, parts, strip, low, high)
-    if in_runs and len(rows):
-        _from_runs(problem, rank, rows, cells.of_token(low), np.ones(len(rows), bool))
+    if ring_rank is not None and len(rows):
+        _from_runs(problem, ring_rank, rows, cells.of_token(low), np.ones(len(rows), bool))
     order = np.lexsort([which, strip, rows[:, STEP]])
     return rows[order], strip[order]
 

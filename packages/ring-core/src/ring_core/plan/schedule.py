@@ -104,6 +104,9 @@ class GatherPlan:
     keys; placements: which keys lie where, own ones included, by piece and offset; order: the ranks to take them from,
     own first, then by ring distance, so that no two ranks pull from one peer at the same time; receive, send: ranges
     of the peer's and of the own chunk, by peer, peers without any left out.
+
+    Where some queries see keys of their own rank alone (documents that end where chunks do), there is a second step for
+    them, which waits for nothing: its one piece is tokens [home[0], home[1]) of the own chunk.
     """
 
     problem: Problem | PackedProblem
@@ -116,6 +119,7 @@ class GatherPlan:
     receive: dict[int, Ranges]
     send: dict[int, Ranges]
     spans_steps: bool = False
+    home: tuple[int, int] | None = None
 
     @property
     def key_tokens(self) -> dict[int, int]:
@@ -130,7 +134,7 @@ class GatherPlan:
     @property
     def pairs(self) -> int:
         """Visible (query, key) pairs that this rank computes."""
-        return self.steps[0].forward.pairs
+        return sum(step.forward.pairs for step in self.steps)
 
 
 Plan = RingPlan | GatherPlan

@@ -76,6 +76,7 @@ class Provider(Protocol):
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 EIGHTS = HeadDims(8, 256, 8)
+THIRTY_SECONDS = HeadDims(32, 256, 32)
 
 
 @cache
