@@ -1,0 +1,57 @@
+"""Before and after the Hopper backward: what a row needs to know of itself, and dq in its own dtype.
+
+  out, dout (ROWS, D) ──▶ delta = rowsum(dout * out) - dlse      0 where that is no number
+  lse       (ROWS,)   ──▶ scaled_lse = lse * log2(e)             +inf where a row has seen nothing: P is then 0
+  sums (ROWS, D) fp32 ──▶ dq = sums * scale
+
+A block of the backward may begin in a segment and reach beyond its end, into rows that may hold anything; there P = 0,
+and 0 x delta has to be 0 (dP of a real row tells of what was no number, whatever delta says).
+grid = (row tiles, query heads, batch entries).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["length"])
+def prepare_kernel(
+    out, dout, lse, dlse, delta, scaled_lse,
+    out_b, out_s, out_h, dout_b, dout_s, dout_h, lse_b, lse_h, dlse_b, dlse_h, dlse_s, length,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, DLSE: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    there = rows < length
+    mask = there[:, None] & (columns < D)[None, :]
+    at = rows.to(tl.int64)[:, None]
+    a = tl.load(out + batch * out_b + head * out_h + at * out_s + columns[None, :], mask=mask, other=0.0)
+    b = tl.load(dout + batch * dout_b + head * dout_h + at * dout_s + columns[None, :], mask=mask, other=0.0)
+    total = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    if DLSE:
+        dlse_at = dlse + batch * dlse_b + head * dlse_h + rows.to(tl.int64) * dlse_s
+        total -= tl.load(dlse_at, mask=there, other=0.0).to(tl.float32)
+    row = (batch * tl.num_programs(1) + head) * length + rows
+    tl.store(delta + row, tl.where(tl.abs(total) < float("inf"), total, 0.0), mask=there)
+    row_lse = tl.load(lse + batch * lse_b + head * lse_h + rows, mask=there, other=0.0)
+    tl.store(
+        scaled_lse + row, tl.where(row_lse == float("-inf"), float("inf"), row_lse * 1.4426950408889634), mask=there
+    )
+
+
+@triton.jit(do_not_specialize=["length"])
+def finish_kernel(
+    sums, dq, scale, dq_b, dq_s, dq_h, length, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    mask = (rows < length)[:, None] & (columns < D)[None, :]
+    at = rows.to(tl.int64)[:, None]
+    row = (batch * tl.num_programs(1) + head) * length + at
+    x = tl.load(sums + row * D + columns[None, :], mask=mask, other=0.0) * scale
+    tl.store(dq + batch * dq_b + head * dq_h + at * dq_s + columns[None, :], x.to(dq.dtype.element_ty), mask=mask)

@@ -1,0 +1,318 @@
+"""Launches the Hopper backward: descriptors, schedule, what lives from `prepare` to `finish`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+
+from ring_core.backend import DeviceTable, Flags, Params
+from ring_triton.hopper.backward import backward_kernel
+from ring_triton.hopper.backward_ends import finish_kernel, prepare_kernel
+from ring_triton.hopper.backward_schedule import make_schedule
+from ring_triton.hopper.backward_settings import (
+    BACKWARD,
+    TILE_KEYS,
+    BackwardSettings,
+    backward_head_dim,
+    backward_settings_for,
+)
+from ring_triton.hopper.compat import TensorDescriptor
+from ring_triton.hopper.launch import BOUNDLESS, DTYPES, FAR, L2_BYTES, POLLS, keys_descriptor
+from ring_triton.portable import launch as portable
+from ring_triton.portable.gradient_sinks import gradient_sinks_kernel
+
+PRODUCER_REGISTERS = 24
+"""Per thread of the producer; the consumers have what is left of 504 a lane of three warpgroups: 240."""
+ELEMENTS = 8192
+"""Of a tile of `prepare` and `finish`."""
+LOG2E = math.log2(math.e)
+
+
+@dataclass
+class BackwardState:
+    """What lives from `prepare` to `finish`."""
+
+    delta: Tensor  # (B, Hq, Sq) fp32
+    scaled_lse: Tensor  # (B, Hq, Sq) fp32, times log2(e), +inf where a row has seen nothing
+    sums: Tensor | None  # (B, Hq, Sq, D) fp32: dq before it is scaled
+    dtype: torch.dtype
+    dout: Tensor | None  # (B, Sq, Hq, D): instead of a dout that TMA cannot read
+    ordered: portable.BackwardState | None  # dq in a fixed order, by a kernel of its own
+    descriptors: dict[int, tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor | None]] = field(
+        default_factory=dict
+    )
+    """For blocks of so many queries: of scaled_lse, delta, sums."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A table's schedule on a device, for one batch size."""
+
+    items: Tensor  # (N, 8) int32
+    count: int
+    walk: Tensor  # (M, 12) int32
+    repeats: int  # batch entries that all items are about
+
+
+def backward_supports(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> str:
+    """Why these tensors cannot take this path, or "" if they can. It knows no softcap, ALiBi or dropout."""
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"dtype {q.dtype}, it takes {', '.join(map(str, DTYPES))}"
+    if q.shape[-1] % 8 or q.shape[-1] > max(BACKWARD):
+        return f"head dim {q.shape[-1]}, it takes multiples of 8 up to {max(BACKWARD)}"
+    for name, x in (("q", q[None]), ("k", k), ("v", v)):
+        if why := _unreadable(x):
+            return f"{name} {why}"
+    if k.shape[1] > 1 and k.stride(1) * v.stride(2) != v.stride(1) * k.stride(2):
+        return "k and v with different numbers of tokens between batch entries"
+    for name, x in (("dk", dk), ("dv", dv)):
+        if x.dtype != torch.float32 or x.stride(-1) != 1:
+            return f"{name} of {x.dtype} with strides {x.stride()}, it takes fp32 with a dense last dim"
+    return ""
+
+
+def _unreadable(x: Tensor) -> str:
+    """Why TMA cannot read (C, B, S, H, D) as rows token by token, or ""."""
+    if x.stride(-1) != 1 or x.data_ptr() % 16 or any(stride * 2 % 16 or not stride for stride in x.stride()[1:-1]):
+        return f"with strides {x.stride()}, it takes a dense last dim and 16-byte aligned others"
+    if x.shape[0] > 1 and x.stride(0) != x.shape[2] * x.stride(2):
+        return "whose pieces do not follow each other token by token"
+    if x.shape[1] > 1 and x.stride(1) % x.stride(2):
+        return "whose batch stride is no multiple of its token stride"
+    return ""
+
+
+def prepare(
+    q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, *, deterministic: bool = False
+) -> BackwardState:
+    """See `ring_core.backend.Backend.prepare`."""
+    batch, length, num_heads, head_dim = q.shape
+    shape, count = (batch, num_heads, length), q.numel() // max(1, head_dim)
+    stats = torch.empty(2, -(-count // 4) * 4, dtype=torch.float32, device=q.device)  # both 16-byte aligned
+    delta, scaled_lse = stats[0, :count].view(shape), stats[1, :count].view(shape)
+    sums, ordered = None, None
+    if deterministic:
+        memory = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+        ordered = portable.BackwardState(delta, scaled_lse, memory, q.dtype)
+    else:
+        sums = torch.zeros((*shape, head_dim), dtype=torch.float32, device=q.device)
+    state = BackwardState(
+        delta, scaled_lse, sums, q.dtype, dout.contiguous() if _unreadable(dout[None]) else None, ordered
+    )
+    if not q.numel():
+        return state
+    width = triton.next_power_of_2(head_dim)
+    rows = ELEMENTS // width
+    given = lse if dlse is None else dlse
+    prepare_kernel[(triton.cdiv(length, rows), num_heads, batch)](
+        out,
+        dout,
+        lse,
+        given,
+        delta,
+        scaled_lse,
+        *out.stride()[:3],
+        *dout.stride()[:3],
+        *lse.stride()[:2],
+        *given.stride(),
+        length,
+        ROWS=rows,
+        D=head_dim,
+        WIDTH=width,
+        DLSE=dlse is not None,
+        num_warps=4,
+    )
+    return state
+
+
+def backward(
+    state: BackwardState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    table: DeviceTable,
+    *,
+    params: Params,
+    flags: Flags | None = None,
+    departures: Tensor | None = None,
+    settings: BackwardSettings | None = None,
+) -> None:
+    """Walks a key-major table in one launch (two if deterministic), as `ring_core.backend.Backend.backward` describes.
+
+    Args:
+        state: of `prepare`.
+        q, dout: (B, Sq, Hq, D), fp16 or bf16. k, v: (C, B, S, Hkv, D). dk, dv: shaped as k, fp32, added to.
+        params: the scale; deterministic as it was for `prepare`.
+        flags: arrival of the pieces; a piece's keys are read once its flag says so.
+        departures: (C,) uint32 or int32: one is added for each finished (key tile, key head, batch entry) of a piece,
+            in all `departure_targets`.
+        settings: instead of those for this head dim.
+    """
+    if not q.numel() or not len(table.host):
+        return
+    batch, length, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[3]
+    ordered = state.ordered is not None
+    chosen = settings or backward_settings_for(head_dim, ordered=ordered)
+    dout = dout if state.dout is None else state.dout
+    by_piece = chosen.by_piece or flags is not None or departures is not None
+    prepared = schedule_for(table, batch, chosen.block, by_piece)
+    group = num_heads // num_kv_heads
+    programs = prepared.count * prepared.repeats * num_kv_heads
+    if not programs:
+        return
+    split = 1 if ordered or departures is not None else _split(group, programs, q.device)
+    head_batches = prepared.repeats * num_kv_heads * split
+    members = group // split
+    section = min(head_batches, max(1, L2_BYTES // (members * length * head_dim * 8)))
+    lse_desc, delta_desc, dq_desc = _descriptors(state, chosen.block)
+    dummy = prepared.items
+    backward_kernel[(programs * split,)](
+        keys_descriptor(q[None], chosen.block),
+        keys_descriptor(k, TILE_KEYS),
+        keys_descriptor(v, TILE_KEYS),
+        keys_descriptor(dout[None], chosen.block),
+        lse_desc,
+        delta_desc,
+        delta_desc if dq_desc is None else dq_desc,
+        dk,
+        dv,
+        prepared.items,
+        prepared.walk,
+        dummy if flags is None else flags.values,
+        dummy if flags is None else flags.epoch,
+        dummy if departures is None else departures,
+        params.scale * LOG2E,
+        params.scale,
+        prepared.count,
+        section,
+        num_kv_heads,
+        head_batches,
+        split,
+        members,
+        group,
+        k.shape[2],
+        *(x.stride(-4) // x.stride(-3) if batch > 1 else 0 for x in (q, dout, k)),
+        length,
+        POLLS,
+        *dk.stride()[:4],
+        *dv.stride()[:4],
+        KEYS=TILE_KEYS,
+        ROWS=chosen.block,
+        D=backward_head_dim(head_dim),
+        HEAD_DIM=head_dim,
+        Q_STAGES=chosen.q_stages,
+        DO_STAGES=chosen.do_stages,
+        DQ=not ordered,
+        SWAP=chosen.swap,
+        ORDER=chosen.order,
+        PACKED=chosen.packed,
+        ATOMIC=split > 1,
+        FLAGS=flags is not None,
+        DEPARTURES=departures is not None,
+        REGISTERS=PRODUCER_REGISTERS,
+        num_warps=8,
+        maxnreg=168,  # 65536 registers over three warpgroups; setmaxnreg then moves them to the consumers
+        enable_fp_fusion=True,  # off by default from triton 3.10 on
+    )
+    if state.ordered is not None:
+        # scaled once, at the end
+        scores = portable._scores(params, q)
+        portable._gradients_q(state.ordered, q, k, v, dout, table, replace(params, scale=1.0), scores)
+
+
+def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
+    """See `ring_core.backend.Backend.finish`."""
+    batch, num_heads, length = state.delta.shape
+    sums = state.sums
+    if state.ordered is not None:
+        fresh = state.ordered.fresh
+        sums = (torch.zeros_like(state.ordered.dq) if fresh else state.ordered.dq).transpose(1, 2).contiguous()
+    assert sums is not None
+    head_dim = sums.shape[-1]
+    dq = torch.empty((batch, length, num_heads, head_dim), dtype=state.dtype, device=sums.device)
+    if dq.numel():
+        width = triton.next_power_of_2(head_dim)
+        rows = ELEMENTS // width
+        grid = (triton.cdiv(length, rows), num_heads, batch)
+        finish_kernel[grid](
+            sums, dq, params.scale, *dq.stride()[:3], length, ROWS=rows, D=head_dim, WIDTH=width, num_warps=4
+        )
+    if params.sinks is None:
+        return dq, None
+    dsinks = torch.zeros_like(params.sinks)
+    if state.delta.numel():
+        gradient_sinks_kernel[(num_heads,)](
+            dsinks,
+            params.sinks,
+            state.scaled_lse,
+            state.delta,
+            length,
+            batch,
+            BLOCK=1024,
+            ACC=gl.float32,
+            UNIT=LOG2E,
+            num_warps=4,
+        )
+    return dq, dsinks
+
+
+def departure_targets(table: DeviceTable, batch: int, num_kv_heads: int, pieces: int) -> list[int]:
+    """What `backward` adds to each piece's departure counter for this table."""
+    schedule = make_schedule(table.host, tile_keys=TILE_KEYS, block=TILE_KEYS)
+    items = schedule.items
+    entries = np.where(items[:, 4] < 0, batch, 1)
+    return [int(x) * num_kv_heads for x in np.bincount(items[:, 5], weights=entries, minlength=pieces)]
+
+
+def schedule_for(table: DeviceTable, batch: int, block: int, by_piece: bool) -> Prepared:
+    """The table's schedule on its device, made once and kept with the table."""
+    key = ("hopper backward", str(table.device), batch, block, by_piece)
+    known = table.host.cache.get(key)
+    if known is None:
+        schedule = make_schedule(table.host, tile_keys=TILE_KEYS, block=block, by_piece=by_piece)
+        items = schedule.items if schedule.every_batch else schedule.for_batch(batch)
+        walk = schedule.walk if len(schedule.walk) else np.zeros((1, schedule.walk.shape[1]), dtype=np.int32)
+        known = table.host.cache[key] = Prepared(
+            torch.from_numpy(items).to(table.device),
+            len(items),
+            torch.from_numpy(walk).to(table.device),
+            batch if schedule.every_batch else 1,
+        )
+    prepared: Prepared = known
+    return prepared
+
+
+def _split(group: int, programs: int, device: torch.device) -> int:
+    """Into how many parts a group's query heads are dealt out, so that there are two programs for each processor."""
+    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return next((n for n in range(1, group) if group % n == 0 and programs * n >= wanted), group)
+
+
+def _descriptors(
+    state: BackwardState, block: int
+) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor | None]:
+    if block not in state.descriptors:
+        flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+        count = state.delta.numel()
+        lse, delta = (
+            TensorDescriptor(x.flatten(), [count], [1], [block], flat) for x in (state.scaled_lse, state.delta)
+        )
+        sums = None
+        if state.sums is not None:
+            row = state.sums.shape[-1]
+            box = [1, 1, block, backward_head_dim(row)]
+            layout = gl.NVMMASharedLayout.get_default_for(box, gl.float32)
+            shape, strides = [BOUNDLESS, BOUNDLESS, FAR, row], [(1 << 34) - row, row, row, 1]
+            sums = TensorDescriptor(state.sums, shape, strides, box, layout)
+        state.descriptors[block] = lse, delta, sums
+    return state.descriptors[block]
