@@ -134,7 +134,7 @@ def _forward(
     if scale <= 0:
         raise ValueError(f"scale is {scale}; the Hopper kernels take the largest score first and need it positive")
     if supports(q, k, v):
-        q, k, v = q.clone(memory_format=torch.contiguous_format), _dense(k), _dense(v)
+        q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
         if reason := supports(q, k, v):
             raise ValueError(f"the Hopper kernels do not take {reason}")
         forward(q, k, v, out, lse, state, table, scale=scale, sinks=sinks, flags=flags, settings=settings)
@@ -209,7 +209,7 @@ def _forward(
         launches.add(key, kernel, grid, arguments, (prepared.items.data_ptr(), prepared.walk.data_ptr()))
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense_keys(x: Tensor) -> Tensor:
     """k or v (C, B, S, H, D) with all tokens of a batch entry one after the other."""
     return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
 
