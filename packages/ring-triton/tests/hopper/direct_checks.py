@@ -218,7 +218,7 @@ def hopper_backward() -> None:
             assert [parameters[place] for place, _, _ in known._maps] == [
                 known._maps[number][2][x.data_ptr()][0] for number, x in enumerate(at)
             ]
-    assert list(number(by_kernel["finish"][-1][n], ctypes.c_uint64) for n in range(2)) == [
+    assert [number(by_kernel["finish"][-1][n], ctypes.c_uint64) for n in range(2)] == [
         state.sums.data_ptr(),
         dq.data_ptr(),
     ]
