@@ -93,7 +93,8 @@ class StagedGradients:
         self._dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         self._dv = torch.empty_like(self._dk)
         self._parts = self._departures = self._dk.new_empty(0)
-        self._homecoming: Callable[[], None] | None = None
+        self._homecoming: Callable[[], Tensor] | None = None
+        self._home: torch.cuda.Event | None = None
 
     def buffers(self, keys: Keys) -> Buffers:
         self._parts, self._departures = self._courier.staged_parts(self._shape)
@@ -102,22 +103,24 @@ class StagedGradients:
     def depart(self, keys: Keys) -> None:
         lane = self._courier.home_lane
         with lane.on():
-            arriving = self._courier.ship_staged(self._parts, self._departures, self._full)
-        self._homecoming = lambda: self._settle(arriving)
+            self._homecoming = self._courier.ship_staged(self._parts, self._departures, self._full)
         if lane.stream is not None:  # nothing blocks the host there
-            self.collect()
+            self._settle()
 
     def collect(self) -> tuple[Tensor, Tensor]:
-        homecoming, self._homecoming = self._homecoming, None
-        if homecoming is not None:
-            homecoming()
+        self._settle()
+        compute_after(self._home)
         return self._dk, self._dv
 
-    def _settle(self, arriving: Callable[[], Tensor]) -> None:
+    def _settle(self) -> None:
+        """Waits for the contributions of all ranks and adds them up, once."""
+        homecoming, self._homecoming = self._homecoming, None
+        if homecoming is None:
+            return
         lane = self._courier.home_lane
         with lane.on():
-            arrived = arriving()
+            arrived = homecoming()
         lane.after_compute()  # own contributions are complete
         with lane.on():
             sum_in_rank_order(self._plan, self._parts, None, arrived, self._dk, self._dv)
-        compute_after(lane.now())
+        self._home = lane.now()
