@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from ring_core.backend import DeviceTable, Flags, Params, departures_of
+from ring_triton import tuned
 from ring_triton.direct import Launches, addresses, aligned, current_stream, launches_of, shaped
 from ring_triton.hopper.backward import backward_kernel
 from ring_triton.hopper.backward_ends import finish_kernel, prepare_kernel
@@ -162,7 +163,7 @@ def backward(
         return
     dout = dout if state.dout is None else state.dout
     tensors = (q, k, v, dout, dk, dv)
-    kind = flags is None, departures is None, state.ordered is None
+    kind = flags is None, departures is None, state.ordered is None, tuned.serial()
     key = shaped(*tensors), params.scale, kind, settings, q.get_device()
     launches = launches_of(table, "hopper backward")
     sums = state.delta if state.sums is None else state.sums
@@ -205,7 +206,7 @@ def _backward(
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
     ordered = state.ordered is not None
-    chosen = settings or backward_settings_for(head_dim, ordered=ordered)
+    chosen = settings or _settings_of(q, table, ordered)
     by_piece = chosen.by_piece or flags is not None or departures is not None
     prepared = schedule_for(table, batch, chosen.block, by_piece)
     group = num_heads // num_kv_heads
@@ -273,6 +274,13 @@ def _backward(
     if dense and aligned(*addresses(dk, dv)):
         launches = launches_of(table, "hopper backward")
         launches.add(key, kernel, grid, arguments, addresses(prepared.items, prepared.walk))
+
+
+def _settings_of(q: Tensor, table: DeviceTable, ordered: bool) -> BackwardSettings:
+    head_dim = q.shape[-1]
+    place = tuned.Place("hopper backward", backward_head_dim(head_dim), tuned.mask_of(table.host), 16)
+    found = None if ordered else tuned.lookup(place, table.device)
+    return backward_settings_for(head_dim, ordered=ordered) if found is None else BackwardSettings(**found)
 
 
 def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
