@@ -13,6 +13,7 @@ import pytest
 CHECKS = Path(__file__).parent / "direct_checks.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "check", ["layout", "pointers", "keys", "profilers", "copies", "portable_kernels", "hopper_backward"]
 )
