@@ -29,7 +29,6 @@ from ring_core import (
 from ring_core.comm import channel as channels
 from ring_core.comm import gather_through
 from ring_core.comm.contributions import sum_in_rank_order
-from ring_core.comm.heads import _tapered
 from ring_core.comm.peer import GENERATIONS, PUBLISHED, READ
 from ring_core.comm.shared_memory import SharedMemory, shared_memory
 from ring_core.group import rank_and_size
@@ -416,12 +415,6 @@ def test_queries_that_wait_for_nothing_in_head_groups(
         dealt = plan_packed([0, 5, 17, 23, 40], layout="balanced", causal=True, rank=rank, world_size=2)
         for found, truth in zip(result, wanted, strict=False):
             torch.testing.assert_close(found, dealt.shard(truth), rtol=1e-11, atol=1e-12)
-
-
-def test_head_groups_are_small_where_nothing_hides_the_wait() -> None:
-    assert _tapered(8, 4, "forward") == [1, 7] and _tapered(8, 2, "backward") == [1, 2, 2, 2, 1]
-    assert _tapered(32, 8, "backward") == [4, 8, 8, 8, 4] and _tapered(2, 1, "forward") == [1, 1]
-    assert _tapered(3, 3, "backward") == [3] and _tapered(12, 3, "backward") == [1, 3, 3, 3, 2]
 
 
 # --- groups

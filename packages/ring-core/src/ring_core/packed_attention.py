@@ -221,4 +221,4 @@ def attend_packed(
         group_name=autograd.NO_GROUP if members is None else members.group_name,
     )
     out, lse = autograd.attention(q, k, v, alibi_slopes, sinks, seed_of(q, dropout_p, dropout_seed), call, plan)
-    return out[0], lse[0]
+    return out.squeeze(0), lse.squeeze(0)  # whose gradients are views, unlike those of an index

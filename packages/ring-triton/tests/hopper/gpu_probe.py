@@ -2,11 +2,16 @@
 
     PYTHONPATH=packages/ring-core/src:packages/ring-triton/src python packages/ring-triton/tests/hopper/gpu_probe.py
 
-Arguments pick sections: correct, flags, speed, variants, steps, host (all if none). Exit status 1 if a check failed.
+Arguments pick sections: correct, flags, speed, variants, steps, host (all if none); "only=WORD" picks the cases of
+`correct` that WORD is part of. Each case is named before it is launched. Exit status 1 if a check failed; a kernel that
+does not end in HANG seconds, or a case that takes longer than SLOW with its compilation, ends the probe there with 2 or
+1, since nothing more can run beside it.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import statistics
 import sys
 import time
@@ -30,7 +35,27 @@ from ring_triton.hopper.settings import Settings, settings_for
 
 DEVICE = torch.device("cuda", 0)
 SENTINEL = 12345.0
+HANG, SLOW = 20.0, 90.0
 failures: list[str] = []
+only = ""
+
+
+def begin(name: str) -> None:
+    """Says what comes next, and arms a timer that tells where the host was if this takes too long, and ends it all."""
+    print(f"...  {name}", flush=True)
+    faulthandler.dump_traceback_later(SLOW, exit=True)
+
+
+def finish(name: str) -> None:
+    """Waits for the device, but not for ever."""
+    done = torch.cuda.Event()
+    done.record()
+    deadline = time.monotonic() + HANG
+    while not done.query():
+        if time.monotonic() > deadline:
+            print(f"HANG {name}: the device is still busy after {HANG:.0f} s; failed before: {failures}", flush=True)
+            os._exit(2)  # the interpreter's own end would wait for the device
+        time.sleep(1e-4)
 
 
 def table_of(*strips: list[Segment]) -> Table:
@@ -80,6 +105,10 @@ def check(
     with_sinks: bool = False,
 ) -> None:
     """Runs the tables one after another (accumulating) on this path and on the reference in fp64."""
+    if only not in name:
+        return
+    begin(name)
+    start = time.monotonic()
     try:
         torch.manual_seed(0)
         q = torch.randn(batch, q_len, heads[0], dim, device=DEVICE, dtype=dtype)
@@ -97,6 +126,7 @@ def check(
             assert not (why := supports(q, kv[0], kv[1])), why
             on = on_device(table, DEVICE)
             forward(q, kv[0], kv[1], out, lse, state, on, scale=dim**-0.5, sinks=sinks, settings=settings)
+            finish(name)
             wide = (q.double(), kv[0].double(), kv[1].double())
             ReferenceBackend().forward(*wide, *exact, on, params=Params(dim**-0.5, sinks=sinks))
         torch.cuda.synchronize()
@@ -115,7 +145,7 @@ def check(
             message += f" untouched={bool(untouched)} empty rows={same_empty} zero={zero}"
     except Exception:  # a probe goes on to the next case, and says what happened
         fine, message = False, traceback.format_exc(limit=-3)
-    print(f"{'ok  ' if fine else 'FAIL'} {name}: {message}", flush=True)
+    print(f"{'ok  ' if fine else 'FAIL'} {name}: {message} ({time.monotonic() - start:.1f} s)", flush=True)
     if not fine:
         failures.append(name)
 
@@ -234,8 +264,9 @@ def flags() -> None:
     side = torch.cuda.Stream()
     out, lse = torch.empty_like(q), torch.empty_like(want_lse)
     forward(q, kv[0], kv[1], out, lse, None, table, scale=dim**-0.5, flags=Flags(arrived.fill_(7), epoch))  # compiles
-    torch.cuda.synchronize()
+    finish("flags, all there")
     for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)):
+        begin(f"pieces arriving in order {order}")
         memory.fill_(torch.nan)
         arrived.zero_()
         out.fill_(torch.nan)
@@ -246,14 +277,15 @@ def flags() -> None:
                 time.sleep(0.02)
                 memory[piece].copy_(there[piece], non_blocking=True)
                 arrived[piece : piece + 1].copy_(one, non_blocking=True)
-        torch.cuda.synchronize()
+        finish(f"pieces arriving in order {order}")
         fine = torch.equal(out, want) and torch.equal(lse, want_lse)
         print(f"{'ok  ' if fine else 'FAIL'} pieces arriving in order {order}: bitwise equal {fine}", flush=True)
         if not fine:
             failures.append(f"flags {order}")
+    begin("poison")
     arrived.fill_(-1)  # poison: the kernel ends whatever the epoch
     forward(q, kv[0], kv[1], out, lse, None, table, scale=dim**-0.5, flags=Flags(arrived, epoch.fill_(1 << 30)))
-    torch.cuda.synchronize()
+    finish("poison")
     print("ok   poison ends the kernel", flush=True)
 
 
@@ -291,7 +323,10 @@ def speed() -> None:
     ratios = []
     for batch, length, heads, dim in [*CELLS, (4, 4096, (32, 32), 64), (1, 16384, (32, 32), 64)]:
         for causal in (True, False):
+            begin(f"B {batch} S {length} H {heads} D {dim} {'causal' if causal else 'full'}")
             ours, cudnn, flops = call(batch, length, heads, dim, causal)
+            ours()
+            finish("speed")
             times = [(milliseconds(ours), milliseconds(cudnn)) for _ in range(2)]
             mine, theirs = (flops / min(column) / 1e9 for column in zip(*times, strict=True))
             if dim == 128:
@@ -321,7 +356,10 @@ def variants() -> None:
         for causal in (True, False):
             fns, flops = {}, 1.0
             for name, chosen in tried.items():
+                begin(f"{name}, D {dim}, causal {causal}")
                 fns[name], _, flops = call(batch, length, heads, dim, causal, chosen)
+                fns[name]()
+                finish(name)
             best = dict.fromkeys(fns, float("inf"))
             for _ in range(3):
                 for name, fn in fns.items():
@@ -337,6 +375,7 @@ def steps() -> None:
 
 
 def steps_of(each: int, count: int, q_len: int = 8192, heads: int = 16, dim: int = 128) -> None:
+    begin(f"{count} steps of {each} keys")
     q = torch.randn(1, q_len, heads, dim, device=DEVICE, dtype=torch.bfloat16)
     kv = torch.randn(2, 1, 1, each * count, heads, dim, device=DEVICE, dtype=torch.bfloat16)
     out, lse = torch.empty_like(q), torch.empty(1, heads, q_len, device=DEVICE)
@@ -353,6 +392,8 @@ def steps_of(each: int, count: int, q_len: int = 8192, heads: int = 16, dim: int
             chunk = kv[:, :, :, n * each : (n + 1) * each]
             forward(q, chunk[0], chunk[1], out, lse, state, part, scale=dim**-0.5)
 
+    stepped()
+    finish("steps")
     times = [(milliseconds(whole), milliseconds(stepped)) for _ in range(3)]
     a, b = (min(column) for column in zip(*times, strict=True))
     print(
@@ -362,6 +403,7 @@ def steps_of(each: int, count: int, q_len: int = 8192, heads: int = 16, dim: int
 
 def host() -> None:
     """Host time of a launch in steady state."""
+    begin("host time")
     ours, _, _ = call(1, 256, (4, 4), 128, True)
     for _ in range(20):
         ours()
@@ -379,13 +421,17 @@ def host() -> None:
 def main() -> int:
     sections = {f.__name__: f for f in (correct, flags, speed, variants, steps, host)}
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__, flush=True)
-    for name in sys.argv[1:] or sections:
+    global only
+    words = [word for word in sys.argv[1:] if word.startswith("only=")]
+    only = words[-1].removeprefix("only=") if words else ""
+    for name in [word for word in sys.argv[1:] if word not in words] or sections:
         print(f"== {name}", flush=True)
         try:
             sections[name]()
         except Exception:  # the next section may still tell something
             failures.append(name)
             traceback.print_exc(limit=-4)
+        faulthandler.cancel_dump_traceback_later()
     print(f"{len(failures)} failures: {failures}" if failures else "all checks passed", flush=True)
     return bool(failures)
 

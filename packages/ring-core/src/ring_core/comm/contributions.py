@@ -54,17 +54,11 @@ def arrivals(plan: GatherPlan) -> int:
     return sum(count(given) for given in plan.send.values())
 
 
+@lru_cache(maxsize=1024)
 def published(plan: GatherPlan) -> Ranges:
-    """What of this rank's chunk somebody takes, itself included."""
-    edges = [(start, start + n) for start, _, n in stretches(plan, plan.rank)]
-    edges += [taken for wanted in plan.send.values() for taken in wanted]
-    return _published(tuple(sorted(edges)))
-
-
-@lru_cache(maxsize=256)
-def _published(edges: Ranges) -> Ranges:
+    """What of this rank's chunk some other rank takes."""
     joined: list[tuple[int, int]] = []
-    for start, stop in edges:
+    for start, stop in sorted(taken for wanted in plan.send.values() for taken in wanted):
         if joined and start <= joined[-1][1]:
             joined[-1] = joined[-1][0], max(stop, joined[-1][1])
         else:

@@ -44,6 +44,8 @@ class Courier(Protocol):
 
     lane: Lane
     home_lane: Lane
+    offered: torch.cuda.Event | None
+    """Behind it nothing that others wait for needs this GPU's multiprocessors any more."""
 
     def offer(self, k: Tensor, v: Tensor, groups: Heads) -> None:
         """k, v (B, S, Hkv, D) of this rank are what the others will fetch."""
@@ -93,7 +95,8 @@ class GatherTransport:
         for number, heads in enumerate(self.groups):
             if plan.home is not None:
                 own = slice(*plan.home)
-                yield Keys(HOME, heads, k[None, :, own, heads], v[None, :, own, heads])
+                # Not before what the others wait for is on offer: a kernel of this size would be in the way for long.
+                yield Keys(HOME, heads, k[None, :, own, heads], v[None, :, own, heads], arrived=courier.offered)
             with lane.on():
                 arrival()
                 landed = lane.now()

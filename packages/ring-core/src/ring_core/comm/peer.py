@@ -127,14 +127,16 @@ class PeerCourier:
         self._widest = 0
         self._batch, self._row = 0, 0  # bytes of a token's keys and values of one head
         self._dtype = torch.float32
+        self._own: tuple[Tensor, Tensor] | None = None
         self.lane, self.home_lane = lanes
+        self.offered: torch.cuda.Event | None = None
         self.pieces = pieces_of(plan)
         self._zeroed: torch.cuda.Event | None = None
 
     def offer(self, k: Tensor, v: Tensor, groups: Heads) -> None:
         memory, plan = self._keys, self._plan
         batch, tokens, num_heads, head_dim = k.shape
-        self._groups, self._batch, self._dtype = groups, batch, k.dtype
+        self._groups, self._batch, self._dtype, self._own = groups, batch, k.dtype, (k, v)
         self._widest = max(heads.stop - heads.start for heads in groups)
         self._row = 2 * head_dim * k.element_size()
         with _poisoning(memory):
@@ -147,6 +149,7 @@ class PeerCourier:
                 for start, stop in published(plan):
                     for side, x in enumerate((k, v)):
                         mine[:, start:stop, side].copy_(x[:, start:stop, heads])
+            self.offered = self.lane.now()
             memory.exchange(PUBLISHED, self._epoch, tuple(plan.receive))
         for peer, wanted in plan.send.items():
             count_sent("keys", peer, batch * count(wanted) * num_heads * self._row)
@@ -158,8 +161,14 @@ class PeerCourier:
         return nothing
 
     def _pull(self, source: int, number: int, pieces: Tensor) -> None:
-        """A rank's keys of the number-th group, from its slot into the pieces."""
+        """A rank's keys of the number-th group into the pieces: own ones as they lie, others' from their slot."""
         plan, batch, heads = self._plan, self._batch, self._groups[number]
+        if source == plan.rank:
+            assert self._own is not None
+            for start, at, n in stretches(plan, source):
+                for side, x in enumerate(self._own):
+                    pieces[:, at : at + n, side].copy_(x[:, start : start + n, heads])
+            return
         token = (heads.stop - heads.start) * self._row
         chunk, span = plan.problem.key_chunk(source), plan.piece_count * plan.piece_length
         begin = batch * chunk * heads.start * self._row

@@ -235,7 +235,8 @@ class Peers:
     """The arenas and lanes of one group on one device."""
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
-        self.lanes = Lane(torch.cuda.Stream(device)), Lane(torch.cuda.Stream(device))
+        # Of high priority: their few small kernels, which others wait for, go before the tiles of large ones.
+        self.lanes = Lane(torch.cuda.Stream(device, priority=-1)), Lane(torch.cuda.Stream(device, priority=-1))
         self._memories = {name: SymmetricMemory(group, device, name) for name in ("keys", "gradients")}
 
     def memory(self, name: str) -> SymmetricMemory:

@@ -236,7 +236,6 @@ def _attend_tile(
             o = o * gl.convert_layout(decay, gl.SliceLayout(1, OL))[:, None]
         p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2))
         blocks += 1
-        done = 1
         for w in range(start, stop):
             entry = walk + w * 12
             k_len = gl.load(entry + 1)
@@ -246,6 +245,9 @@ def _attend_tile(
             edges = gl.load(entry + 5)
             lower = gl.load(entry + 6)
             upper = gl.load(entry + 7)
+            # not carried: Triton (3.6, 3.7) takes a carried value for unused if only bounds of inner loops use it, and
+            # then keeps its first value (github.com/triton-lang/triton/pull/9036)
+            done = gl.where(w == start, 1, 0)
             for t in range(done, edges):
                 j = j_lo + gl.where(t < right, number - 1 - t, t - right) * BLOCK
                 p, m, norm, o = _block(
@@ -259,7 +261,6 @@ def _attend_tile(
                     0, k_len, lower, upper, OL, STAGES, PING_PONG, CID, False, OVERLAP,
                 )  # fmt: skip
                 blocks += 1
-            done = 0
         mbarrier.arrive(q_empty.index(CID), count=1)  # all scores are computed
         before = (blocks - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((blocks - 1) // STAGES) & 1)
