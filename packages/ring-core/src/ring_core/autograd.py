@@ -325,6 +325,7 @@ def _backward(
             transport=transport(way.plan, group, q.shape[2], k, "backward", call.heads_at_once, staged=staged),
             backend=way.backend,
             params=params,
+            writes_gradients=way.writes_gradients,
         )
 
 
@@ -349,6 +350,7 @@ class _Way(NamedTuple):
 
     plan: Plan
     backend: Backend
+    writes_gradients: bool
 
 
 def _group(call: Call) -> ProcessGroup | None:
@@ -403,7 +405,8 @@ def _way(
             tokens, batch=batch, num_kv_heads=num_kv_heads, head_dim=head_dim, element_size=dtype.itemsize
         )
         schedule = "gather" if gathered <= GATHER_BYTES else "ring"
-    return _Way(make_plan(problem, rank, schedule), accumulating(load_backend(name), device))
+    backend = accumulating(load_backend(name), device)
+    return _Way(make_plan(problem, rank, schedule), backend, backend.capabilities(device).writes_gradients)
 
 
 def _problem_of(

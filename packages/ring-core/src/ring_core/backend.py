@@ -71,6 +71,9 @@ class Capabilities:
     features: frozenset[str] = frozenset()
     accumulate: bool = True
     """Continues from (state, lse) and walks several segments a strip. Where False, ring-core merges."""
+    writes_gradients: bool = False
+    """Its `backward` writes dk and dv, of every key of the pieces, where others add to what they find there: ring-core
+    then gives it buffers as they come instead of zeros."""
     flags: bool = False
     """Waits in the kernel for pieces that are still arriving and counts departures, at least in some calls: see
     `StagedBackend`."""
@@ -239,7 +242,8 @@ class Backend(Protocol):
         departures: Tensor | None = None,
     ) -> None:
         """Once per step, on a key-major table: adds into dq (in `state`) and into dk, dv (shaped as k, summed over the
-        query heads of a group, zeroed or partly summed on entry). departures: see `departures_of`."""
+        query heads of a group, zeroed or partly summed on entry), or writes these, if it `writes_gradients`.
+        departures: see `departures_of`."""
         ...
 
     def finish(self, state: Any, *, params: Params) -> tuple[Tensor, Tensor | None]:

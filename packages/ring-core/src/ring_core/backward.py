@@ -25,10 +25,11 @@ def backward(
     transport: Transport,
     backend: Backend,
     params: Params,
+    writes_gradients: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dsinks, in the dtypes of q, k, v and the sinks, from the gradients of out and lse."""
     turns = Turns(q.device, several=transport.side_by_side)
-    homeward = transport.gradients(k)
+    homeward = transport.gradients(k, zeroed=not writes_gradients)
     dq = dsinks = None
     if transport.head_groups > 1:  # each group is a backward of its own, and writes its part of these
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -65,6 +66,9 @@ def backward(
                     flags=keys.flags,
                     departures=to.departures,
                 )
+            elif writes_gradients:
+                to.dk.zero_()
+                to.dv.zero_()
             keys.read()
             homeward.depart(keys)
             if dq is not None and keys.alone:  # here and now: its memory is the next but one's

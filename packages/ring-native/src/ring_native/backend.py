@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ring_core.backend import Capabilities, DeviceTable, Flags, Params
 from ring_core.merge import merge_
-from ring_native.calls import Call, Idle, Landing, backward_calls, forward_calls
+from ring_native.calls import Call, Idle, Landing, backward_calls, forward_calls, key_landings
 from ring_native.gradients import QueryGradient
 from ring_native.providers import PROVIDERS, Provider
 
@@ -76,7 +76,7 @@ class NativeBackend:
 
     def capabilities(self, device: torch.device) -> Capabilities:
         can = self.provider(device).capabilities(device)
-        return replace(can, accumulate=True, flags=False)
+        return replace(can, accumulate=True, writes_gradients=True, flags=False)
 
     def forward(
         self,
@@ -143,12 +143,18 @@ class NativeBackend:
     ) -> None:
         assert flags is None and departures is None, "flags=False among the capabilities"
         if not q.numel():
+            dk.zero_()
+            dv.zero_()
             return
         provider = state.provider
         distances = params.alibi_slopes is not None
         calls = backward_calls(table.host, k.shape[2], q.shape[0], provider.style, provider.varlen, distances)
         keys, values, sums = _joined(k), _joined(v), (_joined(dk), _joined(dv))
-        for call in calls:
+        landings = key_landings(table.host, calls, k.shape[0] * k.shape[2], q.shape[0])
+        for entries, idle in landings.idle:
+            for total in sums:
+                total[entries, idle].zero_()
+        for call, landed in zip(calls, landings.by_call, strict=True):
             place = state.dq.place(call)
             dq, *parts = _run_backward(state, call, q, keys, values, dout, place, params)
             if place is None:
@@ -156,7 +162,10 @@ class NativeBackend:
             elif dq.data_ptr() != place.data_ptr():
                 place.copy_(dq)
             for total, part in zip(sums, parts, strict=True):
-                total[call.entries, call.keys].add_(part)
+                for some, fresh in landed:
+                    target = total[call.entries, some]
+                    given = part if len(landed) == 1 else part[:, some.start - call.k_start : some.stop - call.k_start]
+                    target.copy_(given) if fresh else target.add_(given)
         for total, pieces in zip(sums, (dk, dv), strict=True):
             if total.data_ptr() != pieces.data_ptr():  # pieces that do not lie one after the other: it was a copy
                 pieces.copy_(total.unflatten(1, pieces.shape[::2][:2]).transpose(0, 1))

@@ -20,6 +20,7 @@ from ring_core.backend import UnsupportedError
 from ring_core.segment import FIRST, LAST, Segment, Table
 from ring_native.blocks import Block, coalesced
 from ring_native.masks import Choice, Mask, Style, in_place, split
+from ring_native.spans import UNTOUCHED, Spans
 
 EVERY = -1
 """Batch: every entry."""
@@ -144,6 +145,36 @@ def backward_calls(
         segments = _per_entry(table.segments, batch)
         table.cache[key] = tuple(_calls(segments, piece_length, batch, style, varlen, distances))
     made: tuple[Call, ...] = table.cache[key]
+    return made
+
+
+@dataclass(frozen=True)
+class KeyLandings:
+    """What becomes of the dk and dv of calls: for each call which stretches of keys it is the first to write, and which
+    it adds to; and keys that no call writes."""
+
+    by_call: tuple[tuple[tuple[slice, bool], ...], ...]
+    idle: tuple[tuple[slice, slice], ...]  # batch entries, keys
+
+
+def key_landings(table: Table, calls: tuple[Call, ...], tokens: int, batch: int) -> KeyLandings:
+    """For the calls that `backward_calls` made of a table, of pieces of so many tokens together."""
+    key = ("ring_native.key_landings", tokens, batch, calls)
+    if key not in table.cache:
+        entries = [EVERY] if all(call.batch == EVERY for call in calls) else range(batch)
+        spans = {entry: Spans(tokens) for entry in entries}
+        landed = tuple(
+            tuple((keys, status == UNTOUCHED) for keys, status in spans[call.batch].touch(call.k_start, call.k_stop))
+            for call in calls
+        )
+        idle = tuple(
+            (slice(None) if entry == EVERY else slice(entry, entry + 1), keys)
+            for entry, some in spans.items()
+            for keys, status in some.all()
+            if status == UNTOUCHED and keys.start < keys.stop
+        )
+        table.cache[key] = KeyLandings(landed, idle)
+    made: KeyLandings = table.cache[key]
     return made
 
 

@@ -62,8 +62,9 @@ class CollectiveCourier:
     def fetched(self) -> None:
         pass
 
-    def parts(self, shape: torch.Size) -> Tensor:
-        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+    def parts(self, shape: torch.Size, zeroed: bool) -> Tensor:
+        make = torch.zeros if zeroed else torch.empty
+        return make(shape, dtype=self._dtype, device=self._device)
 
     def ship(self, parts: Tensor) -> Callable[[], Tensor]:
         plan = self._plan

@@ -59,9 +59,9 @@ class Courier(Protocol):
         """This rank has taken all it will take of what was offered."""
         ...
 
-    def parts(self, shape: torch.Size) -> Tensor:
-        """Zeros (B, C * S_piece, 2, h, D) in the accumulation dtype for a group's contributions; at
-        most BUFFERS of them are in use."""
+    def parts(self, shape: torch.Size, zeroed: bool) -> Tensor:
+        """(B, C * S_piece, 2, h, D) in the accumulation dtype for a group's contributions; at most BUFFERS of them are
+        in use."""
         ...
 
     def ship(self, parts: Tensor) -> Callable[[], Tensor]:
@@ -120,18 +120,19 @@ class GatherTransport:
             self.courier.lane.after(marks[number - 1])
         return self.courier.fetch(following, buffers[following])
 
-    def gradients(self, k: Tensor) -> Gradients:
-        return GatherGradients(self.plan, self.courier, self.groups, k)
+    def gradients(self, k: Tensor, *, zeroed: bool) -> Gradients:
+        return GatherGradients(self.plan, self.courier, self.groups, k, zeroed)
 
 
 class GatherGradients:
     """Contributions to the keys of all ranks, and those of all ranks to own keys."""
 
-    def __init__(self, plan: GatherPlan, courier: Courier, groups: Heads, k: Tensor) -> None:
+    def __init__(self, plan: GatherPlan, courier: Courier, groups: Heads, k: Tensor, zeroed: bool) -> None:
         self._plan = plan
         self._courier = courier
         self._groups = groups
         self._k = k
+        self._zeroed = zeroed
         self._dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         self._dv = torch.empty_like(self._dk)
         self._parts: list[Tensor] = []
@@ -144,14 +145,15 @@ class GatherGradients:
         if keys.step == HOME:
             assert plan.home is not None
             shape = (k.shape[0], plan.home[1] - plan.home[0], 2, keys.k.shape[3], k.shape[3])
-            own = torch.zeros(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
+            make = torch.zeros if self._zeroed else torch.empty
+            own = make(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
             self._at_home.append((own, None))
             return Buffers(own[None, :, :, 0], own[None, :, :, 1])
         number = len(self._parts)
         if number >= BUFFERS:  # whose buffer this is
             self._settle(number - BUFFERS)
             compute_after(self._home[number - BUFFERS])
-        self._parts.append(self._courier.parts(pieces_shape(plan, k, keys.heads)))
+        self._parts.append(self._courier.parts(pieces_shape(plan, k, keys.heads), self._zeroed))
         return Buffers(*by_piece(self._parts[number], plan))
 
     def depart(self, keys: Keys) -> None:

@@ -183,8 +183,9 @@ class PeerCourier:
         self._keys.signal(READ, self._epoch)
         self._keys.watch(self._epoch)
 
-    def parts(self, shape: torch.Size) -> Tensor:
-        return self._parts(shape, 0)[0]
+    def parts(self, shape: torch.Size, zeroed: bool) -> Tensor:
+        parts = self._slot_for(shape, 0)[0]
+        return parts.zero_() if zeroed else parts
 
     def ship(self, parts: Tensor) -> Callable[[], Tensor]:
         plan, memory, epoch = self._plan, self._gradients, self._parts_epoch
@@ -214,7 +215,8 @@ class PeerCourier:
                     self._keys.arrive(self.pieces[source], self._epoch)
 
     def staged_parts(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        found = self._parts(shape, self._plan.piece_count)
+        parts, counters = self._slot_for(shape, self._plan.piece_count)
+        found = parts.zero_(), counters.zero_()
         self._zeroed = compute_now(self.lane)
         return found
 
@@ -236,8 +238,9 @@ class PeerCourier:
 
     # ---
 
-    def _parts(self, shape: torch.Size, counters: int) -> tuple[Tensor, Tensor]:
-        """Zeros, followed in the slot by departure counters (N,) int32."""
+    def _slot_for(self, shape: torch.Size, counters: int) -> tuple[Tensor, Tensor]:
+        """Contributions of that shape, followed in the slot by departure counters (N,) int32; as nobody reads them any
+        more."""
         memory = self._gradients
         dtype = accumulation_dtype(self._dtype)
         with _poisoning(memory):
@@ -248,7 +251,6 @@ class PeerCourier:
             self._parts_epoch = self._begin(memory)
             slot = memory.slot(memory.rank, self._parts_epoch % GENERATIONS)
             nbytes = shape.numel() * dtype.itemsize
-            slot[: nbytes + 4 * counters].zero_()
             return _typed(slot, dtype, shape), slot[nbytes : nbytes + 4 * counters].view(torch.int32)
 
     def _count_shipped(self, parts: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from ring_core.backend import accumulation_dtype
 from ring_core.comm.channel import Channel, Pending, channel
-from ring_core.comm.transport import Buffers, Gradients, Keys, add_tokens, in_dtype, pack, whole, zeros_for_gradients
+from ring_core.comm.transport import Buffers, Gradients, Keys, add_tokens, for_gradients, in_dtype, pack, whole
 from ring_core.plan import RingPlan
 from ring_core.ranges import Ranges, count
 
@@ -62,18 +62,19 @@ class RingTransport:
                 pending.wait()
                 pair, held = received, landing
 
-    def gradients(self, k: Tensor) -> Gradients:
-        return RingGradients(self.plan, channel(self.group, k.device, "gradients"), k)
+    def gradients(self, k: Tensor, *, zeroed: bool) -> Gradients:
+        return RingGradients(self.plan, channel(self.group, k.device, "gradients"), k, zeroed)
 
 
 class RingGradients:
     """dk and dv of the chunks that pass by."""
 
-    def __init__(self, plan: RingPlan, link: Channel, k: Tensor) -> None:
+    def __init__(self, plan: RingPlan, link: Channel, k: Tensor, zeroed: bool) -> None:
         self._plan = plan
         self._link = link
         self._k = k
-        self._own = zeros_for_gradients(k, k.shape[1])
+        self._zeroed = zeroed
+        self._own = for_gradients(k, k.shape[1], zeroed)
         self._part = self._own
         self._arriving: Tensor | None = None
         self._home: Tensor | None = None
@@ -81,7 +82,7 @@ class RingGradients:
 
     def buffers(self, keys: Keys) -> Buffers:
         if step := keys.step:
-            self._part = zeros_for_gradients(self._k, count(self._plan.hops[step].receive))
+            self._part = for_gradients(self._k, count(self._plan.hops[step].receive), self._zeroed)
         return Buffers(self._part[0][None], self._part[1][None])
 
     def depart(self, keys: Keys) -> None:
@@ -123,7 +124,7 @@ class RingGradients:
         elif arrived is None and hop.own == hop.holding == parcel:
             return self._part
         else:
-            total = zeros_for_gradients(self._k, count(hop.holding))
+            total = for_gradients(self._k, count(hop.holding), True)
             if arrived is not None:
                 add_tokens(total, hop.holding, arrived, hop.arriving)
         add_tokens(total, hop.holding, self._part, parcel, only=hop.own)

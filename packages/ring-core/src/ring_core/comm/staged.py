@@ -78,7 +78,8 @@ class StagedGather:
         yield Keys(0, heads, *by_piece(pieces, self.plan), arrived=ready, flags=flags)
         compute_after(landed)  # which it is, if the kernel has waited: the memory is free for others behind this
 
-    def gradients(self, k: Tensor) -> Gradients:
+    def gradients(self, k: Tensor, *, zeroed: bool) -> Gradients:
+        assert zeroed, "what counts departures adds"
         return StagedGradients(self.plan, self.courier, k)
 
 

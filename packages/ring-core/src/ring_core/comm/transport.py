@@ -47,7 +47,7 @@ class Gradients(Protocol):
     """dk and dv on their way to the ranks that hold the keys."""
 
     def buffers(self, keys: Keys) -> Buffers:
-        """Zeros for what `Transport.keys` has just yielded."""
+        """For what `Transport.keys` has just yielded: zeros, or whatever there is if they were not asked for."""
         ...
 
     def depart(self, keys: Keys) -> None:
@@ -71,7 +71,7 @@ class Transport(Protocol):
         """The pieces of each step in turn, or of each group of heads, from this rank's k, v (B, S, Hkv, D)."""
         ...
 
-    def gradients(self, k: Tensor) -> Gradients:
+    def gradients(self, k: Tensor, *, zeroed: bool) -> Gradients:
         """k: (B, S, Hkv, D), for shape, dtype and device."""
         ...
 
@@ -85,16 +85,16 @@ class LocalTransport:
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
         yield Keys(0, slice(0, k.shape[2]), k[None], v[None])
 
-    def gradients(self, k: Tensor) -> Gradients:
-        return LocalGradients(k)
+    def gradients(self, k: Tensor, *, zeroed: bool) -> Gradients:
+        return LocalGradients(k, zeroed)
 
 
 class LocalGradients:
     """The buffers are the result."""
 
-    def __init__(self, k: Tensor) -> None:
+    def __init__(self, k: Tensor, zeroed: bool) -> None:
         self._dtype = k.dtype
-        self._sums = zeros_for_gradients(k, k.shape[1])
+        self._sums = for_gradients(k, k.shape[1], zeroed)
 
     def buffers(self, keys: Keys) -> Buffers:
         return Buffers(self._sums[0][None], self._sums[1][None])
@@ -106,10 +106,11 @@ class LocalGradients:
         return in_dtype(self._sums, self._dtype)
 
 
-def zeros_for_gradients(k: Tensor, tokens: int) -> Tensor:
+def for_gradients(k: Tensor, tokens: int, zeroed: bool) -> Tensor:
     """(2, B, tokens, Hkv, D) in the accumulation dtype: dk and dv of so many tokens."""
     shape = (2, k.shape[0], tokens, *k.shape[2:])
-    return torch.zeros(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
+    make = torch.zeros if zeroed else torch.empty
+    return make(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
 
 
 def in_dtype(sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

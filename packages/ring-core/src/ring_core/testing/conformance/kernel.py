@@ -228,10 +228,12 @@ class _Run:
         for call, (k, v) in zip(share.calls, pieces, strict=True):
             if not len(call.backward):
                 continue
-            # Not zeros: contributions are added to what earlier ranks have left in the buffers.
+            # Not zeros: contributions are added to what is in the buffers already, or are all that will be there.
             generator = torch.Generator().manual_seed(1)
             before = torch.randn(2, *k.shape, generator=generator, dtype=self.sums).to(self.device)
             after = before.clone()
+            if self.backend.capabilities(torch.device(self.device)).writes_gradients:
+                before, after = torch.zeros_like(before), torch.full_like(after, torch.nan)
             table = on_device(call.backward, self.device)
             flags = self._flags(call, q, dout)
             departures = None if flags is None else torch.zeros_like(flags.values)
