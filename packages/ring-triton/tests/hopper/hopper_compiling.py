@@ -127,6 +127,8 @@ def compile_forward(
 
 SPILLED = {256: 96}
 """Bytes: addresses, moved once a tile and not in the loops; O alone takes 128 registers there."""
+SPILLED_WITHOUT_OVERLAP = 12
+"""Bytes more with overlap 0, which no setting has: it is compiled to be measured beside the others."""
 SHARED_LIMIT = 227 << 10
 GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "128": [(128, {}), (128, {"state": True, "flags": True}), (128, {"state": True, "sinks": True})],
@@ -164,9 +166,10 @@ def problems(compiled: Compiled, head_dim: int, changed: dict[str, Any]) -> list
     products = CONSUMERS * (3 * (width // 16) + 3 * (block // 16))
     order = exponentials_around_wait(compiled.sass)
     overlapped = len(order) == 2 * CONSUMERS and all(before >= block // 2 and after <= 2 for before, after in order)
+    spilled = SPILLED.get(width, 0) + (SPILLED_WITHOUT_OVERLAP if changed.get("overlap") == 0 else 0)
     wrong = {
         f"{compiled.hgmma} wgmma instructions, not {products}": compiled.hgmma != products,
-        f"{compiled.spills} bytes spilled": compiled.spills > SPILLED.get(width, 0),
+        f"{compiled.spills} bytes spilled": compiled.spills > spilled,
         f"{compiled.shared} bytes of shared memory": compiled.shared > SHARED_LIMIT,
         "; ".join(compiled.warnings): bool(compiled.warnings),
         "not for sm_90a": ".target sm_90a" not in compiled.ptx,

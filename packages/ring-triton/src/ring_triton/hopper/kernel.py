@@ -236,8 +236,9 @@ def _attend_tile(
             o = o * gl.convert_layout(decay, gl.SliceLayout(1, OL))[:, None]
         p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2))
         blocks += 1
-        for w in range(start, stop):
-            entry = walk + w * 12
+        first_entry = entry
+        for n in range(stop - start):
+            entry = first_entry + n * 12
             k_len = gl.load(entry + 1)
             j_lo = gl.load(entry + 2)
             number = gl.load(entry + 3)
@@ -247,7 +248,7 @@ def _attend_tile(
             upper = gl.load(entry + 7)
             # not carried: Triton (3.6, 3.7) takes a carried value for unused if only bounds of inner loops use it, and
             # then keeps its first value (github.com/triton-lang/triton/pull/9036)
-            done = gl.where(w == start, 1, 0)
+            done = gl.where(n == 0, 1, 0)
             for t in range(done, edges):
                 j = j_lo + gl.where(t < right, number - 1 - t, t - right) * BLOCK
                 p, m, norm, o = _block(
