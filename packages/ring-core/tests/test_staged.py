@@ -3,6 +3,10 @@ too early. On the CPU everything is done in order; GPUs have tests of their own.
 
 from __future__ import annotations
 
+import ctypes
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -15,13 +19,22 @@ from torch import Tensor
 
 from ring_core import shard_sequence
 from ring_core.backend import Params, departures_of, load_backend, on_device, register_backend, takes_flags
-from ring_core.comm import gather_through
+from ring_core.backward import backward
+from ring_core.comm import gather_through, symmetric_memory
 from ring_core.comm.contributions import pieces_of
+from ring_core.comm.gather import GatherTransport
+from ring_core.comm.lane import Lane
+from ring_core.comm.peer import PeerCourier
 from ring_core.comm.shared_memory import SharedMemory
+from ring_core.comm.staged import StagedGather
+from ring_core.comm.stream_memory import Wait, Write
+from ring_core.comm.symmetric_memory import SymmetricMemory
+from ring_core.forward import forward
 from ring_core.interface import attend
 from ring_core.layout import LAYOUTS
 from ring_core.plan import GatherPlan, PackedProblem, Problem, make_plan
 from ring_core.reference import ReferenceBackend
+from ring_core.testing import attention_oracle
 from ring_core.testing.plugin import RunRanks
 
 WORLD = 3
@@ -214,3 +227,120 @@ def test_backends_without_flags_need_not_say_when() -> None:
 
     backend: Any = Plain()
     assert not takes_flags(backend, torch.zeros(1), None, Params(1.0))
+
+
+# --- the words of symmetric memory, without GPUs: ranks are threads, streams do everything at once
+
+
+class Rank:
+    """As much of a process group as `SymmetricMemory` asks for."""
+
+    def __init__(self, rank: int, meeting: threading.Barrier, buffers: dict[tuple[int, int], Tensor]) -> None:
+        self.rank, self.meeting, self.buffers = rank, meeting, buffers
+        self.made = 0
+
+    def rendezvous(self, own: Tensor) -> list[Tensor]:
+        self.made += 1
+        self.buffers[self.made, self.rank] = own
+        self.meeting.wait(10)
+        return [self.buffers[self.made, rank] for rank in range(WORLD)]
+
+
+def word(address: int) -> ctypes.c_int32:
+    return ctypes.c_int32.from_address(address)
+
+
+def carry_out(stream: int, operations: list[Wait | Write]) -> None:
+    """What a stream would do with them, while the host waits."""
+    for operation in operations:
+        if isinstance(operation, Write):
+            word(operation.address).value = operation.value
+            continue
+        deadline = time.monotonic() + 10
+        while word(operation.address).value < operation.value:
+            assert time.monotonic() < deadline, "a wait that nobody ends"
+            time.sleep(1e-4)
+
+
+@pytest.fixture
+def streams_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "current_stream_handle": lambda device: 0,
+        "symmetric_buffer": lambda nbytes, device: torch.zeros(nbytes, dtype=torch.uint8),
+        "symmetric_rendezvous": lambda own, group: group.rendezvous(own),
+        "enqueue": carry_out,
+        "copy_bytes": lambda stream, target, source, nbytes: ctypes.memmove(target, source, nbytes),
+    }.items():
+        monkeypatch.setattr(symmetric_memory, name, value)
+    monkeypatch.setattr(symmetric_memory.dist, "get_rank", lambda group: group.rank)
+    monkeypatch.setattr(symmetric_memory.dist, "get_world_size", lambda group: WORLD)
+    monkeypatch.setattr(symmetric_memory.dist, "barrier", lambda group: group.meeting.wait(10))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(SymmetricMemory, "watch", lambda self, epoch: None)
+
+
+@pytest.mark.usefixtures("streams_at_once")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_symmetric_memory_stages(layout: str, seed: int) -> None:
+    """Three calls, of growing size, whose arenas grow and whose slots are reused: what one rank alone computes."""
+    meeting, buffers = threading.Barrier(WORLD), dict[tuple[int, int], Tensor]()
+    groups: list[Any] = [Rank(rank, meeting, buffers) for rank in range(WORLD)]
+    cpu = torch.device("cpu")
+    memories = [{name: SymmetricMemory(group, cpu, name) for name in ("keys", "gradients")} for group in groups]
+    buffers_of = {name: dict[tuple[int, int], Tensor]() for name in ("keys", "gradients")}
+    for group, named in zip(groups, memories, strict=True):
+        for name, memory in named.items():
+            memory._group = Rank(group.rank, meeting, buffers_of[name])  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(seed)
+    params, here = Params(0.3), Lane(None)
+    for length in (12, 24, 24):
+        problem = Problem(length, length, length, length, None, 0, layout, WORLD)
+        whole = [torch.randn(2, length, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2, 4)]
+        parts = [
+            [shard_sequence(x, layout=layout, rank=r, world_size=WORLD) for x in whole]  # type: ignore[arg-type]
+            for r in range(WORLD)
+        ]
+
+        def rank_computes(rank: int, problem: Problem = problem, parts: list[list[Tensor]] = parts) -> list[Tensor]:
+            plan = make_plan(problem, rank, "gather")
+            assert isinstance(plan, GatherPlan)
+            q, k, v, dout = parts[rank]
+            backend = Recording()
+
+            def moved() -> StagedGather | GatherTransport:
+                courier = PeerCourier(plan, memories[rank].__getitem__, (here, here))
+                if courier.pieces is None:
+                    return GatherTransport(plan, courier, (slice(0, 2),))
+                return StagedGather(plan, courier)
+
+            common: dict[str, Any] = {"plan": plan, "backend": backend, "params": params}
+            out, lse = forward(q, k, v, transport=moved(), **common)
+            dq, dk, dv, _ = backward(dout, None, q, k, v, out, lse, transport=moved(), **common)
+            staged = plan.piece_count > 1
+            assert [call[1:3] for call in backend.given] == [(staged, False), (staged, staged)]
+            return [out, dq, dk, dv]
+
+        with ThreadPoolExecutor(WORLD) as pool:
+            found = list(pool.map(rank_computes, range(WORLD)))
+        truth = attention_oracle(*whole[:3], dout=whole[3], causal=True, scale=0.3)
+        for rank, results in enumerate(found):
+            for got, want in zip(results, (truth.out, truth.dq, truth.dk, truth.dv), strict=True):
+                assert want is not None
+                mine = shard_sequence(want, layout=layout, rank=rank, world_size=WORLD)  # type: ignore[arg-type]
+                torch.testing.assert_close(got, mine, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.usefixtures("streams_at_once")
+def test_flags_of_an_epoch_begin_down() -> None:
+    """Also those that an earlier call, of other pieces, has raised."""
+    memory = SymmetricMemory(Rank(0, threading.Barrier(1), {}), torch.device("cpu"), "keys")  # type: ignore[arg-type]
+    own = torch.zeros(memory._header + 2 * 512, dtype=torch.uint8)
+    memory._arenas, memory._addresses = [own] * WORLD, [own.data_ptr()] * WORLD
+    memory._size = 512
+    for epoch in range(1, 12):
+        flags = memory.flags(6, epoch)
+        memory.arrive((4,), epoch)
+        up = (flags.values >= flags.epoch).tolist()
+        assert int(flags.epoch) == epoch and up == [False] * 4 + [True, False]
+        memory.arrive((0, 5), epoch)
+        assert (flags.values >= flags.epoch).tolist() == [True, False, False, False, True, True]

@@ -67,10 +67,13 @@ def test_the_fastest_path_that_can() -> None:
     assert TritonBackend("hopper").path_of("forward", HALF, plain) == "hopper"
     assert TritonBackend("portable").path_of("forward", HALF, plain) == "portable"
     for direction in ("forward", "backward"):
-        wanted = "hopper" if direction in backend.HOPPER_DIRECTIONS else "portable"
-        assert TritonBackend().path_of(direction, HALF, plain) == wanted
-        dout = None if direction == "forward" else HALF
-        assert takes_flags(TritonBackend(), HALF, dout, plain) == (wanted == "hopper"), "who waits in the kernel"
+        for head_dim in (64, 128, 192):
+            q = torch.zeros(1, 8, 4, head_dim, dtype=torch.bfloat16)
+            wanted = "hopper" if head_dim <= 128 or direction == "forward" else "portable"
+            assert TritonBackend().path_of(direction, q, plain) == TritonBackend("hopper").path_of(direction, q, plain)
+            assert TritonBackend().path_of(direction, q, plain) == wanted
+            dout = None if direction == "forward" else q
+            assert takes_flags(TritonBackend(), q, dout, plain) == (wanted == "hopper"), "who waits in the kernel"
     assert not takes_flags(TritonBackend("portable"), HALF, None, plain)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ring_core.backend import load_backend
-from ring_core.testing.conformance import StagedCase, check_departures, check_late_arrivals
+from ring_core.testing.conformance import StagedCase, check_departures, check_late_arrivals, check_poison
 
 CASES = [
     StagedCase(length=256, heads=(4, 2), head_dim=16, world_size=3, rank=2, dtype=torch.float32),
@@ -27,3 +27,8 @@ def test_late_pieces(case: StagedCase, seed: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_departs_is_final(case: StagedCase, seed: int) -> None:
     check_departures(load_backend("reference"), case, list(range(case.plan.piece_count))[::-1], seed=seed)
+
+
+@pytest.mark.gpu
+def test_poison_ends_waiting(seed: int) -> None:
+    check_poison(load_backend("reference"), CASES[0], seed=seed)

@@ -7,6 +7,7 @@
 
 from ring_core.functions import flash_attn_functions as _functions
 from ring_triton.backend import PATHS, TritonBackend
+from ring_triton.tuning import tune
 
 _family = _functions("triton", prefix="triton_", module=__name__)
 triton_ring_flash_attn_func = _family.ring_flash_attn_func
@@ -55,4 +56,5 @@ __all__ = [
     "triton_zigzag_ring_flash_attn_varlen_func",
     "triton_zigzag_ring_flash_attn_varlen_kvpacked_func",
     "triton_zigzag_ring_flash_attn_varlen_qkvpacked_func",
+    "tune",
 ]

@@ -21,8 +21,12 @@ PATHS: tuple[Path, ...] = ("hopper", "portable")
 """The kernels there are, fastest first. "hopper": Gluon, compute capability 9.0. "portable": compute capability 8.0 and
 newer, and Triton's interpreter."""
 
-HOPPER_DIRECTIONS: frozenset[Direction] = frozenset({"forward"})
-"""What there are Hopper kernels for; the other direction takes the portable ones."""
+HOPPER_HEAD_DIMS: dict[Direction, HeadDims] = {
+    "forward": HeadDims(smallest=8, largest=256, multiple=8),
+    "backward": HeadDims(smallest=8, largest=128, multiple=8),
+}
+"""What there are Hopper kernels for, 128 for the sake of registers; wider backwards take the portable ones, also where
+"hopper" is forced."""
 
 OLDEST = (8, 0)
 HOPPER = (9, 0)
@@ -65,7 +69,7 @@ class TritonBackend:
             return "portable"
         refused = _hopper_refuses(q.get_device(), q.dtype, q.shape[-1]) or _hopper_refuses_scores(params)
         if not refused:
-            return "hopper" if direction in HOPPER_DIRECTIONS else "portable"
+            return "hopper" if q.shape[-1] in HOPPER_HEAD_DIMS[direction] else "portable"
         if self.forced:
             raise UnsupportedError(
                 f"backend {self.name!r} cannot do this call: {refused}; backends 'triton' and 'triton[portable]' have "
@@ -132,7 +136,10 @@ class TritonBackend:
     ) -> BackwardState:
         path = self.path_of("backward", q, params)
         with _on(q):
-            return BackwardState(path, _backward(path).prepare(q, out, dout, lse, dlse))
+            if path == "portable":
+                return BackwardState(path, portable.prepare(q, out, dout, lse, dlse))
+            prepared = _hopper_backward().prepare(q, out, dout, lse, dlse, deterministic=params.deterministic)
+            return BackwardState(path, prepared)
 
     def backward(
         self,
@@ -149,19 +156,21 @@ class TritonBackend:
         flags: Flags | None = None,
         departures: Tensor | None = None,
     ) -> None:
-        staged = {} if flags is None and departures is None else {"flags": flags, "departures": departures}
-        assert not staged or state.path == "hopper", "stages() said no"
+        tensors = (q, k, v, dout, dk, dv)
         with _on(q):
-            _backward(state.path).backward(state.inner, q, k, v, dout, dk, dv, table, params, **staged)
+            if state.path == "portable":
+                assert flags is None and departures is None, "stages() said no"
+                portable.backward(state.inner, *tensors, table, params)
+            else:
+                staged: dict[str, Any] = {"flags": flags, "departures": departures}
+                _hopper_backward().backward(state.inner, *tensors, table, params=params, **staged)
 
     def finish(self, state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
-        dq, dsinks = _backward(state.path).finish(state.inner, params)
-        return dq, dsinks
-
-
-def _backward(path: Path) -> Any:
-    """The module with a path's `prepare`, `backward` and `finish`."""
-    return portable
+        with _on(state.inner.delta):
+            if state.path == "portable":
+                return portable.finish(state.inner, params)
+            dq, dsinks = _hopper_backward().finish(state.inner, params=params)
+            return dq, dsinks
 
 
 @cache
@@ -170,6 +179,13 @@ def _hopper_forward() -> Any:
     from ring_triton.hopper.launch import forward
 
     return forward
+
+
+@cache
+def _hopper_backward() -> Any:
+    from ring_triton.hopper import backward_launch
+
+    return backward_launch
 
 
 def _on(q: Tensor) -> AbstractContextManager[Any]:
@@ -185,7 +201,8 @@ def _hopper_refuses(device: int, dtype: torch.dtype, head_dim: int) -> str:
         return reason
     if dtype not in HOPPER_DTYPES:
         return f"q, k, v are {dtype}, the Hopper kernels take {', '.join(sorted(map(str, HOPPER_DTYPES)))}"
-    return "" if head_dim in HEAD_DIMS else f"the head dim is {head_dim}, the Hopper kernels take {HEAD_DIMS}"
+    can = HOPPER_HEAD_DIMS["forward"]
+    return "" if head_dim in can else f"the head dim is {head_dim}, the Hopper kernels take {can}"
 
 
 def _hopper_refuses_scores(params: Params) -> str:

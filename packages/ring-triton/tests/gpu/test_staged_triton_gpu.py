@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ring_core.backend import Params, load_backend, takes_flags
-from ring_core.testing.conformance import StagedCase, check_departures, check_late_arrivals
+from ring_core.testing.conformance import StagedCase, check_departures, check_late_arrivals, check_poison
 
 BACKEND = "triton"
 CASES = [
@@ -42,6 +42,13 @@ def orders_of(case: StagedCase) -> list[list[int]]:
 def test_late_pieces(case: StagedCase, seed: int) -> None:
     needs_flags(case, backward=False)
     check_late_arrivals(load_backend(BACKEND), case, orders_of(case), seed=seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_poison_ends_waiting(case: StagedCase, seed: int) -> None:
+    needs_flags(case, backward=False)
+    check_poison(load_backend(BACKEND), case, seed=seed)
 
 
 @pytest.mark.gpu

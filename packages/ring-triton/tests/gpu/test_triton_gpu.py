@@ -59,13 +59,20 @@ def test_head_dim(head_dim: int, dtype: torch.dtype, seed: int) -> None:
     check_kernel_case(case, load_backend("triton"), "cuda", seed=seed)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.multi_gpu(case.world_size), id=str(case))
-        for case in ring_cases(scale=SCALE)
-    ],
-)
+def rings() -> list[object]:
+    """In the dtype of the case; where it leaves that open in bf16, and through collectives also in fp32, which takes
+    the portable kernels."""
+    found = []
+    for case in ring_cases(scale=SCALE, through=("collectives", "peer_memory")):
+        dtypes = [torch.bfloat16, torch.float32] if case.through == "collectives" else [torch.bfloat16]
+        for dtype in dtypes if case.dtype is None else [case.dtype]:
+            marks = pytest.mark.multi_gpu(case.world_size)
+            name = str(dtype).removeprefix("torch.")
+            found.append(pytest.param(replace(case, dtype=dtype), marks=marks, id=f"{case}-in-{name}"))
+    return found
+
+
+@pytest.mark.parametrize("case", rings())
 def test_ring(case: RingCase, ranks: RunRanks, seed: int) -> None:
     results: list[Any] = ranks(case.world_size, run_ring_case, case, "triton", seed, "cuda")
     check_ring_case(case, "triton", results, seed, "cuda")

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import triton
-from fake_driver import inputs, no_gpu, no_gpu_portable, parameters_of
+from fake_driver import inputs, no_gpu, no_gpu_backward, no_gpu_portable, parameters_of
 from triton import knobs
 
 from ring_core.backend import DeviceTable, Dropout, Flags, Params, on_device
 from ring_core.plan import Problem, make_plan
-from ring_triton.hopper import launch
+from ring_triton.hopper import backward_launch, launch
 from ring_triton.portable import launch as portable
 
 
@@ -174,6 +174,54 @@ def portable_kernels() -> None:
         assert len(parameters) == len(parameters_of(kernel.asm["ptx"])), name
         got = [number(address, ctypes.c_uint64) for address in parameters[: len(fresh[name])]]
         assert got == [x.data_ptr() for x in fresh[name]], name
+
+
+def hopper_backward() -> None:
+    """Prepare, backward with flags and counters, finish: the second time by the driver alone."""
+    problem = Problem(256, 256, 256, 256, None, 0, "contiguous", 1)
+    given = on_device(make_plan(problem, 0, "gather").steps[0].backward, torch.device("cpu"))
+    seen, params = Launched(), Params(0.1)
+    ints = torch.zeros(64, dtype=torch.int32)
+    with no_gpu_backward(seen) as kernels:
+        for _ in range(2):
+            q, k, v, out, lse = inputs()
+            dout = torch.zeros_like(q)
+            state = backward_launch.prepare(q, out, dout, lse, None)
+            dk, dv = torch.zeros(2, *k.shape)
+            flags = Flags(ints[3:7], ints[9:10])
+            backward_launch.backward(
+                state, q, k, v, dout, dk, dv, given, params=params, flags=flags, departures=ints[17:20]
+            )
+            dq, _ = backward_launch.finish(state, params=params)
+        assert [kernel.compiled for kernel in kernels.values()] == [1] * 3
+    by_kernel = dict(zip(("prepare", "backward", "finish"), seen.calls, strict=True))
+    for name, (*_, parameters) in by_kernel.items():
+        kernel = kernels[f"{name}_kernel"].last
+        (known,) = [
+            x
+            for found in (backward_launch._prepared, backward_launch._finished, given.host.cache["hopper backward"])
+            for x in found._known.values()
+            if list(x._parameters) == parameters
+        ]
+        maps, held = (
+            {place for place, _, _ in known._maps},
+            {ctypes.addressof(x): ctypes.sizeof(x) for x in known.numbers},
+        )
+        sizes = [128 if place in maps else held.get(address, 8) for place, address in enumerate(parameters)]
+        assert sizes == parameters_of(kernel.asm["ptx"]), name
+        if name == "backward":
+            prepared = backward_launch.schedule_for(given, 1, backward_launch.backward_settings_for(128).block, True)
+            want = (dk, dv, prepared.items, prepared.walk, flags.values, flags.epoch, ints[17:20])
+            assert list(known._pointers) == [x.data_ptr() for x in want]
+            assert state.sums is not None
+            at = [q, k, v, dout, state.scaled_lse, state.delta, state.sums]
+            assert [parameters[place] for place, _, _ in known._maps] == [
+                known._maps[number][2][x.data_ptr()][0] for number, x in enumerate(at)
+            ]
+    assert [number(by_kernel["finish"][-1][n], ctypes.c_uint64) for n in range(2)] == [
+        state.sums.data_ptr(),
+        dq.data_ptr(),
+    ]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import triton
 from hopper_compiling import NoGpu
 
 from ring_triton import direct
-from ring_triton.hopper import launch
+from ring_triton.hopper import backward_launch, launch
 from ring_triton.portable import launch as portable
 from ring_triton.portable.settings import listed, width_of
 
@@ -75,6 +75,25 @@ def no_gpu_portable(driver_launch: Callable[..., int]) -> Iterator[dict[str, Com
         patch.multiple(portable, setting_of=setting, **kernels),
         patch.object(direct, "current_stream", lambda: lambda index: 7),
         patch.object(direct, "driver_launch", lambda: driver_launch),
+    ):
+        yield kernels
+
+
+BACKWARD = ("backward_kernel", "prepare_kernel", "finish_kernel")
+
+
+@contextmanager
+def no_gpu_backward(driver_launch: Callable[..., int]) -> Iterator[dict[str, CompileOnly]]:
+    """`hopper.backward_launch` on CPU tensors while it lasts."""
+    triton.runtime.driver.set_active(NoGpu())
+    kernels = {name: CompileOnly(getattr(backward_launch, name)) for name in BACKWARD}
+    encoded: Callable[[Any, Any], list[Any]] = lambda moved, metadata: [Map(moved.base.data_ptr())]  # noqa: E731
+    streams: Callable[[], Any] = lambda: lambda index: 7  # noqa: E731
+    with (
+        patch.multiple(backward_launch, _split=lambda *_: 1, current_stream=streams, **kernels),
+        patch.multiple(
+            direct, current_stream=streams, driver_launch=lambda: driver_launch, make_tensordesc_arg=encoded
+        ),
     ):
         yield kernels
 

@@ -13,7 +13,10 @@ import pytest
 CHECKS = Path(__file__).parent / "direct_checks.py"
 
 
-@pytest.mark.parametrize("check", ["layout", "pointers", "keys", "profilers", "copies", "portable_kernels"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "check", ["layout", "pointers", "keys", "profilers", "copies", "portable_kernels", "hopper_backward"]
+)
 def test_direct_launch(check: str) -> None:
     """In a process where kernels are compiled, not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

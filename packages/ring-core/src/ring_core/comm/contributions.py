@@ -34,7 +34,7 @@ def pieces_of(plan: GatherPlan) -> dict[int, tuple[int, ...]] | None:
     """Which pieces each rank's keys are, in a plan whose pieces have one owner each; None where one has several, as
     that of packed documents, or there is one piece only: then there is nothing to compute on before all is there."""
     owners = {(placement.piece, placement.source) for placement in plan.placements}
-    if plan.piece_count < 2 or len(owners) > plan.piece_count:
+    if plan.piece_count < 2 or len(owners) > plan.piece_count or plan.home is not None:
         return None
     return {source: tuple(sorted(piece for piece, owner in owners if owner == source)) for source in plan.order}
 

@@ -1,4 +1,4 @@
-"""How many heads the gather schedule takes at a time."""
+"""How many heads the gather schedule takes at a time, where it is not all of them (`ring_core.comm.staged`)."""
 
 from __future__ import annotations
 

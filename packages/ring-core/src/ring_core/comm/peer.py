@@ -245,10 +245,9 @@ class PeerCourier:
         dtype = accumulation_dtype(self._dtype)
         with _poisoning(memory):
             # For the largest group at once: no arena grows while one of its slots is in use.
-            per_token = shape[0] * 2 * self._widest * shape[-1]
-            memory.reserve(
-                self._plan.problem.k_length * per_token * dtype.itemsize + 4 * MOST_PIECES * memory.world_size
-            )
+            per_token = shape[0] * 2 * self._widest * shape[-1] * dtype.itemsize
+            most_counters = MOST_PIECES * memory.world_size
+            memory.reserve(self._plan.problem.k_length * per_token + 4 * most_counters)
             self._parts_epoch = self._begin(memory)
             slot = memory.slot(memory.rank, self._parts_epoch % GENERATIONS)
             nbytes = shape.numel() * dtype.itemsize

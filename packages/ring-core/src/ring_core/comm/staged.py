@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ring_core.backend import Flags, departures_of
 from ring_core.comm.contributions import sum_in_rank_order
-from ring_core.comm.gather import Courier, Heads, by_piece, pieces_shape
+from ring_core.comm.gather import Courier, by_piece, pieces_shape
 from ring_core.comm.lane import compute_after
 from ring_core.comm.transport import Buffers, Gradients, Keys
 from ring_core.plan import GatherPlan
@@ -65,17 +65,17 @@ class StagedGather:
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
         courier, lane = self.courier, self.courier.lane
-        heads = _all_heads(k)
-        pieces = k.new_empty(pieces_shape(self.plan, k, heads[0]))
+        heads = slice(0, k.shape[2])
+        pieces = k.new_empty(pieces_shape(self.plan, k, heads))
         lane.after_compute()
         with lane.on():
-            courier.offer(k, v, heads)
+            courier.offer(k, v, (heads,))
             flags = courier.stage(pieces)
             ready = lane.now()
             courier.follow(pieces)
             courier.fetched()
             landed = lane.now()
-        yield Keys(0, heads[0], *by_piece(pieces, self.plan), arrived=ready, flags=flags)
+        yield Keys(0, heads, *by_piece(pieces, self.plan), arrived=ready, flags=flags)
         compute_after(landed)  # which it is, if the kernel has waited: the memory is free for others behind this
 
     def gradients(self, k: Tensor, *, zeroed: bool) -> Gradients:
@@ -89,12 +89,13 @@ class StagedGradients:
     def __init__(self, plan: GatherPlan, courier: StagedCourier, k: Tensor) -> None:
         self._plan = plan
         self._courier = courier
-        self._shape = pieces_shape(plan, k, _all_heads(k)[0])
+        self._shape = pieces_shape(plan, k, slice(0, k.shape[2]))
         self._full = departures_of(plan.steps[0].backward, plan.piece_count, k.shape[0], k.shape[2])
         self._dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         self._dv = torch.empty_like(self._dk)
         self._parts = self._departures = self._dk.new_empty(0)
-        self._homecoming: Callable[[], None] | None = None
+        self._homecoming: Callable[[], Tensor] | None = None
+        self._home: torch.cuda.Event | None = None
 
     def buffers(self, keys: Keys) -> Buffers:
         self._parts, self._departures = self._courier.staged_parts(self._shape)
@@ -103,26 +104,24 @@ class StagedGradients:
     def depart(self, keys: Keys) -> None:
         lane = self._courier.home_lane
         with lane.on():
-            arriving = self._courier.ship_staged(self._parts, self._departures, self._full)
-        self._homecoming = lambda: self._settle(arriving)
+            self._homecoming = self._courier.ship_staged(self._parts, self._departures, self._full)
         if lane.stream is not None:  # nothing blocks the host there
-            self.collect()
+            self._settle()
 
     def collect(self) -> tuple[Tensor, Tensor]:
-        homecoming, self._homecoming = self._homecoming, None
-        if homecoming is not None:
-            homecoming()
+        self._settle()
+        compute_after(self._home)
         return self._dk, self._dv
 
-    def _settle(self, arriving: Callable[[], Tensor]) -> None:
+    def _settle(self) -> None:
+        """Waits for the contributions of all ranks and adds them up, once."""
+        homecoming, self._homecoming = self._homecoming, None
+        if homecoming is None:
+            return
         lane = self._courier.home_lane
         with lane.on():
-            arrived = arriving()
+            arrived = homecoming()
         lane.after_compute()  # own contributions are complete
         with lane.on():
             sum_in_rank_order(self._plan, self._parts, None, arrived, self._dk, self._dv)
-        compute_after(lane.now())
-
-
-def _all_heads(k: Tensor) -> Heads:
-    return (slice(0, k.shape[2]),)
+        self._home = lane.now()

@@ -59,6 +59,7 @@ class SymmetricMemory:
         self._signals = COUNTERS * self.world_size
         words = self._signals + _EPOCHS + MOST_PIECES * self.world_size
         self._header = -(-words * 4 // _ALIGNMENT) * _ALIGNMENT
+        self._flags: dict[tuple[int, int], Flags] = {}  # views of the arena, made once
         self._departures: dict[int, Tensor] = {}  # of the last epochs, by generation
 
     @property
@@ -78,7 +79,7 @@ class SymmetricMemory:
         own[: self._header].view(torch.int32).fill_(self._epoch)
         self._arenas = symmetric_rendezvous(own, self._group)
         self._addresses = [arena.data_ptr() for arena in self._arenas]
-        self._departures = {}
+        self._flags, self._departures = {}, {}
         self._size = nbytes
         torch.cuda.synchronize(self._device)
         dist.barrier(group=self._group)  # nobody signals before all have set their counters
@@ -102,9 +103,11 @@ class SymmetricMemory:
         self._enqueue(self._signals_of(counter, epoch) + self._waits_for(counter, epoch, ranks))
 
     def flags(self, pieces: int, epoch: int) -> Flags:
-        place = self._signals + epoch % _EPOCHS
-        words, first = self._words(), self._signals + _EPOCHS
-        return Flags(words[first : first + pieces], words[place : place + 1])
+        key = pieces, epoch % _EPOCHS
+        if key not in self._flags:
+            words, place, first = self._words(), self._signals + epoch % _EPOCHS, self._signals + _EPOCHS
+            self._flags[key] = Flags(words[first : first + pieces], words[place : place + 1])
+        return self._flags[key]
 
     def arrive(self, pieces: tuple[int, ...], epoch: int) -> None:
         first = self._addresses[self.rank] + 4 * self._signals

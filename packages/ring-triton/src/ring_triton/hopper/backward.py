@@ -387,14 +387,15 @@ def _consumer(
         _add(dk + place, dk_s, dk_total * scale, count, DL, KEYS, D, HEAD_DIM, ATOMIC)
     if DEPARTURES:
         thread_barrier()  # every thread's additions come before the count
-        gl.atomic_add(departures + gl.load(entry + 5), 1, sem="release", scope="sys")
+        gl.atomic_add(departures + gl.load(entry + 5), gl.load(entry + 3), sem="release", scope="sys")
 
 
 @gluon.jit(
     do_not_specialize=[
         "num_items", "section", "num_heads", "head_batches", "split", "members", "group", "piece_length",
         "q_batch_rows", "do_batch_rows", "k_batch_rows", "q_len_all", "polls",
-    ]
+    ],
+    do_not_specialize_on_alignment=["flags", "epoch", "departures"],  # words inside larger tensors
 )  # fmt: skip
 def backward_kernel(
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk, dv, items, walk, flags, epoch, departures,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from ring_core.backend import DeviceTable, Flags, Params
+from ring_core.backend import DeviceTable, Flags, Params, departures_of
+from ring_triton import tuned
+from ring_triton.direct import Launches, addresses, aligned, current_stream, launches_of, shaped
 from ring_triton.hopper.backward import backward_kernel
 from ring_triton.hopper.backward_ends import finish_kernel, prepare_kernel
 from ring_triton.hopper.backward_schedule import make_schedule
@@ -23,7 +26,7 @@ from ring_triton.hopper.backward_settings import (
     backward_settings_for,
 )
 from ring_triton.hopper.compat import TensorDescriptor
-from ring_triton.hopper.launch import BOUNDLESS, DTYPES, FAR, L2_BYTES, POLLS, keys_descriptor
+from ring_triton.hopper.launch import BOUNDLESS, DTYPES, FAR, L2_BYTES, POLLS, dense_keys, keys_descriptor
 from ring_triton.portable import launch as portable
 from ring_triton.portable.gradient_sinks import gradient_sinks_kernel
 
@@ -32,6 +35,7 @@ PRODUCER_REGISTERS = 24
 ELEMENTS = 8192
 """Of a tile of `prepare` and `finish`."""
 LOG2E = math.log2(math.e)
+_prepared, _finished = Launches(), Launches()
 
 
 @dataclass
@@ -110,24 +114,22 @@ def prepare(
     width = triton.next_power_of_2(head_dim)
     rows = ELEMENTS // width
     given = lse if dlse is None else dlse
-    prepare_kernel[(triton.cdiv(length, rows), num_heads, batch)](
-        out,
-        dout,
-        lse,
-        given,
-        delta,
-        scaled_lse,
+    tensors = (out, dout, lse, given, delta, scaled_lse)
+    key = shaped(*tensors), dlse is None, q.get_device()
+    if _prepared.again(key, q.get_device(), addresses(*tensors), ()):
+        return state
+    grid = (triton.cdiv(length, rows), num_heads, batch)
+    arguments = (
+        *tensors,
         *out.stride()[:3],
         *dout.stride()[:3],
         *lse.stride()[:2],
         *given.stride(),
         length,
-        ROWS=rows,
-        D=head_dim,
-        WIDTH=width,
-        DLSE=dlse is not None,
-        num_warps=4,
     )
+    kernel = prepare_kernel[grid](*arguments, ROWS=rows, D=head_dim, WIDTH=width, DLSE=dlse is not None, num_warps=4)
+    if aligned(*addresses(*tensors)):
+        _prepared.add(key, kernel, grid, arguments, ())
     return state
 
 
@@ -153,17 +155,58 @@ def backward(
         q, dout: (B, Sq, Hq, D), fp16 or bf16. k, v: (C, B, S, Hkv, D). dk, dv: shaped as k, fp32, added to.
         params: the scale; deterministic as it was for `prepare`.
         flags: arrival of the pieces; a piece's keys are read once its flag says so.
-        departures: (C,) uint32 or int32: one is added for each finished (key tile, key head, batch entry) of a piece,
-            in all `departure_targets`.
+        departures: (C,) int32: the keys of each finished tile are added, for every key head and batch entry of its
+            piece: see `ring_core.backend.departures_of`.
         settings: instead of those for this head dim.
     """
     if not q.numel() or not len(table.host):
         return
+    dout = dout if state.dout is None else state.dout
+    tensors = (q, k, v, dout, dk, dv)
+    kind = flags is None, departures is None, state.ordered is None, tuned.serial()
+    key = shaped(*tensors), params.scale, kind, settings, q.get_device()
+    launches = launches_of(table, "hopper backward")
+    sums = state.delta if state.sums is None else state.sums
+    read = addresses(q, k, v, dout, state.scaled_lse, state.delta, sums)
+    known = launches.get(key)
+    if known is None or not aligned(*read, *addresses(dk, dv)):
+        _backward(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings, key)
+    else:
+        waits = (0, 0) if flags is None else addresses(flags.values, flags.epoch)
+        counts = 0 if departures is None else departures.data_ptr()
+        stream = current_stream()(q.get_device())
+        known(stream, (*addresses(dk, dv), *known.note, *waits, counts), read)
+    if state.ordered is not None:
+        # scaled once, at the end
+        scores = portable._scores(params, q)
+        portable._gradients_q(state.ordered, q, k, v, dout, table, replace(params, scale=1.0), scores)
+
+
+def _backward(
+    state: BackwardState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    table: DeviceTable,
+    params: Params,
+    flags: Flags | None,
+    departures: Tensor | None,
+    settings: BackwardSettings | None,
+    key: Any,
+) -> None:
+    """The kernel of `backward` by way of Triton, which compiles what it has not seen."""
+    dense = not backward_supports(q, k, v, dk, dv)
+    if not dense:
+        q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
+        if reason := backward_supports(q, k, v, dk, dv):
+            raise ValueError(f"the Hopper kernels do not take {reason}")
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
     ordered = state.ordered is not None
-    chosen = settings or backward_settings_for(head_dim, ordered=ordered)
-    dout = dout if state.dout is None else state.dout
+    chosen = settings or _settings_of(q, table, ordered)
     by_piece = chosen.by_piece or flags is not None or departures is not None
     prepared = schedule_for(table, batch, chosen.block, by_piece)
     group = num_heads // num_kv_heads
@@ -176,7 +219,8 @@ def backward(
     section = min(head_batches, max(1, L2_BYTES // (members * length * head_dim * 8)))
     lse_desc, delta_desc, dq_desc = _descriptors(state, chosen.block)
     dummy = prepared.items
-    backward_kernel[(programs * split,)](
+    grid = (programs * split,)
+    arguments = (
         keys_descriptor(q[None], chosen.block),
         keys_descriptor(k, TILE_KEYS),
         keys_descriptor(v, TILE_KEYS),
@@ -206,6 +250,9 @@ def backward(
         POLLS,
         *dk.stride()[:4],
         *dv.stride()[:4],
+    )
+    kernel = backward_kernel[grid](
+        *arguments,
         KEYS=TILE_KEYS,
         ROWS=chosen.block,
         D=backward_head_dim(head_dim),
@@ -224,10 +271,16 @@ def backward(
         maxnreg=168,  # 65536 registers over three warpgroups; setmaxnreg then moves them to the consumers
         enable_fp_fusion=True,  # off by default from triton 3.10 on
     )
-    if state.ordered is not None:
-        # scaled once, at the end
-        scores = portable._scores(params, q)
-        portable._gradients_q(state.ordered, q, k, v, dout, table, replace(params, scale=1.0), scores)
+    if dense and aligned(*addresses(dk, dv)):
+        launches = launches_of(table, "hopper backward")
+        launches.add(key, kernel, grid, arguments, addresses(prepared.items, prepared.walk))
+
+
+def _settings_of(q: Tensor, table: DeviceTable, ordered: bool) -> BackwardSettings:
+    head_dim = q.shape[-1]
+    place = tuned.Place("hopper backward", backward_head_dim(head_dim), tuned.mask_of(table.host), 16)
+    found = None if ordered else tuned.lookup(place, table.device)
+    return backward_settings_for(head_dim, ordered=ordered) if found is None else BackwardSettings(**found)
 
 
 def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
@@ -244,9 +297,12 @@ def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | No
         width = triton.next_power_of_2(head_dim)
         rows = ELEMENTS // width
         grid = (triton.cdiv(length, rows), num_heads, batch)
-        finish_kernel[grid](
-            sums, dq, params.scale, *dq.stride()[:3], length, ROWS=rows, D=head_dim, WIDTH=width, num_warps=4
-        )
+        key = shaped(sums, dq), params.scale, sums.get_device()
+        if not _finished.again(key, sums.get_device(), addresses(sums, dq), ()):
+            arguments = (sums, dq, params.scale, *dq.stride()[:3], length)
+            kernel = finish_kernel[grid](*arguments, ROWS=rows, D=head_dim, WIDTH=width, num_warps=4)
+            if aligned(*addresses(sums, dq)):
+                _finished.add(key, kernel, grid, arguments, ())
     if params.sinks is None:
         return dq, None
     dsinks = torch.zeros_like(params.sinks)
@@ -268,10 +324,7 @@ def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | No
 
 def departure_targets(table: DeviceTable, batch: int, num_kv_heads: int, pieces: int) -> list[int]:
     """What `backward` adds to each piece's departure counter for this table."""
-    schedule = make_schedule(table.host, tile_keys=TILE_KEYS, block=TILE_KEYS)
-    items = schedule.items
-    entries = np.where(items[:, 4] < 0, batch, 1)
-    return [int(x) * num_kv_heads for x in np.bincount(items[:, 5], weights=entries, minlength=pieces)]
+    return list(departures_of(table.host, pieces, batch, num_kv_heads))
 
 
 def schedule_for(table: DeviceTable, batch: int, block: int, by_piece: bool) -> Prepared:

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 
 from ring_core.backend import DeviceTable, Flags
 from ring_core.segment import FIRST, LAST
+from ring_triton import tuned
 from ring_triton.direct import aligned, current_stream, launches_of
 from ring_triton.hopper.compat import TensorDescriptor
 from ring_triton.hopper.kernel import forward_kernel
@@ -99,6 +100,7 @@ def forward(
         flags is None,
         scale,
         settings,
+        tuned.serial(),
         q.dtype,
         q.get_device(),
     )
@@ -134,14 +136,14 @@ def _forward(
     if scale <= 0:
         raise ValueError(f"scale is {scale}; the Hopper kernels take the largest score first and need it positive")
     if supports(q, k, v):
-        q, k, v = q.clone(memory_format=torch.contiguous_format), _dense(k), _dense(v)
+        q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
         if reason := supports(q, k, v):
             raise ValueError(f"the Hopper kernels do not take {reason}")
         forward(q, k, v, out, lse, state, table, scale=scale, sinks=sinks, flags=flags, settings=settings)
         return
     batch, _, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
-    chosen = settings or settings_for(head_dim)
+    chosen = settings or _settings_of(q, table)
     prepared = prepare(table, batch, k.shape[2], chosen.block)
     if not prepared.whole and state is None:
         raise ValueError("strips begin or end outside this table, but there is no state")
@@ -209,7 +211,14 @@ def _forward(
         launches.add(key, kernel, grid, arguments, (prepared.items.data_ptr(), prepared.walk.data_ptr()))
 
 
-def _dense(x: Tensor) -> Tensor:
+def _settings_of(q: Tensor, table: DeviceTable) -> Settings:
+    head_dim = q.shape[-1]
+    place = tuned.Place("hopper forward", padded_head_dim(head_dim), tuned.mask_of(table.host), 16)
+    found = tuned.lookup(place, table.device)
+    return settings_for(head_dim) if found is None else Settings(**found)
+
+
+def dense_keys(x: Tensor) -> Tensor:
     """k or v (C, B, S, H, D) with all tokens of a batch entry one after the other."""
     return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
 

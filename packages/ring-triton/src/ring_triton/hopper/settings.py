@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 CONSUMERS = 2
 """Consumer warpgroups of 64 rows each: what `kernel.forward_kernel` spells out."""
@@ -28,6 +28,8 @@ class Settings:
     overlap: int = 1
     """What is done while O is being summed: 0 the maximum of the next scores, 1 their exponentials too, 2 and the
     conversion to P, which costs P's registers twice. Read off the SASS: see `kernel._block`."""
+    reason: str = field(default="", compare=False)
+    """Why these: what was measured."""
 
 
 FORWARD: dict[int, Settings] = {

@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ring_core.backend import DeviceTable, Params, accumulation_dtype
+from ring_triton import tuned
 from ring_triton.direct import Launches, addresses, aligned, launches_of, shaped
 from ring_triton.portable.forward import forward_kernel
 from ring_triton.portable.gradient_sinks import gradient_sinks_kernel
 from ring_triton.portable.gradients_kv import gradients_kv_kernel
 from ring_triton.portable.gradients_q import gradients_q_kernel
 from ring_triton.portable.prepare import prepare_kernel
-from ring_triton.portable.settings import INTERPRETED, Kernel, setting_of, width_of
+from ring_triton.portable.settings import INTERPRETED, Kernel, Setting, place_of, setting_of, width_of
 from ring_triton.portable.work import query_work, strip_work
 
 ELEMENTS = 8192
@@ -81,9 +82,11 @@ def _scores(params: Params, q: Tensor) -> _Scores:
     )
 
 
-def _shape(kernel: Kernel, q: Tensor, *tensors: Tensor) -> dict[str, Any]:
+def _shape(kernel: Kernel, table: DeviceTable, q: Tensor, *tensors: Tensor) -> dict[str, Any]:
     """The constants of a launch that its setting and dtype, and the strides of all `tensors`, decide."""
-    setting = setting_of(q.device, kernel, q.shape[3], q.dtype.itemsize * 8)
+    bits = q.dtype.itemsize * 8
+    found = tuned.lookup(place_of(kernel, q.shape[3], tuned.mask_of(table.host), bits), q.device)
+    setting = setting_of(q.device, kernel, q.shape[3], bits) if found is None else Setting(**found)
     return {
         "ROWS": setting.rows,
         "KEYS": setting.keys,
@@ -135,11 +138,12 @@ def forward(
     running = out if state is None else state
     sinks = q if params.sinks is None else params.sinks
     tensors, last = (q, k, v, out, lse, running), (scores.slopes, sinks, scores.seed)
-    key = shaped(*tensors, *last), params.scale, scores.numbers, state is None, params.sinks is None, q.get_device()
+    kind = state is None, params.sinks is None, tuned.serial(), q.get_device()
+    key = shaped(*tensors, *last), params.scale, scores.numbers, kind
     launches = launches_of(table, "portable forward")
     if launches.again(key, q.get_device(), addresses(*tensors), addresses(*last)):
         return
-    shape = _shape("forward", q, k, v)
+    shape = _shape("forward", table, q, k, v)
     work = strip_work(table, "q", shape["ROWS"], batches)
     if not len(work):
         return
@@ -251,13 +255,13 @@ def _gradients_kv(
     scores: _Scores,
 ) -> None:
     tensors, last = (q, k, v, dout, dk, dv, state.scaled_lse, state.delta), (scores.slopes, scores.seed)
-    key = shaped(*tensors, *last), params.scale, scores.numbers, q.get_device()
+    key = shaped(*tensors, *last), params.scale, scores.numbers, tuned.serial(), q.get_device()
     launches = launches_of(table, "portable gradients_kv")
     if launches.again(key, q.get_device(), addresses(*tensors), addresses(*last)):
         return
     batches, length, num_heads, _ = q.shape
     num_kv_heads = k.shape[3]
-    shape = _shape("gradients_kv", q, k, v, dout)
+    shape = _shape("gradients_kv", table, q, k, v, dout)
     work = strip_work(table, "k", shape["KEYS"], batches)
     if not len(work):
         return
@@ -301,12 +305,12 @@ def _gradients_q(
 ) -> None:
     fresh, state.fresh = state.fresh, False
     tensors, last = (q, k, v, dout, state.dq, state.scaled_lse, state.delta), (scores.slopes, scores.seed)
-    key = shaped(*tensors, *last), params.scale, scores.numbers, fresh, q.get_device()
+    key = shaped(*tensors, *last), params.scale, scores.numbers, fresh, tuned.serial(), q.get_device()
     launches = launches_of(table, "portable gradients_q")
     if launches.again(key, q.get_device(), addresses(*tensors), addresses(*last)):
         return
     batches, length, num_heads, _ = q.shape
-    shape = _shape("gradients_q", q, k, v, dout)
+    shape = _shape("gradients_q", table, q, k, v, dout)
     work = query_work(table, shape["ROWS"], batches, length, cover=fresh)
     assert work.numbers is not None
     if not len(work):

@@ -16,6 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ring_triton import tuned
+from ring_triton.tuned import Mask, Place
+
 INTERPRETED = not isinstance(tl.cdiv, triton.runtime.JITFunction)
 """Whether kernels run in Triton's interpreter: whether TRITON_INTERPRET was 1 when triton was imported (by torch, as a
 rule)."""
@@ -119,6 +122,16 @@ def target_of(device: torch.device) -> Target:
 def width_of(head_dim: int) -> int:
     """The tile's extent along the head dim: a power of two, at least what a product takes."""
     return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def place_of(kernel: Kernel, head_dim: int, mask: Mask, bits: int) -> Place:
+    """Where tuned settings of a launch would be found."""
+    names: dict[Kernel, tuned.Kernel] = {
+        "forward": "portable forward",
+        "gradients_kv": "portable gradients_kv",
+        "gradients_q": "portable gradients_q",
+    }
+    return Place(names[kernel], width_of(head_dim), mask, bits)
 
 
 @cache

@@ -25,7 +25,8 @@ contract says is not read holds NaN, what it says is not written is compared bit
 go through `ring_attention` or `ring_attention_packed`. Results are judged against the float64 oracle, by the error that
 torch's own attention makes in the same dtype. A case that the backend's Capabilities rule out is not run; the operator
 must then refuse it by name, and that is what is checked. *Staged*, on GPUs: pieces come late
-(`check_late_arrivals`) and leave early (`check_departures`), for backends whose kernels watch them.
+(`check_late_arrivals`), never (`check_poison`) and leave early (`check_departures`), for backends whose kernels watch
+them.
 """
 
 from ring_core.testing.conformance.case import AttentionCase, check_refused
@@ -33,7 +34,12 @@ from ring_core.testing.conformance.kernel import KernelCase, check_kernel_case, 
 from ring_core.testing.conformance.kernel_cases import kernel_cases
 from ring_core.testing.conformance.packed import PackedCase, check_packed_case, packed_cases, run_packed_case
 from ring_core.testing.conformance.ring import RingCase, check_ring_case, ring_cases, run_ring_case
-from ring_core.testing.conformance.staged import StagedCase, check_departures, check_late_arrivals
+from ring_core.testing.conformance.staged import (
+    StagedCase,
+    check_departures,
+    check_late_arrivals,
+    check_poison,
+)
 
 __all__ = [
     "AttentionCase",
@@ -46,6 +52,7 @@ __all__ = [
     "check_late_arrivals",
     "check_late_piece",
     "check_packed_case",
+    "check_poison",
     "check_refused",
     "check_ring_case",
     "kernel_cases",

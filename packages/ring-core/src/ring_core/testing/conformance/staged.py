@@ -149,6 +149,33 @@ def check_late_arrivals(backend: Backend, case: StagedCase, orders: list[list[in
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), f"{case}: pieces came as {order}"
 
 
+def check_poison(backend: Backend, case: StagedCase, *, seed: int = 0) -> None:
+    """Raises AssertionError unless poison ends a forward whose pieces never come."""
+    pieces = _Pieces(case, seed)
+    q, _ = _queries(case, pieces.device, seed)
+    pieces.flags.fill_(EPOCH)
+    flags = Flags(pieces.flags, pieces.epoch)
+    _forward(backend, case, q, pieces, flags)  # compiled and loaded before anything waits
+    pieces.forget()
+    poison = torch.full(pieces.flags.shape, POISON - (1 << 32), dtype=torch.int32).pin_memory()
+    beside, poisoned = torch.cuda.Stream(pieces.device), threading.Event()
+
+    def watchdog() -> None:
+        time.sleep(0.3)
+        with torch.cuda.stream(beside):
+            pieces.flags.copy_(poison, non_blocking=True)
+        poisoned.set()
+
+    thread = threading.Thread(target=watchdog, daemon=True)
+    begin = time.monotonic()
+    thread.start()
+    _forward(backend, case, q, pieces, flags)
+    torch.cuda.synchronize()
+    thread.join()
+    took = time.monotonic() - begin
+    assert poisoned.is_set() and 0.3 <= took < 10, f"{case}: the kernel ended after {took:.1f} s"
+
+
 @dataclass(frozen=True)
 class Departed:
     """What `check_departures` saw: when pieces left, in milliseconds before the end of the kernel."""
