@@ -72,6 +72,8 @@ def backward_supports(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -
             return f"{name} {why}"
     if k.shape[1] > 1 and k.stride(1) * v.stride(2) != v.stride(1) * k.stride(2):
         return "k and v with different numbers of tokens between batch entries"
+    if math.prod(q.shape[:3]) * 4 >= 1 << 31:
+        return f"{math.prod(q.shape[:3])} rows of q, it counts four copies of each in 32 bits"
     for name, x in (("dk", dk), ("dv", dv)):
         if x.dtype != torch.float32 or x.stride(-1) != 1:
             return f"{name} of {x.dtype} with strides {x.stride()}, it takes fp32 with a dense last dim"
