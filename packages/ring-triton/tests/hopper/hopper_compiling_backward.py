@@ -134,11 +134,12 @@ GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "fp16": [(64, {"dtype": torch.float16}), (128, {"dtype": torch.float16})],
     "ordered": [(64, {"ordered": True}), (128, {"ordered": True})],
     "variants": [
+        (128, {"q_stages": 4}),
         (128, {"order": 0}),
         (128, {"order": 2, "q_stages": 2}),
         (128, {"order": 2, "q_stages": 2, "packed": True}),
         (128, {"swap": False}),
-        (64, {"order": 0}),
+        (64, {"order": 1}),
         (64, {"order": 2}),
         (64, {"swap": False}),
         (64, {"order": 2, "packed": True, "q_stages": 2, "block": 128}),

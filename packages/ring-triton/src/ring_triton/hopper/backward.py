@@ -25,7 +25,9 @@ n % STAGES. Both warpgroups have read a stage when a CTA-wide barrier follows th
 are given back right after such barriers: Q[n] after ds[n+1] is stored, dO[n] after dq[n] is.
 
 Rows of queries and keys are read through descriptors that end where the segment does (see `ring_triton.hopper.kernel`):
-beyond it they are zeros, whatever memory holds. lse and delta are read as they lie, and set to what takes no part.
+beyond it they are zeros, whatever memory holds. lse and delta are read as they lie, and set to what takes no part. A
+block may begin at any of their rows, but TMA reads from addresses that are multiples of 16 bytes and traps at others
+(triton-lang/triton#9112): there are four copies of each, one for each place of a row in its 16 bytes.
 
 After Shah et al. (arXiv:2407.08608) and Spector et al. (arXiv:2410.20399): transposed scores, dq by asynchronous
 reduction.
@@ -79,8 +81,8 @@ def _advance(walk, w, block, first, step):
 @gluon.jit
 def _producer(
     items, walk, num_items, section, num_heads, head_batches, split, members, group, piece_length, q_batch_rows,
-    do_batch_rows, k_batch_rows, q_len_all, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, flags, epoch, polls,
-    ks, vs, qs, dos, lses, deltas, k_full, v_full, q_full, do_full,
+    do_batch_rows, k_batch_rows, q_len_all, stat_pitch, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, flags,
+    epoch, polls, ks, vs, qs, dos, lses, deltas, k_full, v_full, q_full, do_full,
     ROWS: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr, FLAGS: gl.constexpr,
 ):  # fmt: skip
     FAR: gl.constexpr = 1 << 30
@@ -107,6 +109,7 @@ def _producer(
             end = q_start + q_len
             x = FAR - q_len + i
             stat = (batch * (num_heads * group) + q_head) * q_len_all + q_start + i
+            stat += (stat & 3) * (stat_pitch - 1)  # of copy stat & 3, whose rows begin that much earlier
             stage = n % Q_STAGES
             if n >= Q_STAGES:
                 _take(stage, 8)
@@ -393,22 +396,22 @@ def _consumer(
 @gluon.jit(
     do_not_specialize=[
         "num_items", "section", "num_heads", "head_batches", "split", "members", "group", "piece_length",
-        "q_batch_rows", "do_batch_rows", "k_batch_rows", "q_len_all", "polls",
+        "q_batch_rows", "do_batch_rows", "k_batch_rows", "q_len_all", "stat_pitch", "polls",
     ],
     do_not_specialize_on_alignment=["flags", "epoch", "departures"],  # words inside larger tensors
 )  # fmt: skip
 def backward_kernel(
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk, dv, items, walk, flags, epoch, departures,
     score_scale, scale, num_items, section, num_heads, head_batches, split, members, group, piece_length, q_batch_rows,
-    do_batch_rows, k_batch_rows, q_len_all, polls, dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h,
+    do_batch_rows, k_batch_rows, q_len_all, stat_pitch, polls, dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h,
     KEYS: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, Q_STAGES: gl.constexpr,
     DO_STAGES: gl.constexpr, DQ: gl.constexpr, SWAP: gl.constexpr, ORDER: gl.constexpr, PACKED: gl.constexpr,
     ATOMIC: gl.constexpr, FLAGS: gl.constexpr, DEPARTURES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """q_desc, do_desc, k_desc, v_desc: ragged (far, end, heads, row, D), boxes of ROWS and KEYS rows; dq_desc: ragged
-    (far, end, row, D) fp32; lse_desc, delta_desc: flat (B Hq Sq) fp32, lse times log2(e) and +inf where a row has seen
-    nothing; score_scale is the softmax's scale times log2(e); num_heads: key heads; members: query heads that a program
-    walks."""
+    (far, end, row, D) fp32; lse_desc, delta_desc: flat fp32, four copies of (B Hq Sq) `stat_pitch` apart, copy c
+    without its first c rows, lse times log2(e) and +inf where a row has seen nothing; score_scale is the softmax's
+    scale times log2(e); num_heads: key heads; members: query heads that a program walks."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     QUERIES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], q_desc.dtype)
     KEY_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], q_desc.dtype)
@@ -442,8 +445,8 @@ def backward_kernel(
             )),
             (_producer, (
                 items, walk, num_items, section, num_heads, head_batches, split, members, group, piece_length,
-                q_batch_rows, do_batch_rows, k_batch_rows, q_len_all, q_desc, k_desc, v_desc, do_desc, lse_desc,
-                delta_desc, flags, epoch, polls, ks, vs, qs, dos, lses, deltas, k_full, v_full, q_full,
+                q_batch_rows, do_batch_rows, k_batch_rows, q_len_all, stat_pitch, q_desc, k_desc, v_desc, do_desc,
+                lse_desc, delta_desc, flags, epoch, polls, ks, vs, qs, dos, lses, deltas, k_full, v_full, q_full,
                 do_full, ROWS, Q_STAGES, DO_STAGES, FLAGS,
             )),
         ],

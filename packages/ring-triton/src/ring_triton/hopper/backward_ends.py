@@ -1,11 +1,14 @@
 """Before and after the Hopper backward: what a row needs to know of itself, and dq in its own dtype.
 
-  out, dout (ROWS, D) ──▶ delta = rowsum(dout * out) - dlse      0 where that is no number
-  lse       (ROWS,)   ──▶ scaled_lse = lse * log2(e)             +inf where a row has seen nothing: P is then 0
+  out, dout (ROWS, D) ──▶ delta = rowsum(dout * out) - dlse      0 where that is no number; four copies
+  lse       (ROWS,)   ──▶ scaled_lse = lse * log2(e)             +inf where a row has seen nothing: P is then 0; four
   sums (ROWS, D) fp32 ──▶ dq = sums * scale
 
 A block of the backward may begin in a segment and reach beyond its end, into rows that may hold anything; there P = 0,
 and 0 x delta has to be 0 (dP of a real row tells of what was no number, whatever delta says).
+
+Copy c lacks its first c rows: row r is at c pitch + r - c, so that a block beginning at row r lies 16-byte aligned, as
+TMA asks, in copy r % 4. Between one copy's end and the next one's begin are zeros.
 grid = (row tiles, query heads, batch entries).
 """
 
@@ -15,10 +18,21 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit
+def _store_copies(copies, row, x, mask, count, pitch, ends, ROWS: tl.constexpr):
+    """x (ROWS,) to its place in each copy; the program with `ends` also fills what is behind their last rows."""
+    for c in tl.static_range(4):
+        tl.store(copies + c * pitch + row - c, x, mask=mask & (row >= c))
+        if ends:
+            behind = count - c + tl.arange(0, ROWS)
+            tl.store(copies + c * pitch + behind, tl.zeros([ROWS], tl.float32), mask=behind < pitch)
+
+
+@triton.jit(do_not_specialize=["length", "count", "pitch"])
 def prepare_kernel(
     out, dout, lse, dlse, delta, scaled_lse,
     out_b, out_s, out_h, dout_b, dout_s, dout_h, lse_b, lse_h, dlse_b, dlse_h, dlse_s, length,
+    count, pitch,
     ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -35,11 +49,12 @@ def prepare_kernel(
         dlse_at = dlse + batch * dlse_b + head * dlse_h + rows.to(tl.int64) * dlse_s
         total -= tl.load(dlse_at, mask=there, other=0.0).to(tl.float32)
     row = (batch * tl.num_programs(1) + head) * length + rows
-    tl.store(delta + row, tl.where(tl.abs(total) < float("inf"), total, 0.0), mask=there)
+    ends = (tl.program_id(0) + tl.program_id(1) + tl.program_id(2)) == 0
+    total = tl.where(tl.abs(total) < float("inf"), total, 0.0)
+    _store_copies(delta, row, total, there, count, pitch, ends, ROWS)
     row_lse = tl.load(lse + batch * lse_b + head * lse_h + rows, mask=there, other=0.0)
-    tl.store(
-        scaled_lse + row, tl.where(row_lse == float("-inf"), float("inf"), row_lse * 1.4426950408889634), mask=there
-    )
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * 1.4426950408889634)
+    _store_copies(scaled_lse, row, row_lse, there, count, pitch, ends, ROWS)
 
 
 @triton.jit(do_not_specialize=["length"])

@@ -42,8 +42,9 @@ _prepared, _finished = Launches(), Launches()
 class BackwardState:
     """What lives from `prepare` to `finish`."""
 
-    delta: Tensor  # (B, Hq, Sq) fp32
-    scaled_lse: Tensor  # (B, Hq, Sq) fp32, times log2(e), +inf where a row has seen nothing
+    copies: Tensor  # (2, 4, at least B Hq Sq) fp32: delta and scaled_lse, as TMA can read them from any row on
+    delta: Tensor  # (B, Hq, Sq) fp32, in copy 0
+    scaled_lse: Tensor  # (B, Hq, Sq) fp32, times log2(e), +inf where a row has seen nothing; in copy 0
     sums: Tensor | None  # (B, Hq, Sq, D) fp32: dq before it is scaled
     dtype: torch.dtype
     dout: Tensor | None  # (B, Sq, Hq, D): instead of a dout that TMA cannot read
@@ -75,6 +76,8 @@ def backward_supports(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -
             return f"{name} {why}"
     if k.shape[1] > 1 and k.stride(1) * v.stride(2) != v.stride(1) * k.stride(2):
         return "k and v with different numbers of tokens between batch entries"
+    if math.prod(q.shape[:3]) * 4 >= 1 << 31:
+        return f"{math.prod(q.shape[:3])} rows of q, it counts four copies of each in 32 bits"
     for name, x in (("dk", dk), ("dv", dv)):
         if x.dtype != torch.float32 or x.stride(-1) != 1:
             return f"{name} of {x.dtype} with strides {x.stride()}, it takes fp32 with a dense last dim"
@@ -98,8 +101,8 @@ def prepare(
     """See `ring_core.backend.Backend.prepare`."""
     batch, length, num_heads, head_dim = q.shape
     shape, count = (batch, num_heads, length), q.numel() // max(1, head_dim)
-    stats = torch.empty(2, -(-count // 4) * 4, dtype=torch.float32, device=q.device)  # both 16-byte aligned
-    delta, scaled_lse = stats[0, :count].view(shape), stats[1, :count].view(shape)
+    copies = torch.empty(2, 4, -(-count // 4) * 4, dtype=torch.float32, device=q.device)  # each 16-byte aligned
+    delta, scaled_lse = (x[0, :count].view(shape) for x in copies)
     sums, ordered = None, None
     if deterministic:
         memory = torch.empty(q.shape, dtype=torch.float32, device=q.device)
@@ -107,7 +110,7 @@ def prepare(
     else:
         sums = torch.zeros((*shape, head_dim), dtype=torch.float32, device=q.device)
     state = BackwardState(
-        delta, scaled_lse, sums, q.dtype, dout.contiguous() if _unreadable(dout[None]) else None, ordered
+        copies, delta, scaled_lse, sums, q.dtype, dout.contiguous() if _unreadable(dout[None]) else None, ordered
     )
     if not q.numel():
         return state
@@ -126,6 +129,8 @@ def prepare(
         *lse.stride()[:2],
         *given.stride(),
         length,
+        count,
+        copies.shape[-1],
     )
     kernel = prepare_kernel[grid](*arguments, ROWS=rows, D=head_dim, WIDTH=width, DLSE=dlse is not None, num_warps=4)
     if aligned(*addresses(*tensors)):
@@ -247,6 +252,7 @@ def _backward(
         k.shape[2],
         *(x.stride(-4) // x.stride(-3) if batch > 1 else 0 for x in (q, dout, k)),
         length,
+        state.copies.shape[-1],
         POLLS,
         *dk.stride()[:4],
         *dv.stride()[:4],
@@ -356,10 +362,7 @@ def _descriptors(
 ) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor | None]:
     if block not in state.descriptors:
         flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-        count = state.delta.numel()
-        lse, delta = (
-            TensorDescriptor(x.flatten(), [count], [1], [block], flat) for x in (state.scaled_lse, state.delta)
-        )
+        delta, lse = (TensorDescriptor(x, [x.numel()], [1], [block], flat) for x in state.copies.flatten(1))
         sums = None
         if state.sums is not None:
             row = state.sums.shape[-1]

@@ -32,11 +32,17 @@ class BackwardSettings:
 BACKWARD: dict[int, BackwardSettings] = {
     # padded head dim: dk and dv (128 x D), P and dP (128 x block) and dq (block x D) live in the 240 registers of each
     # of 256 threads; K, V, ds, dq and the stages in 227 KiB
-    64: BackwardSettings(block=64, q_stages=4, do_stages=2, order=1),
-    128: BackwardSettings(block=64, q_stages=4, do_stages=2, order=1),
+    64: BackwardSettings(block=64, q_stages=4, do_stages=2, order=0),
+    128: BackwardSettings(block=64, q_stages=3, do_stages=2, order=1),
 }
-"""By head dim, rounded up to the next key. Not yet measured on a GPU: block, stages and order are those that compile
-without spills in the loop."""
+"""By head dim, rounded up to the next key. TFLOP/s on an H200 (triton 3.6) at 4 x 4096 tokens causal and full and
+1 x 16384 causal and full, 16 heads of 128 or 32 of 64:
+
+    D 128: order 1, 3 + 2 stages 494 543 569 570; 4 + 2 stages 484 532 558 559; order 0 482 531 552 538;
+           order 2 493 545 554 536, packed 452 480 490 479; dq not transposed 465 473 503 500; by piece 490 508 539 540
+    D 64:  order 0 352 385 400 407; order 1 355 383 397 406; order 2 349 379 398 403; dq not transposed 342 366 391 390;
+           blocks of 128, order 2 255 274 285 286, packed 307 325 348 349
+"""
 
 ORDERED: dict[int, BackwardSettings] = {
     64: BackwardSettings(block=64, q_stages=4, do_stages=2, order=1),
