@@ -18,7 +18,8 @@ from ring_core.testing.measure import BASELINE_FACTOR, baseline
 from ring_core.testing.oracle import OracleResult, attention_oracle
 
 TENSORS = ("out", "lse", "dq", "dk", "dv")
-PHASE_TENSORS = {"fwd": ("out", "lse"), "fwd+bwd": ("dq", "dk", "dv")}
+_GRADIENTS = ("dq", "dk", "dv")
+PHASE_TENSORS = {"fwd": ("out", "lse"), "bwd": _GRADIENTS, "fwd+bwd": _GRADIENTS}
 ErrorTable = dict[str, dict[str, float]]
 
 

@@ -13,7 +13,18 @@ import torch
 
 from ring_compare import environment, implementations, launch, plots, records, report, targets, terminal
 from ring_compare.run import Outcome, Plan, execute
-from ring_compare.suites import DTYPES, LAYOUTS, MASKS, SCHEDULES, SUITES, Overrides, Suite, default_suite, suite_cells
+from ring_compare.suites import (
+    DTYPES,
+    KERNEL_PHASES,
+    LAYOUTS,
+    MASKS,
+    SCHEDULES,
+    SUITES,
+    Overrides,
+    Suite,
+    default_suite,
+    suite_cells,
+)
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -34,6 +45,15 @@ def _positive(word: str) -> int:
     if not word.isdecimal() or int(word) == 0:
         raise argparse.ArgumentTypeError(f"{word!r} is not a positive integer")
     return int(word)
+
+
+def _heads(word: str) -> tuple[int, int]:
+    """ "32/8", or "16" for as many key heads."""
+    queries, _, keys = word.partition("/")
+    pair = _positive(queries), _positive(keys or queries)
+    if pair[0] % pair[1]:
+        raise argparse.ArgumentTypeError(f"{word!r}: {pair[0]} query heads do not share {pair[1]} key heads evenly")
+    return pair
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -64,6 +84,12 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--world-size", nargs="+", default=[], type=_positive, metavar="N")
     run.add_argument("--seqlen", nargs="+", default=[], type=_positive, metavar="S", help="tokens over all ranks")
     run.add_argument("--dtype", nargs="+", default=[], type=_dtype, metavar="DTYPE", help=", ".join(DTYPES))
+    run.add_argument("--batch", nargs="+", default=[], type=_positive, metavar="B")
+    run.add_argument("--heads", nargs="+", default=[], type=_heads, metavar="HQ/HKV", help="such as 32/8")
+    run.add_argument("--head-dim", nargs="+", default=[], type=_positive, metavar="D")
+    run.add_argument(
+        "--phase", nargs="+", default=[], choices=KERNEL_PHASES, help="what is timed; default: the suite's"
+    )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there are GPUs")
     run.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="default: ./runs")
     run.add_argument("--seed", type=int, metavar="N", help="default: drawn afresh and recorded")
@@ -128,6 +154,8 @@ def _plan(options: argparse.Namespace) -> Plan:
     suite: Suite = _timing(SUITES[options.suite or default_suite(device)], options)
     if options.timeout is not None:
         suite = dataclasses.replace(suite, timeout_s=options.timeout)
+    if options.phase:
+        suite = dataclasses.replace(suite, phases=tuple(phase for phase in KERNEL_PHASES if phase in options.phase))
     overrides = Overrides(
         layouts=tuple(options.layout),
         schedules=tuple(options.schedule),
@@ -135,6 +163,9 @@ def _plan(options: argparse.Namespace) -> Plan:
         world_sizes=_world_sizes(options.world_size),
         seqlens=tuple(options.seqlen),
         dtypes=tuple(options.dtype),
+        batches=tuple(options.batch),
+        heads=tuple(options.heads),
+        head_dims=tuple(options.head_dim),
     )
     cells = suite_cells(suite, overrides, all_ranks=launch.visible_ranks(device))
     names = _names(options.implementations, suite)

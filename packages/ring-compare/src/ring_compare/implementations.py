@@ -20,7 +20,7 @@ import torch.distributed as dist
 import ring_core
 from ring_compare import packed
 from ring_compare.places import Positions
-from ring_compare.suites import OWN, Cell
+from ring_compare.suites import OWN, STEP_COUNTS, Cell
 from ring_core import backend as ring_backend
 
 ENTRY_GROUP = "ring_compare.implementations"
@@ -145,8 +145,14 @@ BUILT_IN = {
     "torch-cp": "ring_compare.peers.torch_context_parallel:TorchContextParallel",
     "local": "ring_compare.peers.local:LocalKernels",
     "local-varlen": "ring_compare.peers.local_varlen:LocalVarlen",
+    "sdpa": "ring_compare.peers.sdpa:Sdpa",
+    "flex": "ring_compare.peers.flex_attention:FlexAttention",
+    **{f"steps-{count}": f"ring_compare.peers.steps:steps_{count}" for count in STEP_COUNTS},
 }
 """Peers and yardsticks that come with this package, by name without option; what they need may not be installed."""
+
+OF_A_BACKEND = ("local", *(f"steps-{count}" for count in STEP_COUNTS))
+"""Those whose option names a backend."""
 
 
 class NotInstalledError(ValueError):
@@ -168,7 +174,7 @@ def installed_names() -> tuple[str, ...]:
 def known(name: str) -> bool:
     """Whether `load` would look for it; what it needs may still be missing."""
     base, option = split_option(name)
-    if base == "local":
+    if base in OF_A_BACKEND:
         return known(option)
     return ":" in name or base in (*installed_names(), *BUILT_IN)
 
@@ -180,6 +186,8 @@ def load(name: str) -> Implementation:
     base, option = split_option(name)
     if base in backend_names():
         return RingCoreBackend(name)
+    if base in OF_A_BACKEND and option and not known(option):
+        raise NotInstalledError(f"{name} is about the backend {option!r}, which is not installed")
     if base in BUILT_IN:
         return _made(name, BUILT_IN[base], *filter(None, [option]))
     for entry in metadata.entry_points(group=ENTRY_GROUP):

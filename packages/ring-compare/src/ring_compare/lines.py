@@ -48,14 +48,19 @@ def by_cell(results: Iterable[Result]) -> dict[Cell, dict[str, Pair]]:
 
 
 def by_problem(results: Iterable[Result]) -> dict[str, list[Line]]:
-    """The lines of each table: those of one shape, mask and world size, the fastest (forward and backward) first."""
+    """The lines of each table: those of one shape, mask and world size, the fastest (forward and backward, else
+    the backward alone) first."""
     problems: dict[str, list[Line]] = {}
     for cell, pairs in by_cell(results).items():
         lines = problems.setdefault(cell.problem, [])
         lines += [Line(name, cell, pair, pairs.get(NATIVE)) for name, pair in pairs.items()]
     for lines in problems.values():
-        lines.sort(key=lambda line: (line.rate("fwd+bwd") or 0.0, line.rate("fwd") or 0.0), reverse=True)
+        lines.sort(key=_speed, reverse=True)
     return problems
+
+
+def _speed(line: Line) -> tuple[float, ...]:
+    return tuple(line.rate(phase) or 0.0 for phase in ("fwd+bwd", "bwd", "fwd"))
 
 
 def summary(pair: Pair, phase: str) -> Summary | None:

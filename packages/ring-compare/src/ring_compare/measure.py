@@ -6,7 +6,7 @@ values, and their samples are interleaved, so that ratios between them do not de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +25,11 @@ from ring_compare.accuracy import (
     make_inputs,
 )
 from ring_compare.implementations import Traits
-from ring_compare.memory import allocated, arena_bytes, peak_memory
+from ring_compare.memory import Peak, allocated, arena_bytes, peak_memory
 from ring_compare.places import Positions, layout_positions
 from ring_compare.ranks import Ranks
 from ring_compare.records import Result
-from ring_compare.suites import PHASES, Cell, Suite
+from ring_compare.suites import Cell, Suite
 from ring_compare.timing import sample_interleaved
 from ring_core import UnsupportedError
 
@@ -61,7 +61,8 @@ class Task:
     def results(self, implementation: str, cell: Cell, provider: str = "", **fields: Any) -> list[Result]:
         """A result per phase that say the same."""
         same = {"suite": self.suite.name, "cell": cell, "seed": self.seed, **fields}
-        return [Result(implementation=implementation, provider=provider, phase=phase, **same) for phase in PHASES]
+        phases = self.suite.phases
+        return [Result(implementation=implementation, provider=provider, phase=phase, **same) for phase in phases]
 
     def everywhere(self, implementation: str, **fields: Any) -> list[Result]:
         """The same result of an implementation for every cell."""
@@ -112,7 +113,7 @@ class CellRun:
         self._native: list[HeadResults] | None = None
 
     def run(self) -> list[Result]:
-        """Results of every named implementation on every route, both phases."""
+        """Results of every named implementation on every route, all phases."""
         rows = [row for name in self.task.names for row in self._load(name)]
         if not self._candidates:
             return rows
@@ -127,10 +128,10 @@ class CellRun:
         del inputs
         for entry, candidate in self._candidates.items():
             candidate.rows = self._check(entry, expected)
-        for index, phase in enumerate(PHASES):
+        for index, phase in enumerate(self.task.suite.phases):
             # A wrong result has no speed.
             sound = {entry: x for entry, x in self._candidates.items() if x.rows[index].status == "ok"}
-            calls = {entry: self._timed_call(candidate, phase) for entry, candidate in sound.items()}
+            calls = {entry: self._prepared(candidate, phase) for entry, candidate in sound.items()}
             samples = sample_interleaved(calls, self.task.suite.timing, self.ranks, self._announcer(phase))
             for entry, candidate in sound.items():
                 row = candidate.rows[index]
@@ -186,21 +187,32 @@ class CellRun:
         with torch.no_grad():
             return candidate.made.call(shards.q, shards.k, shards.v, candidate.cell, self.ranks.group)
 
-    def _both(self, candidate: _Candidate) -> dict[str, torch.Tensor | None]:
+    def _graph(self, candidate: _Candidate) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor | None]:
+        """(q, k, v) that want gradients, out, lse."""
         shards = self._inputs(candidate)
         q, k, v = (x.detach().requires_grad_() for x in (shards.q, shards.k, shards.v))
-        out, lse = candidate.made.call(q, k, v, candidate.cell, self.ranks.group)
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), shards.dout, allow_unused=True)
+        return (q, k, v), *candidate.made.call(q, k, v, candidate.cell, self.ranks.group)
+
+    def _both(self, candidate: _Candidate) -> dict[str, torch.Tensor | None]:
+        leaves, out, lse = self._graph(candidate)
+        dq, dk, dv = torch.autograd.grad(out, leaves, self._inputs(candidate).dout, allow_unused=True)
         return {"out": out.detach(), "lse": lse if lse is None else lse.detach(), "dq": dq, "dk": dk, "dv": dv}
 
-    def _timed_call(self, candidate: _Candidate, phase: str) -> Callable[[], object]:
-        return (lambda: self._forward(candidate)) if phase == "fwd" else (lambda: self._both(candidate))
+    def _prepared(self, candidate: _Candidate, phase: str) -> Callable[[], object]:
+        """The call of a phase. Of the backward alone: its forward runs now, and what it saved lives with the call."""
+        if phase == "fwd":
+            return lambda: self._forward(candidate)
+        if phase == "fwd+bwd":
+            return lambda: self._both(candidate)
+        leaves, out, _ = self._graph(candidate)
+        dout = self._inputs(candidate).dout
+        return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True, allow_unused=True)
 
     def _check(self, entry: Entry, expected: Expectation) -> list[Result]:
         """Memory and accuracy; the results compared are a second call's, which reuses whatever the first kept."""
         candidate, ranks = self._candidates[entry], self.ranks
         cell, label, provider = candidate.cell, candidate.label, candidate.provider
-        forward, both = self.task.results(label, cell, provider)
+        rows = self.task.results(label, cell, provider)
         baseline = allocated(ranks.device)
         self._announce(entry, "first call")
         try:
@@ -208,28 +220,33 @@ class CellRun:
         except UnsupportedError as error:  # refused on the host, by all ranks alike, before anything was sent
             return self.task.results(label, cell, provider, status="skipped", reason=str(error))
         self._announce(entry, "memory and accuracy")
-        with peak_memory(ranks.device, baseline) as forward_peak:
-            kept: object = self._forward(candidate)
-        del kept
-        with peak_memory(ranks.device, baseline) as both_peak:
-            results = self._both(candidate)
+        peaks = [self._peak(candidate, row.phase, baseline) for row in rows]
+        results = self._both(candidate)
         arena = arena_bytes(ranks.device) if candidate.traits.uses_arena(cell) else 0
-        for row, peak in ((forward, forward_peak), (both, both_peak)):
+        for row, peak in zip(rows, peaks, strict=True):
             known = -1 if peak.bytes is None else peak.bytes + arena
             worst = int(ranks.maximum([known])[0])
             row.peak_memory_bytes, row.memory_method = (None if worst < 0 else worst), peak.method
             row.arena_bytes = int(ranks.maximum([arena])[0])
-        self._judge(candidate, (forward, both), results, expected)
-        return [forward, both]
+        self._judge(candidate, rows, results, expected)
+        return rows
+
+    def _peak(self, candidate: _Candidate, phase: str, baseline: int) -> Peak:
+        """Of one call; on GPUs beyond the baseline, so that a backward's includes what its forward saved."""
+        call = self._prepared(candidate, phase)
+        with peak_memory(self.ranks.device, baseline) as peak:
+            kept = call()
+        del kept
+        return peak
 
     def _judge(
         self,
         candidate: _Candidate,
-        rows: tuple[Result, Result],
+        rows: Sequence[Result],
         results: Mapping[str, torch.Tensor | None],
         expected: Expectation,
     ) -> None:
-        """Errors against float64 and against flash-attn's results; status and reason of both rows."""
+        """Errors against float64 and against flash-attn's results; status and reason of each phase's row."""
         is_first_native = candidate.made.name == "native" and self._native is None
         limit = self.task.suite.checked_heads
         heads = gather_results(
@@ -248,6 +265,7 @@ class CellRun:
             absent = [f"it gives no {tensor}" for tensor in tensors if tensor in missing]
             row.reason = "; ".join([*absent, *filter(None, [complaint(row.errors)])])
             row.status = "failed" if row.reason else "ok"
-        forward, both = rows
-        if forward.status == "failed" and both.status == "ok":
-            both.status, both.reason = "failed", "its forward is beyond tolerance"
+        if any(row.phase == "fwd" and row.status == "failed" for row in rows):
+            for row in rows:
+                if row.status == "ok":
+                    row.status, row.reason = "failed", "its forward is beyond tolerance"

@@ -70,11 +70,11 @@ def _quotient(value: float | None, by: float | None) -> float | None:
 
 
 def output_bytes(cell: Cell, phase: str) -> int:
-    """Bytes of one rank's out and lse, and of its gradients."""
+    """Bytes of one rank's out and lse, and of its gradients where the phase makes any."""
     queries, keys = cell.B * cell.Sq // cell.world_size, cell.B * cell.Sk // cell.world_size
     size: int = getattr(torch, cell.dtype).itemsize
     total = queries * cell.Hq * (cell.D * size + 4)
-    if phase == "fwd+bwd":
+    if phase != "fwd":
         total += (queries * cell.Hq + 2 * keys * cell.Hkv) * cell.D * size
     return total
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from ring_compare.suites import PHASES, Cell
+from ring_compare.suites import KERNEL_PHASES, Cell
 
 SCHEMA = 2
 READABLE = (1, SCHEMA)
@@ -101,8 +101,8 @@ def parse_result(row: dict[str, Any]) -> Result:
         raise RecordError(f"missing fields {missing}, unknown fields {unknown}")
     if row["status"] not in STATUSES:
         raise RecordError(f"status {row['status']!r} is none of {', '.join(STATUSES)}")
-    if row["phase"] not in PHASES:
-        raise RecordError(f"phase {row['phase']!r} is none of {', '.join(PHASES)}")
+    if row["phase"] not in KERNEL_PHASES:
+        raise RecordError(f"phase {row['phase']!r} is none of {', '.join(KERNEL_PHASES)}")
     fields = {name: row[name] for name in known}
     try:
         fields["cell"] = Cell.from_dict(row["cell"])

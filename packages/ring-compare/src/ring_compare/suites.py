@@ -14,6 +14,9 @@ Schedule = Literal["ring", "gather", "auto", "own"]
 T = TypeVar("T")
 
 PHASES = ("fwd", "fwd+bwd")
+"""What is timed of rings."""
+KERNEL_PHASES = ("fwd", "bwd", "fwd+bwd")
+"""All there are. `bwd` is the backward alone: its forward ran once, before the clock."""
 MASKS = ("full", "causal", "window")
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag", "stripe")
 DOCUMENT_LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag", "balanced")
@@ -103,6 +106,10 @@ class Grid:
     world_sizes: tuple[int, ...]
     window_size: tuple[int, int] = (1023, 0)
     documents: tuple[str, ...] = ("",)
+    tokens: int = 0
+    """B·S at least: short sequences come in batches, beyond the shape's B."""
+    keys_per_query: int = 1
+    """Sk / Sq; `seqlens` are Sq."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,8 @@ class Suite:
     checked_heads: int = 0
     """How many key heads (with their query heads) each rank compares with float64; 0: all. They are spread evenly, the
     first and the last among them."""
+    phases: tuple[str, ...] = PHASES
+    """What is timed, of `KERNEL_PHASES`."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +159,10 @@ class Overrides:
     world_sizes: tuple[int, ...] = ()
     seqlens: tuple[int, ...] = ()
     dtypes: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
+    heads: tuple[tuple[int, int], ...] = ()
+    """(query heads, key heads)."""
+    head_dims: tuple[int, ...] = ()
 
 
 _INTERPRETED = "Triton's interpreter runs this on the CPU, far too slowly for more tokens"
@@ -165,6 +178,62 @@ _SHORT = Timing(warmup_s=0.1, measure_s=0.3, min_samples=10, max_samples=100)
 _TOO_LARGE = {
     "reference": Limit(8192, "the plain PyTorch backend materialises scores: too slow and too large beyond this")
 }
+
+# One GPU, and a call takes it some milliseconds at most: the time goes into loading, compiling and float64.
+_KERNEL_TIMING = Timing(warmup_s=0.05, measure_s=0.15, min_samples=8, max_samples=50)
+_KERNELS = (
+    "native",
+    "native[aten]",
+    "native[cudnn]",
+    "native[fa3]",
+    "native[fa4]",
+    "sdpa[cudnn]",
+    "flex",
+    "triton",
+    "triton[portable]",
+    "triton[hopper]",
+    "cute",
+)
+STEP_COUNTS = (1, 4, 8, 16)
+"""Into how many accumulating calls the peers `steps-N` cut the keys."""
+_STEPPED = ("triton", "triton[portable]", "triton[hopper]", "cute", "native[fa4]")
+
+
+def _one_gpu(
+    heads: Sequence[tuple[int, int]],
+    head_dims: Sequence[int],
+    seqlens: Sequence[int] = (4096, 8192, 16384, 32768),
+    masks: tuple[str, ...] = ("causal", "full"),
+    tokens: int = 16384,
+    keys_per_query: int = 1,
+) -> Grid:
+    shapes = tuple(Shape(1, *pair, head_dim) for head_dim in head_dims for pair in heads)
+    return Grid(
+        shapes,
+        tuple(seqlens),
+        _BF16,
+        masks,
+        LAYOUTS[:1],
+        SCHEDULES[:1],
+        (1,),
+        tokens=tokens,
+        keys_per_query=keys_per_query,
+    )
+
+
+def _of_kernels(name: str, description: str, grid: Grid, implementations: tuple[str, ...] = _KERNELS) -> Suite:
+    return Suite(
+        name=name,
+        description=description,
+        grids=(grid,),
+        timing=_KERNEL_TIMING,
+        timeout_s=300,
+        limits=_TOO_LARGE,
+        implementations=implementations,
+        checked_heads=2,
+        phases=KERNEL_PHASES,
+    )
+
 
 _SUITES = (
     Suite(
@@ -252,6 +321,23 @@ _SUITES = (
         implementations=(*_PROVIDERS, "local-varlen", "ring-flash-attn", "ring-flash-attn[llama3]"),
         checked_heads=2,
     ),
+    _of_kernels(
+        "kernels",
+        "kernels on one GPU, head dim 128: forward, backward alone and both, against cuDNN, FA2-4 and FlexAttention",
+        _one_gpu(((16, 16), (32, 8), (64, 8)), (128,)),
+    ),
+    _of_kernels("kernels-64", "the same, head dim 64", _one_gpu(((32, 32),), (64,))),
+    _of_kernels(
+        "kernels-wide",
+        "the same, head dims 96, 192 and 256, fewer lengths",
+        _one_gpu(((16, 16),), (96, 192, 256), (4096, 16384)),
+    ),
+    _of_kernels(
+        "steps",
+        "one GPU: 32768 keys in one call of a backend against 4, 8 and 16 accumulating ones; host time per call",
+        _one_gpu(((16, 16),), (128,), (8192,), ("full",), tokens=0, keys_per_query=4),
+        tuple(f"steps-{count}[{name}]" for name in _STEPPED for count in STEP_COUNTS),
+    ),
 )
 
 SUITES: dict[str, Suite] = {suite.name: suite for suite in _SUITES}
@@ -267,24 +353,37 @@ def _one_rank(values: Sequence[T], world_size: int) -> Sequence[T]:
     return values[:1] if world_size == 1 else values
 
 
+def _shapes(grid: Grid, overrides: Overrides) -> tuple[Shape, ...]:
+    """The grid's, with the heads and head dims of the command line where it gives any."""
+    shapes = [
+        dataclasses.replace(shape, Hq=heads[0], Hkv=heads[1], D=head_dim)
+        for shape in grid.shapes
+        for heads in overrides.heads or ((shape.Hq, shape.Hkv),)
+        for head_dim in overrides.head_dims or (shape.D,)
+    ]
+    return tuple(dict.fromkeys(shapes))
+
+
 def _grid_cells(grid: Grid, overrides: Overrides, all_ranks: int) -> list[Cell]:
     world_sizes = overrides.world_sizes or tuple(size or all_ranks for size in grid.world_sizes)
-    cells = []
+    cells: list[Cell] = []
     # World size outermost: one set of worker processes serves all cells of a size.
     for world_size, shape, documents, seqlen, dtype, mask in itertools.product(
         dict.fromkeys(world_sizes),
-        grid.shapes,
+        _shapes(grid, overrides),
         grid.documents,
         overrides.seqlens or grid.seqlens,
         overrides.dtypes or grid.dtypes,
         overrides.masks or grid.masks,
     ):
-        for layout, schedule in itertools.product(
+        batches = overrides.batches or (max(shape.B, grid.tokens // seqlen),)
+        for batch, layout, schedule in itertools.product(
+            batches,
             _one_rank(_known(overrides.layouts or grid.layouts, documents), world_size),
             _one_rank(overrides.schedules or grid.schedules, world_size),
         ):
             window = grid.window_size if mask == "window" else NO_WINDOW
-            size = (shape.B, seqlen, seqlen, shape.Hq, shape.Hkv, shape.D)
+            size = (batch, seqlen, seqlen * grid.keys_per_query, shape.Hq, shape.Hkv, shape.D)
             cells.append(Cell(*size, dtype, mask, window, layout, schedule, world_size, documents))
     return cells
 
