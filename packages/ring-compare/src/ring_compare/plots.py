@@ -9,7 +9,7 @@ from types import ModuleType
 
 from ring_compare.lines import Pair, by_cell, summary
 from ring_compare.records import Records, Result
-from ring_compare.suites import PHASES, Cell
+from ring_compare.suites import KERNEL_PHASES, Cell
 
 INSTALL = "plots need matplotlib: pip install 'ring-compare[plots]' (or: pip install matplotlib)"
 
@@ -71,7 +71,8 @@ def draw(records: Records, folder: Path) -> list[Path]:
     names = list(dict.fromkeys(r.implementation for r in records.results if r.status != "skipped"))
     cells = [cell for cell, pairs in table.items() if any(name in pairs for name in names)]
     paths = []
-    for phase in PHASES:
+    measured = {result.phase for result in records.results}
+    for phase in (phase for phase in KERNEL_PHASES if phase in measured):
         values = {name: [_speed(table[cell].get(name), phase) for cell in cells] for name in names}
         path = folder / f"tflops_{phase.replace('+', '_')}.svg"
         paths.append(_bars(pyplot, path, cells, values, label=f"{phase} TFLOP/s per GPU"))

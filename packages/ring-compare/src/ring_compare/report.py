@@ -6,10 +6,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ring_compare.kernel_report import KERNEL_COLUMNS, KERNEL_NOTES, kernel_row
+from ring_compare.kernels import of_one_gpu
 from ring_compare.lines import NATIVE, Line, Pair, by_problem, summary
 from ring_compare.ratios import ratios
 from ring_compare.records import RecordError, Records, Result
-from ring_compare.suites import PHASES
+from ring_compare.suites import KERNEL_PHASES, PHASES
 
 COLUMNS = (
     "implementation",
@@ -69,9 +71,8 @@ def _bytes(value: int | None) -> str:
     return f"{size:.3f} GiB"
 
 
-def _error(pair: Pair, phase: str, tensors: Sequence[str], measure: str) -> float | None:
-    result = pair.get(phase)
-    values = [result.errors[tensor][measure] for tensor in tensors if tensor in result.errors] if result else []
+def _error(pair: Pair, tensors: Sequence[str], measure: str) -> float | None:
+    values = [r.errors[tensor][measure] for r in pair.values() for tensor in tensors if tensor in r.errors]
     nan = [value for value in values if value != value]
     return nan[0] if nan else max(values, default=None)
 
@@ -90,10 +91,10 @@ def main_row(line: Line) -> list[str]:
     memory = [result.peak_memory_bytes for result in pair.values() if result.peak_memory_bytes is not None]
     return [
         line.name,
-        _number(_error(pair, "fwd", ("out",), "max_abs")),
-        _number(_error(pair, "fwd", ("out",), "rmse")),
-        _number(_error(pair, "fwd", ("lse",), "max_abs")),
-        _number(_error(pair, "fwd+bwd", _GRADIENTS, "max_abs")),
+        _number(_error(pair, ("out",), "max_abs")),
+        _number(_error(pair, ("out",), "rmse")),
+        _number(_error(pair, ("lse",), "max_abs")),
+        _number(_error(pair, _GRADIENTS, "max_abs")),
         *(_rate(line.rate(phase)) for phase in PHASES),
         _versus_native(line),
         _bytes(max(memory, default=None)),
@@ -202,12 +203,17 @@ def render(records: Records) -> str:
     suites = ", ".join(dict.fromkeys(result.suite for result in records.results)) or "nothing"
     lines = [f"# ring-compare: {suites}", "", *_machine(records.environment)]
     lines += [*_NOTES, ""]
+    if any(result.phase == "bwd" for result in records.results):
+        lines += [*KERNEL_NOTES, ""]
     for problem, found in by_problem(records.results).items():
         lines += [f"## {problem}", ""]
         shown = [line for line in found if line.tried]
         if shown:
             lines += _table(COLUMNS, map(main_row, shown))
-        timed = [line for line in shown if any(map(line.rate, PHASES))]
+        timed = [line for line in shown if any(map(line.rate, KERNEL_PHASES))]
+        kernels = [line for line in timed if of_one_gpu(line)]
+        if kernels:
+            lines += _table(KERNEL_COLUMNS, (kernel_row(line, found) for line in kernels))
         if timed:
             lines += _table(SPEED_COLUMNS, map(_speed_row, timed))
         rows = [_ratio_row(line, found) for line in timed]

@@ -180,10 +180,9 @@ _TOO_LARGE = {
 }
 
 # One GPU, and a call takes it some milliseconds at most: the time goes into loading, compiling and float64.
-_KERNEL_TIMING = Timing(warmup_s=0.05, measure_s=0.15, min_samples=8, max_samples=50)
+_KERNEL_TIMING = Timing(warmup_s=0.05, measure_s=0.15, min_samples=5, max_samples=50)
 _KERNELS = (
     "native",
-    "native[aten]",
     "native[cudnn]",
     "native[fa3]",
     "native[fa4]",

@@ -1,12 +1,14 @@
-"""What the project set out to reach on 4 H200s, as data, and how records compare with it."""
+"""What the project set out to reach on 4 H200s, as data, and how records compare with that, and with what its kernels
+set out to reach on one (`kernel_targets`)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from ring_compare.goals import Found, Goals, Measure, Target
+from ring_compare.kernel_targets import KERNEL_GOALS
 from ring_compare.lines import Line, by_problem
 from ring_compare.ratios import Ratios, accuracy, extra_memory, find, output_bytes, peer, ratios
 from ring_compare.records import Records
@@ -14,44 +16,6 @@ from ring_compare.suites import PHASES, Cell
 
 WORLD_SIZE = 4
 PEER_TOLERANCE = 0.05
-
-
-class Found(NamedTuple):
-    """A figure and the line that reached it."""
-
-    value: float
-    route: str
-
-
-Measure = Callable[[Sequence[Sequence[Line]]], Found | None]
-"""The figure that lines of several problems hold, None if none does."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A row of the table. A figure passes at `must` or better; `must` None: only told."""
-
-    what: str
-    must: float | None
-    goal: float | None
-    at_least: bool  # else at most
-    measure: Measure
-
-    def reaches(self, value: float, bound: float | None) -> bool:
-        """Whether a figure is at least as good as the bound."""
-        if bound is None:
-            return True
-        return value >= bound if self.at_least else value <= bound
-
-    def verdict(self, found: Found | None) -> str:
-        """One word, or two."""
-        if found is None:
-            return "not measured"
-        if self.must is None:
-            return "told"
-        if not self.reaches(found.value, self.must):
-            return "**miss**"
-        return "goal" if self.reaches(found.value, self.goal) else "pass"
 
 
 def _problem(lines: Sequence[Line], seqlen: int, heads: tuple[int, int], documents: str = "") -> bool:
@@ -179,6 +143,7 @@ def _targets() -> Iterator[Target]:
 
 
 TARGETS = tuple(_targets())
+GOALS = (Goals("rings", "4 GPUs, 32/8 heads × 128, bf16, causal", TARGETS), *KERNEL_GOALS)
 
 
 @dataclass(frozen=True)
@@ -217,21 +182,21 @@ KNOWN_EXTRA_GIB = {32768: 0.66, 131072: 2.63}
 """Peak of ring-flash-attn zigzag over its inputs, forward and backward, 32/8 heads."""
 
 
-def render_targets(records: Records) -> tuple[str, bool]:
-    """The tables as Markdown, and whether every `must` was measured and met."""
+def render_targets(records: Records, names: Sequence[str] = ()) -> tuple[str, bool]:
+    """The tables of these names as Markdown, and whether every `must` in them was measured and met. No name: the tables
+    that the records say anything about, or that of rings."""
     problems = list(by_problem(records.results).values())
-    title = "target (4 GPUs, 32/8 heads × 128, bf16, causal)"
-    lines = [f"| {title} | must | goal | measured | verdict |", "|---|---|---|---|---|"]
+    figures = {goals.name: goals.figures(problems) for goals in GOALS}
+    touched = [name for name, found in figures.items() if any(x is not None for x in found)]
+    shown = [goals for goals in GOALS if goals.name in (names or touched or ("rings",))]
+    lines: list[str] = []
     met = True
-    for target in TARGETS:
-        found = target.measure(problems)
-        verdict = target.verdict(found)
-        met = met and (target.must is None or verdict in ("pass", "goal"))
-        sign = "≥" if target.at_least else "≤"
-        bounds = ["" if bound is None else f"{sign} {bound:g}" for bound in (target.must, target.goal)]
-        figure = "" if found is None else f"{found.value:.3f} ({found.route})"
-        lines.append(f"| {target.what} | {' | '.join(bounds)} | {figure} | {verdict} |")
-    lines += ["", *_peers(problems)]
+    for goals in shown:
+        found = figures[goals.name]
+        lines += goals.render(found)
+        met = met and all(target.met(x) for target, x in zip(goals.targets, found, strict=True))
+        if goals.name == "rings":
+            lines += _peers(problems)
     return "\n".join(lines).rstrip() + "\n", met
 
 
