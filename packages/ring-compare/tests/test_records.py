@@ -61,7 +61,7 @@ def test_environment_names_no_host_and_no_path(where):
     [
         ({"schema": 3}, "schema 3; this version reads 1 and 2"),
         ({"status": "fine"}, "status 'fine'"),
-        ({"phase": "bwd"}, "phase 'bwd'"),
+        ({"phase": "step"}, "phase 'step'"),
         ({"surprise": 1}, "unknown fields.*surprise"),
         ({"cell": {"B": 1}}, "a field does not fit"),
         ({"samples_ms": []}, "without samples"),

@@ -112,10 +112,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     reached.add_argument(
         "--table",
-        nargs="+",
+        action="append",
         default=[],
         choices=[goals.name for goals in targets.GOALS],
-        help="default: those that the records say something about",
+        help="may be given again; default: those that the records say something about",
     )
     reached.add_argument("files", nargs="+", type=Path, metavar="FILE")
     commands.add_parser("env", help="the environment as it would be recorded")
@@ -198,6 +198,8 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _conclude(outcome: Outcome) -> None:
     console = terminal.make_console()
     console.print(terminal.results_table(outcome.results))
+    if any(result.phase == "bwd" for result in outcome.results):
+        console.print(terminal.kernels_table(outcome.results))
     for line in dict.fromkeys(f"{r.implementation}: {r.status}: {r.reason}" for r in outcome.results if r.reason):
         console.print(line, markup=False, highlight=False)
     # soft_wrap: a path that is folded cannot be copied.

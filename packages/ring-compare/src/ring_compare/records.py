@@ -13,7 +13,8 @@ from ring_compare.suites import KERNEL_PHASES, Cell
 
 SCHEMA = 2
 READABLE = (1, SCHEMA)
-"""Schema 1 had no packed documents (`documents` in cells) and no `single_errors`, `single_provider`, `arena_bytes`."""
+"""Schema 1 had no packed documents (`documents` in cells) and no `single_errors`, `single_provider`, `arena_bytes`.
+Rows of the phase `bwd` are of schema 2 like the rest."""
 STATUSES = ("ok", "failed", "skipped")
 _ENVIRONMENT_KEYS = ("date", "revision", "device", "versions", "command")
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from ring_compare.kernel_report import KERNEL_COLUMNS, kernel_row
+from ring_compare.kernels import of_one_gpu
 from ring_compare.lines import by_problem
 from ring_compare.measure import Stage
 from ring_compare.records import Result
@@ -51,6 +53,17 @@ def results_table(results: Sequence[Result]) -> Table:
             statuses = dict.fromkeys(result.status for result in line.pair.values())
             # Implementation names hold brackets, which rich would take for markup.
             row = (problem if index == 0 else "", *main_row(line), ", ".join(statuses))
+            table.add_row(*(text.replace("[", r"\[") for text in row))
+        table.add_section()
+    return table
+
+
+def kernels_table(results: Sequence[Result]) -> Table:
+    """Kernels on one GPU, against cuDNN, FA2 and FlexAttention."""
+    table = Table("problem", Column(KERNEL_COLUMNS[0], no_wrap=True), *KERNEL_COLUMNS[1:])
+    for problem, lines in by_problem(results).items():
+        for index, line in enumerate([line for line in lines if line.tried and of_one_gpu(line)]):
+            row = (problem if index == 0 else "", *kernel_row(line, lines))
             table.add_row(*(text.replace("[", r"\[") for text in row))
         table.add_section()
     return table

@@ -13,6 +13,7 @@ import torch._dynamo.config
 import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from ring_compare.implementations import Traits
@@ -51,6 +52,11 @@ class FlexAttention:
         """out (B, Sq, Hq, D), lse (B, Hq, Sq)."""
         mask = self._mask(cell, q.device) if cell.causal else None
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, S, D)
+        if hasattr(flex, "AuxRequest"):  # torch 2.9
+            out, more = _compiled()(
+                q, k, v, block_mask=mask, enable_gqa=cell.Hq != cell.Hkv, return_aux=flex.AuxRequest(lse=True)
+            )
+            return out.transpose(1, 2), more.lse
         out, lse = _compiled()(q, k, v, block_mask=mask, enable_gqa=cell.Hq != cell.Hkv, return_lse=True)
         return out.transpose(1, 2), lse
 
