@@ -167,11 +167,6 @@ def test_what_peers_refuse(name, problem, reason):
 def test_flex_attention_forward(monkeypatch):
     """Not compiled, which takes a C++ compiler here; masks, heads and lse are as everybody's."""
     monkeypatch.setattr(flex_attention, "_compiled", lambda: flex_attention.flex_attention)
-    monkeypatch.setattr(
-        flex_attention,
-        "create_block_mask",
-        lambda *given, _compile, **named: torch.nn.attention.flex_attention.create_block_mask(*given, **named),
-    )
     generator = torch.Generator().manual_seed(0)
     for problem in (small("causal", (32, 48)), small("full")):
         q = torch.randn(2, problem.Sq, 4, 16, generator=generator)

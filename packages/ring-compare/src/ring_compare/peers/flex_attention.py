@@ -61,6 +61,7 @@ class FlexAttention:
         return out.transpose(1, 2), lse
 
     def _mask(self, cell: Cell, device: torch.device) -> BlockMask:
+        """Made once, by the first call: it takes Sq · Sk bytes for a moment."""
         key = cell.Sq, cell.Sk, device
         if key not in self._masks:
             ahead = cell.Sk - cell.Sq
@@ -68,7 +69,7 @@ class FlexAttention:
             def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
                 return j <= i + ahead
 
-            self._masks[key] = create_block_mask(causal, None, None, cell.Sq, cell.Sk, device=device, _compile=True)
+            self._masks[key] = create_block_mask(causal, None, None, cell.Sq, cell.Sk, device=device)
         return self._masks[key]
 
 
