@@ -282,6 +282,19 @@ def test_a_path_that_few_cells_measured_does_not_stand_for_all():
     assert found["D 128, fwd: speed, × cuDNN, mean"][2] == "1.000 (triton, 16 cells)"
 
 
+def test_runs_of_one_problem_stay_apart():
+    """A second run, with FlexAttention beside some of the first one's, on a slower machine."""
+    again = [
+        row
+        for cell in cells("kernels")
+        for name, ms in (("flex", 3.0), ("triton[portable]", 2.5))
+        for row in rows(name, cell, ms, ms, seed=1)
+    ]
+    found, _, _ = verdicts([*everything(), *again])
+    assert found["portable, D 128, bwd: speed, × FlexAttention, mean"][2] == "1.200 (triton[portable], 16 cells)"
+    assert found["portable, D 128, fwd, full: speed, × FA2, mean"][2] == "1.333 (triton[portable], 8 cells)"
+
+
 def test_tables_by_name():
     assert [goals.name for goals in GOALS] == ["rings", "triton", "cute"]
     found, met, _ = verdicts(everything(), "cute")
