@@ -1,9 +1,11 @@
 import dataclasses
+import subprocess
+import sys
 import time
 
 import pytest
 
-from ring_compare.launch import OwnRanks, _blame, run_task
+from ring_compare.launch import OwnRanks, _blame, run_task, share_of_cores
 from ring_compare.measure import Stage, Task
 from ring_compare.suites import Cell, Suite, Timing
 from ring_core.testing import RankDied, RankTimeout, WorkerPool
@@ -80,3 +82,22 @@ def test_hang_and_death_end_in_rows(ranks):
     assert "rank 0 ended with exit code 7; its stderr: illegal instruction, or so" in rows["dies"].reason
     assert rows["plain"].status == "ok"
     assert time.monotonic() - start < 60
+
+
+def test_ranks_share_neighbouring_cores() -> None:
+    cores = [0, 1, 2, 3, 8, 9, 10, 11, 12]
+    shares = [share_of_cores(cores, rank, 4) for rank in range(4)]
+    assert shares == [{0, 1}, {2, 3}, {8, 9}, {10, 11}]
+    assert share_of_cores(cores, 3, 5) == set(cores), "not two for each"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has affinities")
+def test_all_threads_keep_to_their_cores() -> None:
+    """In a process of its own: this one goes on with all its cores."""
+    code = (
+        "import os, threading; from ring_compare.launch import keep_to; event = threading.Event(); "
+        "thread = threading.Thread(target=event.wait); thread.start(); one = {min(os.sched_getaffinity(0))}; "
+        "keep_to(one); found = [os.sched_getaffinity(t) for t in (0, thread.native_id)]; event.set(); "
+        "assert found == [one, one], found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -262,6 +262,18 @@ def carry_out(stream: int, operations: list[Wait | Write]) -> None:
             time.sleep(1e-4)
 
 
+class CarriedOut:
+    """`Signals` of a stream that does everything at once."""
+
+    def __init__(self, written: list[int], awaited: list[int]) -> None:
+        self.written, self.awaited = written, awaited
+
+    def enqueue(self, stream: int, value: int) -> None:
+        carry_out(
+            stream, [*(Write(word, value) for word in self.written), *(Wait(word, value) for word in self.awaited)]
+        )
+
+
 @pytest.fixture
 def streams_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
@@ -269,6 +281,7 @@ def streams_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         "symmetric_buffer": lambda nbytes, device: torch.zeros(nbytes, dtype=torch.uint8),
         "symmetric_rendezvous": lambda own, group: group.rendezvous(own),
         "enqueue": carry_out,
+        "Signals": CarriedOut,
         "copy_bytes": lambda stream, target, source, nbytes: ctypes.memmove(target, source, nbytes),
     }.items():
         monkeypatch.setattr(symmetric_memory, name, value)

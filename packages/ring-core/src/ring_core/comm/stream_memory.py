@@ -61,6 +61,25 @@ def enqueue(stream: int, operations: Sequence[Write | Wait]) -> None:
         _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream, len(some), batch, 0))
 
 
+class Signals:
+    """The same words over and over, with a new value each time: made once, since making the driver's records takes the
+    host longer than enqueuing them."""
+
+    def __init__(self, written: Sequence[int], awaited: Sequence[int]) -> None:
+        self._records = (_Operation * (len(written) + len(awaited)))(
+            *(_Operation(operation=_WRITE, address=address) for address in written),
+            *(_Operation(operation=_WAIT, address=address, flags=_GEQ) for address in awaited),
+        )
+
+    def enqueue(self, stream: int, value: int) -> None:
+        """Writes `value` to the first ones, then waits until the others are at least that, in one call."""
+        for record in self._records:
+            record.value = value
+        count = len(self._records)
+        if count:
+            _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream, count, self._records, 0))
+
+
 def copy_bytes(stream: int, target: int, source: int, nbytes: int) -> None:
     """Enqueues a copy between device addresses, which a copy engine does where one of them is another GPU's.
 

@@ -28,7 +28,7 @@ from ring_core.backend import POISON, Flags
 from ring_core.comm.channel import RingCommError, timeout
 from ring_core.comm.lane import Lane
 from ring_core.comm.peer import COUNTERS, GENERATIONS, MOST_PIECES, PUBLISHED, READ, Copy, Leg
-from ring_core.comm.stream_memory import Wait, Write, copy_bytes, enqueue
+from ring_core.comm.stream_memory import Signals, Wait, Write, copy_bytes, enqueue
 
 _ALIGNMENT = 512  # bytes; slots begin at multiples of it
 _PATIENCE = 600.0  # seconds, without RING_TIMEOUT
@@ -61,6 +61,7 @@ class SymmetricMemory:
         self._header = -(-words * 4 // _ALIGNMENT) * _ALIGNMENT
         self._flags: dict[tuple[int, int], Flags] = {}  # views of the arena, made once
         self._departures: dict[int, Tensor] = {}  # of the last epochs, by generation
+        self._made: dict[tuple[int | None, int | None, tuple[int, ...]], Signals] = {}
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +80,7 @@ class SymmetricMemory:
         own[: self._header].view(torch.int32).fill_(self._epoch)
         self._arenas = symmetric_rendezvous(own, self._group)
         self._addresses = [arena.data_ptr() for arena in self._arenas]
-        self._flags, self._departures = {}, {}
+        self._flags, self._departures, self._made = {}, {}, {}
         self._size = nbytes
         torch.cuda.synchronize(self._device)
         dist.barrier(group=self._group)  # nobody signals before all have set their counters
@@ -94,13 +95,13 @@ class SymmetricMemory:
         return self._epoch
 
     def signal(self, counter: int, epoch: int) -> None:
-        self._enqueue(self._signals_of(counter, epoch))
+        self._batch(counter, None, ()).enqueue(current_stream_handle(self._device), epoch)
 
     def wait(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
-        self._enqueue(self._waits_for(counter, epoch, ranks))
+        self._batch(None, counter, ranks).enqueue(current_stream_handle(self._device), epoch)
 
     def exchange(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> None:
-        self._enqueue(self._signals_of(counter, epoch) + self._waits_for(counter, epoch, ranks))
+        self._batch(counter, counter, ranks).enqueue(current_stream_handle(self._device), epoch)
 
     def flags(self, pieces: int, epoch: int) -> Flags:
         key = pieces, epoch % _EPOCHS
@@ -163,14 +164,14 @@ class SymmetricMemory:
     def _enqueue(self, operations: Sequence[Write | Wait]) -> None:
         enqueue(current_stream_handle(self._device), operations)
 
-    def _signals_of(self, counter: int, epoch: int) -> list[Write | Wait]:
-        """Writes this rank's counter where the peers look for it."""
-        peers = (peer for peer in range(self.world_size) if peer != self.rank)
-        return [Write(self._word(peer, counter, self.rank), epoch) for peer in peers]
-
-    def _waits_for(self, counter: int, epoch: int, ranks: tuple[int, ...]) -> list[Write | Wait]:
-        """Waits where this rank looks for theirs."""
-        return [Wait(self._word(self.rank, counter, rank), epoch) for rank in ranks]
+    def _batch(self, own: int | None, theirs: int | None, ranks: tuple[int, ...]) -> Signals:
+        """Writes this rank's counter where the peers look for it, waits for that of ranks where this rank looks."""
+        key = own, theirs, ranks
+        if key not in self._made:
+            peers = (peer for peer in range(self.world_size) if peer != self.rank)
+            written = [] if own is None else [self._word(peer, own, self.rank) for peer in peers]
+            self._made[key] = Signals(written, [self._word(self.rank, theirs or 0, rank) for rank in ranks])
+        return self._made[key]
 
     def _words(self) -> Tensor:
         """int32: the beginning of this rank's arena."""
