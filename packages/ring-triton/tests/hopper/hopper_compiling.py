@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
 from ring_triton.hopper.kernel import forward_kernel
-from ring_triton.hopper.launch import keys_descriptor, rows_descriptor
+from ring_triton.hopper.launch import WIDEST_AHEAD, keys_descriptor, rows_descriptor
 from ring_triton.hopper.settings import CONSUMERS, Settings, padded_head_dim, settings_for
 
 
@@ -81,6 +81,7 @@ def compile_forward(
     big = (256 * 4 * head_dim, 4 * head_dim, head_dim)
     kernel = forward_kernel.warmup(
         *(rows_descriptor(q), keys_descriptor(k, chosen.block), keys_descriptor(k, chosen.block)),
+        rows_descriptor(total if state and padded_head_dim(head_dim) <= WIDEST_AHEAD else q),
         *(q, lse, total if state else ints, total if sinks else ints, ints, ints, ints, ints, ints),
         0.125,
         *(3, 3, 4, 4, 12, 2, 0, 1 << 20),
@@ -90,6 +91,7 @@ def compile_forward(
         HEAD_DIM=head_dim,
         STAGES=chosen.stages,
         STATE=state,
+        AHEAD=state and padded_head_dim(head_dim) <= WIDEST_AHEAD,
         SINKS=sinks,
         FLAGS=flags,
         DYNAMIC=chosen.dynamic and chosen.persistent,
