@@ -130,7 +130,7 @@ def compile_forward(
 SPILLED = {256: 96}
 """Bytes: addresses, moved once a tile and not in the loops; O alone takes 128 registers there."""
 SPILLED_WITHOUT_OVERLAP = 12
-"""Bytes more with overlap 0, which no setting has: it is compiled to be measured beside the others."""
+"""Bytes more with overlap 0."""
 SHARED_LIMIT = 227 << 10
 GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "128": [(128, {}), (128, {"state": True, "flags": True}), (128, {"state": True, "sinks": True})],
@@ -139,10 +139,10 @@ GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "padded": [(40, {}), (96, {}), (192, {"state": True})],
     "fp16": [(64, {"dtype": torch.float16}), (128, {"dtype": torch.float16})],
     "variants": [
-        (128, {"persistent": False, "dynamic": False}),
-        (128, {"dynamic": False}),
+        (128, {"persistent": False, "dynamic": False, "overlap": 1}),
+        (128, {"dynamic": False, "overlap": 1}),
         (128, {"ping_pong": True}),
-        (128, {"overlap": 0}),
+        (128, {"overlap": 1}),
         (128, {"block": 64, "stages": 4}),
     ],
 }
@@ -166,16 +166,17 @@ def problems(compiled: Compiled, head_dim: int, changed: dict[str, Any]) -> list
     block = changed.get("block", settings_for(head_dim).block)
     # scores before, in and between the two loops; sums in them and at the end
     products = CONSUMERS * (3 * (width // 16) + 3 * (block // 16))
+    overlap = changed.get("overlap", settings_for(head_dim).overlap)
     order = exponentials_around_wait(compiled.sass)
     overlapped = len(order) == 2 * CONSUMERS and all(before >= block // 2 and after <= 2 for before, after in order)
-    spilled = SPILLED.get(width, 0) + (SPILLED_WITHOUT_OVERLAP if changed.get("overlap") == 0 else 0)
+    spilled = SPILLED.get(width, 0) + (SPILLED_WITHOUT_OVERLAP if overlap == 0 else 0)
     wrong = {
         f"{compiled.hgmma} wgmma instructions, not {products}": compiled.hgmma != products,
         f"{compiled.spills} bytes spilled": compiled.spills > spilled,
         f"{compiled.shared} bytes of shared memory": compiled.shared > SHARED_LIMIT,
         "; ".join(compiled.warnings): bool(compiled.warnings),
         "not for sm_90a": ".target sm_90a" not in compiled.ptx,
-        f"exponentials before and after the wait: {order}": changed.get("overlap", 1) > 0 and not overlapped,
+        f"exponentials before and after the wait: {order}": overlap > 0 and not overlapped,
     }
     return [message for message, is_so in wrong.items() if is_so]
 
