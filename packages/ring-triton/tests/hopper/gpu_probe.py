@@ -203,7 +203,7 @@ def correct() -> None:
         ("static", replace(base, dynamic=False)),
         ("dynamic", base),
         ("ping-pong", replace(base, ping_pong=True)),
-        ("overlap 0", replace(base, overlap=0)),
+        ("overlap 1", replace(base, overlap=1)),
     ):
         check(f"full, {label}", [full], q_len=512, settings=chosen)
         check(f"causal, {label}", [causal], q_len=512, settings=chosen)
@@ -345,9 +345,9 @@ def variants() -> None:
         base = settings_for(dim)
         tried = {
             "dynamic": base,
-            "dynamic, overlap 0": replace(base, overlap=0),
+            "dynamic, overlap 1": replace(base, overlap=1),
             "dynamic, ping-pong": replace(base, ping_pong=True),
-            "dynamic, ping-pong, overlap 0": replace(base, ping_pong=True, overlap=0),
+            "dynamic, ping-pong, overlap 1": replace(base, ping_pong=True, overlap=1),
             "static": replace(base, dynamic=False),
             "one CTA a tile": replace(base, persistent=False, dynamic=False),
             "dynamic, block 64, 4 stages": replace(base, block=64, stages=4),

@@ -78,7 +78,7 @@ class Simulated:
                 size = flat.element_size()
                 shape, strides, box = (list(map(int, x)) for x in (given.shape, given.strides, given.block_shape))
                 return ttgir.Descriptor(flat.float().numpy(), offset // size, shape, strides, box, size)
-        raise LookupError("a descriptor of memory that is not q, k or v")
+        raise LookupError("a descriptor of memory that is not q, k, v or state")
 
     def run(self, body: ttgir.Block, scope: ttgir.Scope, grid: int) -> None:
         copies: list[Callable[[], None]] = []
@@ -117,7 +117,8 @@ def install(simulated: Simulated) -> None:
     original = launch.forward
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> None:
-        simulated.memory = [_storage(x) for x in (q, k, v)]
+        state = args[2]
+        simulated.memory = [_storage(x) for x in (q, k, v, state) if x is not None]
         with np.errstate(all="ignore"):
             original(q, k, v, *args, **options)
 

@@ -8,8 +8,12 @@
     │ a piece's first load)            │              │ P stays in registers                       │
     └──────────────────────────────────┘              └──────────────────────────────────────────┘
 
-Barriers: `q_full`/`q_empty` one per consumer and tile, `k_full`/`k_empty` and `v_full`/`v_empty` one per stage. Blocks
-are counted over the whole life of the CTA; stage and phase follow from the count.
+Where strips continue, the next tile's state is brought into shared memory while this tile is computed (AHEAD): 32 KiB a
+consumer at head dim 128, which is all that is left.
+
+Barriers: `q_full`/`q_empty` and, with AHEAD, `o_full`/`o_empty` one per consumer and tile, `k_full`/`k_empty` and
+`v_full`/`v_empty` one per stage. Blocks are counted over the whole life of the CTA; stage and phase follow from the
+count.
 
 Keys and values are read through a descriptor whose bounds are the segment's own (the ragged view of
 `triton.tools.ragged_tma`): rows beyond a segment arrive as zeros whatever memory holds there, so 0 x NaN cannot occur
@@ -65,12 +69,20 @@ def _await_piece(flags, epoch, piece, polls):
 @gluon.jit
 def _load_tile(
     work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
-    q_desc, k_desc, v_desc, flags, epoch, polls, qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FLAGS: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, o_full, o_empty, begun,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FLAGS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """The producer's part of one tile; returns blocks and tiles loaded so far."""
-    start, stop, q_row, _rows, batch, head, _flags = _tile(work, items, num_items, section, num_heads, head_batches)
+    """The producer's part of one tile; returns blocks and tiles loaded so far, and tiles begun from a state."""
+    start, stop, q_row, _rows, batch, head, ends = _tile(work, items, num_items, section, num_heads, head_batches)
     FAR: gl.constexpr = 1 << 30
+    if AHEAD:  # noqa: SIM102  # a constant, and a value
+        if (ends & 1) == 0:
+            for c in gl.static_range(CONSUMERS):
+                mbarrier.wait(o_empty.index(c), (begun & 1) ^ 1)
+                mbarrier.expect(o_full.index(c), o_desc.block_type.nbytes)
+                tma_load(o_desc, [batch, head, q_row + c * 64, 0], o_full.index(c), os.index(c))
+            begun += 1
     if stop > start:
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
@@ -99,7 +111,7 @@ def _load_tile(
                 tma_load(v_desc, [FAR, end, head // group, x, 0], v_full.index(stage), vs.index(stage))
                 blocks += 1
         tiles += 1
-    return blocks, tiles
+    return blocks, tiles, begun
 
 
 @gluon.jit
@@ -178,11 +190,12 @@ def _your_turn(CID: gl.constexpr):
 def _attend_tile(
     work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
     out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-    qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, begun,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
+    STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """A consumer's part of one tile: its 64 rows; returns blocks and tiles walked so far."""
+    """A consumer's part of one tile: its 64 rows; returns blocks and tiles walked so far, and tiles begun from a
+    state."""
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     start, stop, q_row, count, batch, head, ends = _tile(work, items, num_items, section, num_heads, head_batches)
@@ -205,11 +218,16 @@ def _attend_tile(
         earlier = gl.load(lse_at + rows, mask=(rows < count) & continues, other=-float("inf")) * 1.4426950408889634
         seen = earlier != -float("inf")
         m = gl.maximum(m, earlier)
-        o = gl.load(
-            state_at + o_rows[:, None] * state_s + o_columns[None, :],
-            mask=o_mask & gl.convert_layout(seen, gl.SliceLayout(1, OL))[:, None],
-            other=0.0,
-        )
+        kept = o_mask & gl.convert_layout(seen, gl.SliceLayout(1, OL))[:, None]
+        if AHEAD:
+            o = gl.zeros([64, D], gl.float32, layout=OL)
+            if continues:
+                mbarrier.wait(o_full.index(CID), begun & 1)
+                o = gl.where(kept, os.index(CID).load(OL), 0.0)
+                mbarrier.arrive(o_empty.index(CID), count=1)
+                begun += 1
+        else:
+            o = gl.load(state_at + o_rows[:, None] * state_s + o_columns[None, :], mask=kept, other=0.0)
     else:
         o = gl.zeros([64, D], gl.float32, layout=OL)
     norm = gl.where(m == -float("inf"), 0.0, 1.0)
@@ -282,19 +300,21 @@ def _attend_tile(
         gl.store(state_at + o_rows[:, None] * state_s + o_columns[None, :], o, mask=o_mask & (final == 0))
         o_mask = o_mask & final
     gl.store(out_at + o_rows[:, None] * out_s + o_columns[None, :], o.to(out.dtype.element_ty), mask=o_mask)
-    return blocks, tiles
+    return blocks, tiles, begun
 
 
 @gluon.jit
 def _producer(
     items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
-    q_desc, k_desc, v_desc, flags, epoch, polls, qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    nexts, next_full, next_empty,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FLAGS: gl.constexpr, DYNAMIC: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, o_full, o_empty, nexts, next_full, next_empty,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FLAGS: gl.constexpr, AHEAD: gl.constexpr,
+    DYNAMIC: gl.constexpr,
 ):  # fmt: skip
     grid = gl.num_programs(0)
     blocks = 0
     tiles = 0
+    begun = 0
     if DYNAMIC:
         ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
         work = gl.program_id(0)
@@ -307,19 +327,19 @@ def _producer(
             mbarrier.wait(next_empty.index(slot), ((turn >> 1) & 1) ^ 1)
             nexts.index(slot).store(gl.full([1], 0, gl.int32, layout=ONE) + (asked + grid))
             mbarrier.arrive(next_full.index(slot), count=1)
-            blocks, tiles = _load_tile(
+            blocks, tiles, begun = _load_tile(
                 work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
-                q_desc, k_desc, v_desc, flags, epoch, polls, qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, BLOCK, STAGES, CONSUMERS, FLAGS,
+                q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, o_full, o_empty, begun, BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
             )  # fmt: skip
             work = asked + grid
             turn += 1
     else:
         for work in range(gl.program_id(0), total, grid):
-            blocks, tiles = _load_tile(
+            blocks, tiles, begun = _load_tile(
                 work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
-                q_desc, k_desc, v_desc, flags, epoch, polls, qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, BLOCK, STAGES, CONSUMERS, FLAGS,
+                q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, o_full, o_empty, begun, BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
             )  # fmt: skip
 
 
@@ -327,12 +347,14 @@ def _producer(
 def _consumer(
     items, walk, num_items, section, num_heads, head_batches, total,
     out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-    qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, nexts, next_full, next_empty,
+    qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts, next_full, next_empty,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, DYNAMIC: gl.constexpr,
+    STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
+    DYNAMIC: gl.constexpr,
 ):  # fmt: skip
     blocks = 0
     tiles = 0
+    begun = 0
     if PING_PONG and CID == 1:
         _your_turn(CID)
     if DYNAMIC:
@@ -344,21 +366,21 @@ def _consumer(
             mbarrier.wait(next_full.index(slot), (turn >> 1) & 1)
             then = gl.max(nexts.index(slot).load(ONE), 0)
             mbarrier.arrive(next_empty.index(slot), count=1)
-            blocks, tiles = _attend_tile(
+            blocks, tiles, begun = _attend_tile(
                 work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
                 out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, SINKS, PING_PONG, OVERLAP,
+                qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, begun,
+                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP,
             )  # fmt: skip
             work = then
             turn += 1
     else:
         for work in range(gl.program_id(0), total, gl.num_programs(0)):
-            blocks, tiles = _attend_tile(
+            blocks, tiles, begun = _attend_tile(
                 work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
                 out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, SINKS, PING_PONG, OVERLAP,
+                qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, begun,
+                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP,
             )  # fmt: skip
 
 
@@ -370,15 +392,15 @@ def _consumer(
     do_not_specialize_on_alignment=["counter", "flags", "epoch"],  # words inside larger tensors
 )  # fmt: skip
 def forward_kernel(
-    q_desc, k_desc, v_desc, out, lse, state, sinks, items, walk, counter, flags, epoch, scale,
+    q_desc, k_desc, v_desc, o_desc, out, lse, state, sinks, items, walk, counter, flags, epoch, scale,
     num_items, section, num_heads, head_batches, total, group, k_batch_rows, polls,
     out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
     BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, SINKS: gl.constexpr, FLAGS: gl.constexpr, DYNAMIC: gl.constexpr, PING_PONG: gl.constexpr,
-    OVERLAP: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
+    STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, FLAGS: gl.constexpr, DYNAMIC: gl.constexpr,
+    PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """q_desc (B, Hq, Sq, D), boxes of 64 rows; k_desc, v_desc ragged (far, end, Hkv, key, D), boxes of BLOCK keys;
-    scale is the softmax's times log2(e)."""
+    """q_desc, and with AHEAD o_desc of the state, (B, Hq, Sq, D), boxes of 64 rows; k_desc, v_desc ragged
+    (far, end, Hkv, key, D), boxes of BLOCK keys; scale is the softmax's times log2(e)."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], q_desc.dtype)
@@ -386,6 +408,13 @@ def forward_kernel(
     qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 64, D], ROWS)
     ks = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK, D], KEYS)
     vs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK, D], KEYS)
+    # of one element where nothing is brought ahead: partitions take it all the same
+    O_WIDE: gl.constexpr = D if AHEAD else 16
+    O_TALL: gl.constexpr = 64 if AHEAD else 8
+    SUMS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([O_TALL, O_WIDE], gl.float32)
+    os = gl.allocate_shared_memory(gl.float32, [CONSUMERS, O_TALL, O_WIDE], SUMS)
+    o_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+    o_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -398,6 +427,8 @@ def forward_kernel(
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
+        mbarrier.init(o_full.index(i), count=1)
+        mbarrier.init(o_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
@@ -412,20 +443,21 @@ def forward_kernel(
         [
             (_producer, (
                 items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
-                q_desc, k_desc, v_desc, flags, epoch, polls, qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, nexts, next_full, next_empty, BLOCK, STAGES, CONSUMERS, FLAGS, DYNAMIC,
+                q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty,
+                v_full, v_empty, o_full, o_empty, nexts, next_full, next_empty, BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
+                DYNAMIC,
             )),
             (_consumer, (
                 items, walk, num_items, section, num_heads, head_batches, total,
                 out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, nexts, next_full, next_empty,
-                C0, BLOCK, D, HEAD_DIM, STAGES, STATE, SINKS, PING_PONG, OVERLAP, DYNAMIC,
+                qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts, next_full,
+                next_empty, C0, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP, DYNAMIC,
             )),
             (_consumer, (
                 items, walk, num_items, section, num_heads, head_batches, total,
                 out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, nexts, next_full, next_empty,
-                C1, BLOCK, D, HEAD_DIM, STAGES, STATE, SINKS, PING_PONG, OVERLAP, DYNAMIC,
+                qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts, next_full,
+                next_empty, C1, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP, DYNAMIC,
             )),
         ],
         [4, 4],

@@ -28,6 +28,9 @@ POLLS = (1 << 31) - 1
 by poison, and raises; ending by itself would be silent."""
 FAR, BOUNDLESS = 1 << 30, 0x7FFF0000
 DTYPES = (torch.float16, torch.bfloat16)
+GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+WIDEST_AHEAD = 128
+"""Head dim up to which shared memory holds a tile's state beside its rings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,7 @@ def forward(
     )
     launches = launches_of(table, "hopper forward")
     known = launches.get(key)
-    read = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+    read = (q.data_ptr(), k.data_ptr(), v.data_ptr(), (q if state is None else state).data_ptr())
     written = (out.data_ptr(), lse.data_ptr(), 0 if state is None else state.data_ptr())
     more = 0 if sinks is None else sinks.data_ptr()
     if known is None or not aligned(*read, *written, more):
@@ -160,10 +163,13 @@ def _forward(
     grid = (min(total, _processors(q.device)) if chosen.persistent else total,)
     dummy = prepared.items
     dynamic = chosen.dynamic and chosen.persistent
+    continued = state is not None and not prepared.whole
+    ahead = continued and padded_head_dim(head_dim) <= WIDEST_AHEAD
     arguments = (
         rows_descriptor(q),
         keys_descriptor(k, chosen.block),
         keys_descriptor(v, chosen.block),
+        rows_descriptor(state if ahead and state is not None else q),
         out,
         lse,
         dummy if state is None else state,
@@ -193,7 +199,8 @@ def _forward(
         D=padded_head_dim(head_dim),
         HEAD_DIM=head_dim,
         STAGES=chosen.stages,
-        STATE=state is not None and not prepared.whole,
+        STATE=continued,
+        AHEAD=ahead,
         SINKS=sinks is not None,
         FLAGS=flags is not None,
         DYNAMIC=dynamic,
@@ -285,7 +292,7 @@ def _keys_descriptor(base: _Memory, heads: int, d: int, row: int, head: int, blo
 
 @cache
 def _shared_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(box), gl.float16 if dtype == torch.float16 else gl.bfloat16)
+    return gl.NVMMASharedLayout.get_default_for(list(box), GLUON_DTYPES[dtype])
 
 
 def _layout(box: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:

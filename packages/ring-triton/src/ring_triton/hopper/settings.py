@@ -34,11 +34,39 @@ class Settings:
 
 FORWARD: dict[int, Settings] = {
     # padded head dim: S and P of 64 x block, O of 64 x head dim live in registers, two rings and Q in 227 KiB
-    64: Settings(block=128, stages=2, registers=240, persistent=True, dynamic=True, ping_pong=False),
-    128: Settings(block=128, stages=2, registers=240, persistent=True, dynamic=True, ping_pong=False),
-    256: Settings(block=64, stages=2, registers=240, persistent=True, dynamic=True, ping_pong=False),
+    64: Settings(
+        block=128,
+        stages=2,
+        registers=240,
+        persistent=True,
+        dynamic=True,
+        ping_pong=False,
+        overlap=0,
+        reason="443 / 441 TFLOP/s causal / full at 16384; overlap 1: 429 / 422; ping-pong: 439 / 438; blocks of 64: "
+        "384; 3 stages: 425 / 421; one CTA a tile: 422 / 423",
+    ),
+    128: Settings(
+        block=128,
+        stages=2,
+        registers=240,
+        persistent=True,
+        dynamic=True,
+        ping_pong=False,
+        overlap=0,
+        reason="536 / 549 TFLOP/s causal / full at 4096, 597 / 604 at 16384; overlap 1: 532 / 548, 580 / 589; "
+        "ping-pong: 518 / 557, 598 / 604; static: 479 / 546, 531 / 594; blocks of 64: 467 / 490, 523 / 528",
+    ),
+    256: Settings(
+        block=64,
+        stages=2,
+        registers=240,
+        persistent=True,
+        dynamic=True,
+        ping_pong=False,
+        reason="not measured",
+    ),
 }
-"""By head dim, rounded up to the next key. Not yet measured on a GPU: block and stages are those of the probe."""
+"""By head dim, rounded up to the next key. Measured on an H200, triton 3.6, 2026-11-21 (`gpu_probe.py variants`)."""
 
 
 def padded_head_dim(head_dim: int) -> int:
