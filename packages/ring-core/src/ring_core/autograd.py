@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -28,13 +28,14 @@ from ring_core._torch import dispatch_mode_active, group_by_name
 from ring_core.accumulate import accumulating
 from ring_core.backend import (
     Backend,
+    Capabilities,
     Dropout,
     Params,
+    StagedBackend,
     accumulation_dtype,
     check_supported,
     choose_backend,
     load_backend,
-    takes_flags,
 )
 from ring_core.comm import transport
 from ring_core.packed import PackedPlan
@@ -278,7 +279,7 @@ def _forward(
         seed = seed.clone()
         dist.broadcast(seed, src=dist.get_global_rank(group, 0), group=group)
     params = _params(call, alibi_slopes, sinks, seed)
-    staged = takes_flags(way.backend, q, None, params)
+    staged = way.staged(q, None, params)
     with _device_of(q):
         out, lse = orchestration_forward.forward(
             q,
@@ -311,7 +312,7 @@ def _backward(
     group = _group(call)
     way = _prepare(q, k, call, group, **asked)
     params = _params(call, alibi_slopes, sinks, seed)
-    staged = takes_flags(way.backend, q, dout, params)
+    staged = way.staged(q, dout, params)
     with _device_of(q):
         return orchestration_backward.backward(
             dout,
@@ -325,7 +326,7 @@ def _backward(
             transport=transport(way.plan, group, q.shape[2], k, "backward", call.heads_at_once, staged=staged),
             backend=way.backend,
             params=params,
-            writes_gradients=way.writes_gradients,
+            writes_gradients=way.can.writes_gradients,
         )
 
 
@@ -350,7 +351,11 @@ class _Way(NamedTuple):
 
     plan: Plan
     backend: Backend
-    writes_gradients: bool
+    can: Capabilities
+
+    def staged(self, q: Tensor, dout: Tensor | None, params: Params) -> bool:
+        """Whether the backend takes flags on this call: `takes_flags`, without asking anew what it can do."""
+        return self.can.flags and cast(StagedBackend, self.backend).stages(q, dout, params=params)
 
 
 def _group(call: Call) -> ProcessGroup | None:
@@ -406,7 +411,7 @@ def _way(
         )
         schedule = "gather" if gathered <= GATHER_BYTES else "ring"
     backend = accumulating(load_backend(name), device)
-    return _Way(make_plan(problem, rank, schedule), backend, backend.capabilities(device).writes_gradients)
+    return _Way(make_plan(problem, rank, schedule), backend, backend.capabilities(device))
 
 
 def _problem_of(

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
+from hopper_plans import table_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -59,12 +60,6 @@ def finish(name: str) -> None:
             print(f"HANG {name}: the device is still busy after {HANG:.0f} s; failed before: {failures}", flush=True)
             os._exit(2)  # the interpreter's own end would wait for the device
         time.sleep(1e-4)
-
-
-def table_of(*strips: list[Segment]) -> Table:
-    rows = [segment for strip in strips for segment in strip]
-    groups = np.cumsum([0] + [len(strip) for strip in strips])
-    return Table(np.array(rows, dtype=np.int32), groups.astype(np.int32))
 
 
 def causal_table(q_len: int, k_len: int, *, causal: bool, flags: int = FIRST | LAST, k_position: int = 0) -> Table:

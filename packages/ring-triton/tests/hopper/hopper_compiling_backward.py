@@ -71,7 +71,7 @@ def compile_backward(
         mock.patch.object(backward_launch, "prepare_kernel", other),
         mock.patch.object(backward_launch, "finish_kernel", last),
         mock.patch.object(backward_launch, "_split", return_value=parts),
-        mock.patch.object(backward_launch.portable, "_gradients_q"),
+        mock.patch.object(backward_launch.portable, "launch_gradients_q"),
     ):
         lse = torch.zeros(1, heads[0], length)
         state = backward_launch.prepare(q, q, q, lse, None, deterministic=ordered)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hopper_plans import PLANS, problem
 from hopper_walk import visible_pairs, visits
 
-from ring_core.plan import PackedProblem, Problem, make_plan
+from ring_core.plan import PackedProblem, make_plan
 from ring_core.segment import FIRST, LAST, Segment, Table
 from ring_triton.hopper.schedule import ITEM, make_schedule
 
@@ -32,25 +33,11 @@ def check(table: Table, q_len: int, block: int, tile_rows: int = 128) -> None:
     np.testing.assert_array_equal(rows, expected)  # every row of every strip is written, also those that see nothing
 
 
-def problem(length: int, layout: str, world_size: int, left: int | None, right: int | None, total: int) -> Problem:
-    return Problem(length, length, total, total, left, right, layout, world_size)
-
-
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("schedule", ["ring", "gather"])
 @pytest.mark.parametrize(
     ("layout", "world_size", "left", "right", "total"),
-    [
-        ("contiguous", 1, None, None, 1024),
-        ("contiguous", 1, None, 0, 1000),
-        ("contiguous", 1, 100, 50, 1024),
-        ("contiguous", 4, None, 0, 1024),
-        ("contiguous", 4, 130, 0, 1001),
-        ("zigzag", 4, None, 0, 1024),
-        ("zigzag", 2, 70, 0, 900),
-        ("stripe", 4, None, 0, 1024),
-        ("stripe", 4, 200, 0, 1024),
-    ],
+    PLANS,
 )
 def test_plans(
     layout: str, world_size: int, left: int | None, right: int | None, total: int, schedule: str, block: int

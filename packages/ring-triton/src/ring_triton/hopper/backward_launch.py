@@ -183,8 +183,8 @@ def backward(
         known(stream, (*addresses(dk, dv), *known.note, *waits, counts), read)
     if state.ordered is not None:
         # scaled once, at the end
-        scores = portable._scores(params, q)
-        portable._gradients_q(state.ordered, q, k, v, dout, table, replace(params, scale=1.0), scores)
+        scores = portable.scores_of(params, q)
+        portable.launch_gradients_q(state.ordered, q, k, v, dout, table, replace(params, scale=1.0), scores)
 
 
 def _backward(

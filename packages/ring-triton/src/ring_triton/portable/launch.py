@@ -63,7 +63,7 @@ class _Scores(NamedTuple):
         return *self[2:-1], *self.features.values()
 
 
-def _scores(params: Params, q: Tensor) -> _Scores:
+def scores_of(params: Params, q: Tensor) -> _Scores:
     slopes, dropout, softcap = params.alibi_slopes, params.dropout, params.softcap
     stride, unit = 0, _unit(q.dtype)
     if slopes is not None:
@@ -134,7 +134,7 @@ def forward(
     if not q.numel() or not len(table.host):
         return
     batches, _, num_heads, _ = q.shape
-    scores = _scores(params, q)
+    scores = scores_of(params, q)
     running = out if state is None else state
     sinks = q if params.sinks is None else params.sinks
     tensors, last = (q, k, v, out, lse, running), (scores.slopes, sinks, scores.seed)
@@ -236,10 +236,10 @@ def backward(
     """See `ring_core.backend.Backend.backward`."""
     if not q.numel() or not len(table.host):
         return
-    scores = _scores(params, q)
+    scores = scores_of(params, q)
     with _on(q.device):
         _gradients_kv(state, q, k, v, dout, dk, dv, table, params, scores)
-        _gradients_q(state, q, k, v, dout, table, params, scores)
+        launch_gradients_q(state, q, k, v, dout, table, params, scores)
 
 
 def _gradients_kv(
@@ -293,7 +293,7 @@ def _gradients_kv(
         launches.add(key, kernel, grid, arguments, addresses(work.rows, table.rows))
 
 
-def _gradients_q(
+def launch_gradients_q(
     state: BackwardState,
     q: Tensor,
     k: Tensor,
