@@ -71,11 +71,10 @@ def test_the_fastest_path_that_can() -> None:
             q = torch.zeros(1, 8, 4, head_dim, dtype=torch.bfloat16)
             wanted = "hopper" if head_dim <= 128 or direction == "forward" else "portable"
             assert TritonBackend("hopper").path_of(direction, q, plain) == wanted
-            unasked = wanted if direction in backend.UNASKED else "portable"
-            assert TritonBackend().path_of(direction, q, plain) == unasked
+            assert TritonBackend().path_of(direction, q, plain) == wanted
             dout = None if direction == "forward" else q
-            assert takes_flags(TritonBackend("hopper"), q, dout, plain) == (wanted == "hopper"), "waits in the kernel"
-            assert not takes_flags(TritonBackend(), q, dout, plain)
+            for path in ("hopper", None):
+                assert takes_flags(TritonBackend(path), q, dout, plain) == (wanted == "hopper"), "waits in the kernel"
     assert not takes_flags(TritonBackend("portable"), HALF, None, plain)
 
 
@@ -95,7 +94,7 @@ def test_capabilities_of_the_paths() -> None:
     assert any_path.features == portable.features == frozenset(FEATURES)
     assert hopper.features == any_path.features - {"alibi", "ring_alibi", "softcap", "dropout"}
     assert torch.float32 in any_path.dtypes and hopper.dtypes == {torch.float16, torch.bfloat16}
-    assert (any_path.flags, hopper.flags, portable.flags) == (False, True, False)
+    assert (any_path.flags, hopper.flags, portable.flags) == (True, True, False)
 
 
 def test_no_hopper_kernels_without_hopper() -> None:

@@ -28,10 +28,6 @@ HOPPER_HEAD_DIMS: dict[Direction, HeadDims] = {
 """What there are Hopper kernels for, 128 for the sake of registers; wider backwards take the portable ones, also where
 "hopper" is forced."""
 
-UNASKED: frozenset[Direction] = frozenset({"forward"})
-"""Directions whose Hopper kernels are taken without being forced. The backward's, since its lse and delta lie where TMA
-can read them from any row on, has not run on a GPU yet."""
-
 OLDEST = (8, 0)
 HOPPER = (9, 0)
 HOPPER_DTYPES = frozenset({torch.float16, torch.bfloat16})
@@ -73,8 +69,7 @@ class TritonBackend:
             return "portable"
         refused = _hopper_refuses(q.get_device(), q.dtype, q.shape[-1]) or _hopper_refuses_scores(params)
         if not refused:
-            able = q.shape[-1] in HOPPER_HEAD_DIMS[direction] and (self.forced is not None or direction in UNASKED)
-            return "hopper" if able else "portable"
+            return "hopper" if q.shape[-1] in HOPPER_HEAD_DIMS[direction] else "portable"
         if self.forced:
             raise UnsupportedError(
                 f"backend {self.name!r} cannot do this call: {refused}; backends 'triton' and 'triton[portable]' have "
@@ -99,15 +94,13 @@ class TritonBackend:
             head_dims=HEAD_DIMS,
             features=features,
             accumulate=True,
-            flags=not hopper and self.forced == "hopper",
+            flags=not hopper and self.forced != "portable",
         )
 
     def stages(self, q: Tensor, dout: Tensor | None, *, params: Params) -> bool:
         """See `ring_core.backend.StagedBackend`: the Hopper kernels watch pieces. Strides play no part in it: all ranks
-        must decide alike. Only where they are forced: a staged gather has not run between GPUs yet."""
-        return (
-            self.forced == "hopper" and self.path_of("forward" if dout is None else "backward", q, params) == "hopper"
-        )
+        must decide alike."""
+        return self.path_of("forward" if dout is None else "backward", q, params) == "hopper"
 
     def forward(
         self,
