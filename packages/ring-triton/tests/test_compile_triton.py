@@ -20,7 +20,7 @@ EMPTY = 40_000
 RECORDED = "3.7."
 """The triton whose spills the tables have."""
 OTHERS = 256
-"""Bytes granted to others, whose register allocation differs: 3.6 spills up to 248 more."""
+"""Bytes granted to others, whose register allocation differs: 3.6 spills up to 248 more where no row says otherwise."""
 
 
 @pytest.fixture(scope="module")
@@ -47,4 +47,6 @@ def test_setting(name: str, results: dict[str, dict[str, Any]]) -> None:
     assert found["shared"] <= ROOM[target]
     if not name.endswith("features"):
         allowed = setting.spills + (0 if triton.__version__.startswith(RECORDED) else OTHERS)
+        if setting.spills_36 is not None and triton.__version__.startswith("3.6."):
+            allowed = setting.spills_36
         assert found["stack"] <= allowed, f"{kernel} spills {found['stack']} bytes"

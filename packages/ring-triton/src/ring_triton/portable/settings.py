@@ -1,14 +1,15 @@
 """Launch settings of the portable kernels: data, each with the reason beside it.
 
 `spills` is what the compiler (triton 3.7.1) was seen to spill, in bytes of stack a thread, without dropout, softcap,
-ALiBi and sinks: the compile tests fail on more. A target serves every newer device that has its shared memory: "sm_80"
-163 KiB, "sm_86" 99 KiB, "sm_90" 227 KiB. No setting has been timed on a GPU yet: they are the largest tiles of those
-tried that hardly spill, as larger tiles read less.
+ALiBi and sinks: the compile tests fail on more. `spills_36` is the same of triton 3.6, where that is much more. A
+target serves every newer device that has its shared memory: "sm_80" 163 KiB, "sm_86" 99 KiB, "sm_90" 227 KiB. Those of
+fp16 and bf16 on sm_90 are the fastest of those timed; all others are the largest tiles of those tried that hardly
+spill, as larger tiles read less, and have not been timed on a GPU.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ class Setting:
     stages: int = 2
     spills: int = 0
     precision: str = "ieee"
+    spills_36: int | None = field(default=None, compare=False)
 
 
 INTERPRETER = Setting(32, 16)
@@ -65,21 +67,23 @@ FULL: dict[Kernel, dict[int, Setting]] = {  # fp32, on every target: by width
 }
 
 HALF: dict[Target, dict[Kernel, dict[int, Setting]]] = {  # fp16 and bf16: by width
-    "sm_90": {  # 64 rows a warpgroup is what wgmma takes: own tiles of 128 for two of them, 64 where that spills
+    # 64 rows a warpgroup is what wgmma takes. Milliseconds: bf16, causal / full, 16384 tokens in sequences of 8192 (32
+    # heads of 64, 16 of 128, 8 of 256), on an H200 with triton 3.6, 2026-11-21; a third stage is what most of it is
+    "sm_90": {
         "forward": {
-            64: Setting(128, 128, 8, 2, 0),
-            128: Setting(128, 128, 8, 2, 8),  # 4 warps: 464 with 64 keys
-            256: Setting(128, 64, 8, 2, 16),
+            64: Setting(128, 64, 4, 3, 32),  # 1.49 / 2.66; 8 warps 1.70 / 3.19; 128 keys 1.76 / 3.15; 64 rows 1.55
+            128: Setting(128, 64, 8, 3, 0),  # 1.24 / 2.29; 2 stages 1.65 / 2.78; 128 keys 1.22 / 2.25, at 16384 slower
+            256: Setting(128, 64, 8, 2, 16),  # 1.16 / 2.13; 32 keys in 3 stages 1.38 / 2.42; 64 rows 2.18 / 4.20
         },
         "gradients_kv": {
-            64: Setting(32, 128, 8, 2, 0),  # 64 rows: 96; 4 warps: 232
-            128: Setting(32, 128, 8, 2, 64),  # 64 rows: 232
-            256: Setting(32, 64, 8, 2, 152),  # 32 keys: 0, but no wgmma
+            64: Setting(64, 64, 4, 3, 136, spills_36=784),  # 2.71 / 5.11; 32 rows 3.02 / 5.79; 64 x 128 3.25 / 6.06
+            128: Setting(32, 64, 4, 3, 208, spills_36=496),  # - / 4.53; 64 x 128, 8 warps - / 4.51; 2 stages - / 5.69
+            256: Setting(64, 64, 8, 2, 544, spills_36=888),  # 4.58 / 9.27; 32 rows 4.93 / 11.6, in 3 stages 4.79 / 9.58
         },
         "gradients_q": {
-            64: Setting(128, 64, 8, 2, 0),
-            128: Setting(128, 64, 8, 2, 0),
-            256: Setting(64, 32, 8, 2, 0),  # 64 keys in one stage: 592
+            64: Setting(128, 64, 4, 3, 56),  # 1.37 / 2.72; 64 rows 1.50 / 2.88; 128 keys, 8 warps 1.66 / 3.07
+            128: Setting(128, 64, 8, 3, 0),  # 1.39 / 2.63; 2 stages 1.84 / 3.32; 64 rows, 4 warps 1.50 / 2.68
+            256: Setting(128, 32, 8, 2, 0),  # 2.06 / 3.95; 64 x 64 3.11 / 6.30; 64 x 32 4.88 / 9.82
         },
     },
     "sm_80": {
