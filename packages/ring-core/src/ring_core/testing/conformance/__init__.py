@@ -24,7 +24,8 @@ A backend's test file:
 contract says is not read holds NaN, what it says is not written is compared bit by bit. *Ring level*: ranks of a pool
 go through `ring_attention` or `ring_attention_packed`. Results are judged against the float64 oracle, by the error that
 torch's own attention makes in the same dtype. A case that the backend's Capabilities rule out is not run; the operator
-must then refuse it by name, and that is what is checked. *Staged*, on GPUs: pieces come late
+must then refuse it by name, and that is what is checked. *Random*: `random_kernel_cases`, a strategy of hypothesis.
+*Staged*, on GPUs: pieces come late
 (`check_late_arrivals`), never (`check_poison`) and leave early (`check_departures`), for backends whose kernels watch
 them.
 """
@@ -33,6 +34,7 @@ from ring_core.testing.conformance.case import AttentionCase, check_refused
 from ring_core.testing.conformance.kernel import KernelCase, check_kernel_case, check_late_piece
 from ring_core.testing.conformance.kernel_cases import kernel_cases
 from ring_core.testing.conformance.packed import PackedCase, check_packed_case, packed_cases, run_packed_case
+from ring_core.testing.conformance.random_cases import random_kernel_cases
 from ring_core.testing.conformance.ring import RingCase, check_ring_case, ring_cases, run_ring_case
 from ring_core.testing.conformance.staged import (
     StagedCase,
@@ -57,6 +59,7 @@ __all__ = [
     "check_ring_case",
     "kernel_cases",
     "packed_cases",
+    "random_kernel_cases",
     "ring_cases",
     "run_packed_case",
     "run_ring_case",

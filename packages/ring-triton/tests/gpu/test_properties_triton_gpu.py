@@ -1,0 +1,31 @@
+"""Both paths, compiled, on cases that hypothesis draws. Head dims and dtypes are few: each is another compilation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ring_core.backend import load_backend
+from ring_core.testing.conformance import KernelCase, check_kernel_case, random_kernel_cases
+from ring_triton import PATHS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", PATHS)
+def test_random_case(path: str) -> None:
+    backend = load_backend(f"triton[{path}]")
+
+    @given(
+        case=random_kernel_cases(head_dims=(64, 128), longest=700),
+        dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+        seed=st.integers(0, 2**31),
+    )
+    @settings(max_examples=100, deadline=None, database=None)
+    def check(case: KernelCase, dtype: torch.dtype, seed: int) -> None:
+        check_kernel_case(replace(case, dtype=dtype), backend, "cuda", seed=seed)
+
+    check()
