@@ -84,6 +84,7 @@ class Fake:
         lse: Tensor,
         dlse: Tensor | None,
         dq: Tensor | None,
+        dkv: tuple[Tensor, Tensor] | None,
         *,
         mask: Mask,
         sequences: Sequences | None,
@@ -93,7 +94,9 @@ class Fake:
         assert lse.is_contiguous()
         if dq is None or not self.writes:
             dq = torch.full(q.shape, torch.nan, dtype=q.dtype)
-        dk, dv = (torch.full(k.shape, torch.nan, dtype=k.dtype) for _ in range(2))
+        if dkv is None or not self.writes:
+            dkv = torch.full(k.shape, torch.nan, dtype=k.dtype), torch.full(k.shape, torch.nan, dtype=k.dtype)
+        dk, dv = dkv
         sums = accumulation_dtype(q.dtype)
         for number, (rows, keys) in enumerate(_parts(q, k, sequences)):
             qs, ks, vs = q[..., rows, :, :], k[..., keys, :, :], v[..., keys, :, :]
@@ -209,7 +212,7 @@ class FlashAttnKernel:
         *gradients, slopes, dropout, scale, causal, left, right, softcap, _deterministic, generator, state = rest
         assert (dropout, generator, state) == (0.0, None, None)
         options = self._options(causal, left, right, k.shape[1], slopes, (q.shape[0], q.shape[2]), scale, softcap)
-        found = self.fake.backward(q, k, v, out, dout, lse, None, None, sequences=None, **options)
+        found = self.fake.backward(q, k, v, out, dout, lse, None, None, None, sequences=None, **options)
         for gradient, value in zip(gradients, found, strict=True):
             gradient.copy_(value)
 
@@ -219,7 +222,7 @@ class FlashAttnKernel:
         assert (dropout, zero, generator, state) == (0.0, False, None, None)
         sequences = _sequences(cu_q, cu_k, max_q, max_k)
         options = self._options(causal, left, right, max_k, slopes, (len(cu_q) - 1, q.shape[1]), scale, softcap)
-        found = self.fake.backward(q, k, v, out, dout, lse, None, None, sequences=sequences, **options)
+        found = self.fake.backward(q, k, v, out, dout, lse, None, None, None, sequences=sequences, **options)
         for gradient, value in zip((dq, dk, dv), found, strict=True):
             gradient.copy_(value)
 

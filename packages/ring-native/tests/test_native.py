@@ -239,6 +239,51 @@ def test_dq_is_summed_in_fp32(seed: int) -> None:
     assert not parts[1][:, 4:].any()
 
 
+@pytest.mark.parametrize("name", FAKES)
+def test_final_gradients_are_rounded_once(name: str, seed: int) -> None:
+    """dk and dv in bf16 are those in fp32, rounded, also of keys that three calls see or none."""
+    q, k, v, dout = inputs(seed, 12, 9, dtype=torch.bfloat16)
+    alone = [block((0, 6), (1, 7))]
+    shared = [block((0, 4), (0, 6)), block((4, 8), (0, 4)), block((8, 12), (3, 8))]
+    for segments, calls in ((alone, 1), (shared, 3)):
+        fake = FAKES[name]()
+        backend, params = NativeBackend(fake), Params(0.3)
+        found = []
+        for dtype in (torch.float32, torch.bfloat16):
+            state = backend.prepare(q, k.shape, q, dout, torch.full((1, 4, 12), 2.0), None, params=params)
+            dk, dv = (torch.full(k[None].shape, torch.nan, dtype=dtype) for _ in range(2))
+            backend.backward(state, q, k[None], v[None], dout, dk, dv, table(segments), params=params)
+            found.append((dk, dv))
+        if isinstance(fake, Fake):
+            assert len(fake.calls) == 2 * calls
+        for wide, final in zip(*found, strict=True):
+            assert wide.any() and not wide[0, :, 8:].any()
+            assert torch.equal(final, wide.bfloat16())
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_kernel_writes_dk_and_dv_where_they_stay(writes: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, dout = inputs(seed, 16, 14, dtype=torch.bfloat16)
+    fake = flash_attn_like()
+    fake.writes = writes
+    given: list[tuple[Tensor, Tensor] | None] = []
+    kernel = fake.backward
+
+    def backward(*args: Any, **options: Any) -> Any:
+        given.append(args[8])
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(fake, "backward", backward)
+    native, params = NativeBackend(fake), Params(0.3)
+    state = native.prepare(q, k.shape, q, dout, torch.zeros(1, 4, 16), None, params=params)
+    dk, dv = (torch.full(k[None].shape, torch.nan, dtype=k.dtype) for _ in range(2))
+    native.backward(state, q, k[None], v[None], dout, dk, dv, table([block((0, 16), (2, 9))]), params=params)
+    (into,) = given
+    assert into is not None and [x.data_ptr() for x in into] == [x[:, :, 2:].data_ptr() for x in (dk, dv)]
+    for x in (dk, dv):
+        assert x[0, 0, 2:9].any() and x.isfinite().all() and not x[0, 0, :2].any() and not x[0, 0, 9:].any()
+
+
 @pytest.mark.parametrize("name", ["flash-attn", "cudnn", "aten"])
 @pytest.mark.parametrize("q_length,k_length", [(7, 12), (12, 7), (5, 5), (1, 9), (9, 1)])
 def test_unequal_lengths_align_at_the_ends(name: str, q_length: int, k_length: int, seed: int) -> None:

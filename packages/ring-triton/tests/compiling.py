@@ -54,8 +54,10 @@ class Compiled:
 def compiled(
     kernel: str, capability: int, setting: Setting, head_dim: int, dtype: torch.dtype, **features: bool
 ) -> Compiled:
-    """One kernel under one setting. features: SOFTCAP, ALIBI, DROPOUT, SINKS, STATE, FUSED, FRESH, as constants."""
+    """One kernel under one setting. features: SOFTCAP, ALIBI, DROPOUT, SINKS, STATE, FUSED, FRESH, as constants; FINAL:
+    dk and dv are in the inputs' dtype."""
     fn = KERNELS[kernel]
+    final = INPUTS | ({"dk", "dv"} if features.pop("FINAL", False) else set())
     constants: dict[str, Any] = {
         "ROWS": setting.rows,
         "KEYS": setting.keys,
@@ -77,7 +79,7 @@ def compiled(
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = _type(name, dtype)
+        signature[name] = f"*{SHORT[dtype]}" if name in final else _type(name)
         if name not in FLOATS | UNKNOWN:
             aligned[number,] = [["tt.divisibility", 16]]
     constexprs = {(fn.arg_names.index(name),): value for name, value in constants.items()}
@@ -90,9 +92,7 @@ def compiled(
     return Compiled(wgmma + ptx.count("mma.sync"), wgmma, stack, registers, made.metadata.shared, len(ptx))
 
 
-def _type(name: str, dtype: torch.dtype) -> str:
-    if name in INPUTS:
-        return f"*{SHORT[dtype]}"
+def _type(name: str) -> str:
     if name in INTS:
         return "*i32"
     if name == "seed":
@@ -127,6 +127,9 @@ def shipped() -> dict[str, tuple[Kernel, int, Setting, int, torch.dtype, dict[st
                     key = kernel, capability, setting, width, dtype
                     found.setdefault(key, f"{target}-{kernel}-{width}-{short}")
     everything = {name: (*key, {}) for key, name in found.items()}
+    for width in (64, 128, 256):
+        key = "gradients_kv", 90, listed("sm_90", "gradients_kv", width, 16), width, torch.bfloat16
+        everything[f"sm_90-gradients_kv-{width}-bf16-final"] = (*key, {"FINAL": True})
     for kernel in KERNELS:
         features = {"SOFTCAP": True, "ALIBI": True, "DROPOUT": True}
         features |= {"forward": {"SINKS": True, "FUSED": False}, "gradients_q": {"FRESH": False}}.get(kernel, {})

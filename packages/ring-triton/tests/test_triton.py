@@ -95,6 +95,7 @@ def test_capabilities_of_the_paths() -> None:
     assert hopper.features == any_path.features - {"alibi", "ring_alibi", "softcap", "dropout"}
     assert torch.float32 in any_path.dtypes and hopper.dtypes == {torch.float16, torch.bfloat16}
     assert (any_path.flags, hopper.flags, portable.flags) == (True, True, False)
+    assert any_path.final_gradients and hopper.final_gradients and portable.final_gradients
 
 
 def test_no_hopper_kernels_without_hopper() -> None:

@@ -314,6 +314,16 @@ def _backward(
     params = _params(call, alibi_slopes, sinks, seed)
     staged = way.staged(q, dout, params)
     with _device_of(q):
+        moving = transport(
+            way.plan,
+            group,
+            q.shape[2],
+            k,
+            "backward",
+            call.heads_at_once,
+            staged=staged,
+            final_gradients=way.can.final_gradients,
+        )
         return orchestration_backward.backward(
             dout,
             dlse,
@@ -323,7 +333,7 @@ def _backward(
             out,
             lse,
             plan=way.plan,
-            transport=transport(way.plan, group, q.shape[2], k, "backward", call.heads_at_once, staged=staged),
+            transport=moving,
             backend=way.backend,
             params=params,
             writes_gradients=way.can.writes_gradients,

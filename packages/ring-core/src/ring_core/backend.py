@@ -11,10 +11,11 @@ from functools import cache, cached_property
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ring_core.segment import Table
+from ring_core.segment import COLUMNS, Table
 
 ENTRY_POINTS = "ring_core.backends"
 _log = logging.getLogger(__name__)
@@ -74,6 +75,10 @@ class Capabilities:
     writes_gradients: bool = False
     """Its `backward` writes dk and dv, of every key of the pieces, where others add to what they find there: ring-core
     then gives it buffers as they come instead of zeros."""
+    final_gradients: bool = False
+    """Its `backward` also takes dk and dv in k's dtype where sums have a wider one, without flags and departures, in
+    the only call about these keys: it then writes every element of the pieces, summed as ever and rounded once, 0 for
+    keys that the table does not name. ring-core gives it such buffers, as they come, where nothing travels."""
     flags: bool = False
     """Waits in the kernel for pieces that are still arriving and counts departures, at least in some calls: see
     `StagedBackend`."""
@@ -182,7 +187,8 @@ class Backend(Protocol):
     Shapes: q, out, dout (B, Sq, Hq, D); k, v (C, B, S, Hkv, D): C pieces of keys in global order, laid out so that
     k.transpose(0, 1).flatten(1, 2) is a view (B, C * S, Hkv, D); lse (B, Hq, Sq), natural log. Any strides with the
     last dimension dense: a call may be about some heads of larger tensors. Sums are kept in fp32 (fp64 for fp64
-    inputs): lse, state, dk and dv have that dtype. Query head h reads key head h // (Hq / Hkv).
+    inputs): lse, state, dk and dv have that dtype (but see `Capabilities.final_gradients`). Query head h reads key head
+    h // (Hq / Hkv).
     """
 
     name: str
@@ -242,8 +248,9 @@ class Backend(Protocol):
         departures: Tensor | None = None,
     ) -> None:
         """Once per step, on a key-major table: adds into dq (in `state`) and into dk, dv (shaped as k, summed over the
-        query heads of a group, zeroed or partly summed on entry), or writes these, if it `writes_gradients`.
-        departures: see `departures_of`."""
+        query heads of a group, zeroed or partly summed on entry), or writes these, if it `writes_gradients`, or if it
+        gives `final_gradients` and they have k's dtype, not that of sums. A key of a batch entry is in one strip at
+        most. departures: see `departures_of`."""
         ...
 
     def finish(self, state: Any, *, params: Params) -> tuple[Tensor, Tensor | None]:
@@ -282,6 +289,25 @@ def departures_of(table: Table, pieces: int, batch: int, num_kv_heads: int) -> t
             counted[strip[0].piece] += strip[0].k_len * (batch if -1 in entries else len(entries))
         counts = table.cache[key] = tuple(counted)
     return tuple(count * num_kv_heads for count in counts)
+
+
+def names_every_key(table: Table, pieces: int, tokens: int, batch: int) -> bool:
+    """Whether each of `tokens` keys of each piece and batch entry is in some strip of a key-major table."""
+    key = ("names every key", pieces, tokens, batch)
+    known: bool | None = table.cache.get(key)
+    if known is None:
+        if (table.rows[:, COLUMNS.index("batch")] < 0).all():
+            strips = table.rows[table.groups[:-1], COLUMNS.index("k_len")]
+            named = int(strips.sum(dtype=np.int64)) * batch
+        else:
+            named = sum(departures_of(table, pieces, batch, 1))
+        known = table.cache[key] = named == pieces * tokens * batch
+    return known
+
+
+def has_wider_sums(dtype: torch.dtype) -> bool:
+    """Whether dk and dv of such inputs are final in this dtype and sums in a wider one: 16-bit ones."""
+    return accumulation_dtype(dtype) != dtype
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -29,7 +29,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dsinks, in the dtypes of q, k, v and the sinks, from the gradients of out and lse."""
     turns = Turns(q.device, several=transport.side_by_side)
-    homeward = transport.gradients(k, zeroed=not writes_gradients)
+    written = writes_gradients or transport.final_gradients  # by the backend: buffers may hold anything before
+    homeward = transport.gradients(k, zeroed=not written)
     dq = dsinks = None
     if transport.head_groups > 1:  # each group is a backward of its own, and writes its part of these
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -66,7 +67,7 @@ def backward(
                     flags=keys.flags,
                     departures=to.departures,
                 )
-            elif writes_gradients:
+            elif written:
                 to.dk.zero_()
                 to.dv.zero_()
             keys.read()

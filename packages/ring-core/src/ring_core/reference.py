@@ -42,6 +42,7 @@ class ReferenceBackend:
             dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}),
             head_dims=HeadDims(largest=1 << 16),
             features=frozenset(FEATURES),
+            final_gradients=True,
             flags=True,
         )
 
@@ -118,13 +119,21 @@ class ReferenceBackend:
         flags: Flags | None = None,
         departures: Tensor | None = None,
     ) -> None:
+        sums = dk, dv
+        final = dk.dtype != state.dq.dtype
+        if final:
+            assert flags is None and departures is None, "final gradients are those of keys that stay"
+            sums = torch.zeros_like(dk, dtype=state.dq.dtype), torch.zeros_like(dv, dtype=state.dq.dtype)
         for strip in table.host.grouped:
             for segment in strip:
-                self._add(state, segment, q, k, v, dout, dk, dv, params, flags)
+                self._add(state, segment, q, k, v, dout, *sums, params, flags)
             if departures is not None:
                 entries = {segment.batch for segment in strip}
                 copies = q.shape[0] if -1 in entries else len(entries)
                 departures[strip[0].piece] += strip[0].k_len * copies * k.shape[3]
+        if final:
+            dk.copy_(sums[0])
+            dv.copy_(sums[1])
 
     def _add(
         self,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ring_core.backend import Capabilities, DeviceTable, Flags, Params
+from ring_core.backend import Capabilities, DeviceTable, Flags, Params, has_wider_sums
 from ring_core.merge import merge_
 from ring_native.calls import Call, Idle, Landing, backward_calls, forward_calls, key_landings
 from ring_native.gradients import QueryGradient
@@ -76,7 +77,7 @@ class NativeBackend:
 
     def capabilities(self, device: torch.device) -> Capabilities:
         can = self.provider(device).capabilities(device)
-        return replace(can, accumulate=True, writes_gradients=True, flags=False)
+        return replace(can, accumulate=True, writes_gradients=True, final_gradients=True, flags=False)
 
     def forward(
         self,
@@ -151,12 +152,17 @@ class NativeBackend:
         calls = backward_calls(table.host, k.shape[2], q.shape[0], provider.style, provider.varlen, distances)
         keys, values, sums = _joined(k), _joined(v), (_joined(dk), _joined(dv))
         landings = key_landings(table.host, calls, k.shape[0] * k.shape[2], q.shape[0])
+        if not landings.once and has_wider_sums(dk.dtype):  # final: rounded when all calls have added to them
+            sums = torch.empty_like(keys, dtype=state.lse.dtype), torch.empty_like(values, dtype=state.lse.dtype)
         for entries, idle in landings.idle:
             for total in sums:
                 total[entries, idle].zero_()
         for call, landed in zip(calls, landings.by_call, strict=True):
             place = state.dq.place(call)
-            dq, *parts = _run_backward(state, call, q, keys, values, dout, place, params)
+            where = None
+            if sums[0].dtype == k.dtype and [fresh for _, fresh in landed] == [True]:  # nothing came before
+                where = sums[0][call.entries, call.keys], sums[1][call.entries, call.keys]
+            dq, *parts = _run_backward(state, call, q, keys, values, dout, place, where, params)
             if place is None:
                 state.dq.add(call, dq)
             elif dq.data_ptr() != place.data_ptr():
@@ -165,9 +171,12 @@ class NativeBackend:
                 for some, fresh in landed:
                     target = total[call.entries, some]
                     given = part if len(landed) == 1 else part[:, some.start - call.k_start : some.stop - call.k_start]
-                    target.copy_(given) if fresh else target.add_(given)
+                    if not fresh:
+                        target.add_(given)
+                    elif given.data_ptr() != target.data_ptr():
+                        target.copy_(given)
         for total, pieces in zip(sums, (dk, dv), strict=True):
-            if total.data_ptr() != pieces.data_ptr():  # pieces that do not lie one after the other: it was a copy
+            if total.data_ptr() != pieces.data_ptr():  # sums, or a copy: pieces that do not lie one after the other
                 pieces.copy_(total.unflatten(1, pieces.shape[::2][:2]).transpose(0, 1))
 
     def finish(self, state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
@@ -208,19 +217,23 @@ def _run_backward(
     values: Tensor,
     dout: Tensor,
     dq: Tensor | None,
+    dkv: tuple[Tensor, Tensor] | None,
     params: Params,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq (B or 1, rows, Hq, D), dk, dv (B or 1, keys, Hkv, D) of a call."""
+    """dq (B or 1, rows, Hq, D), dk, dv (B or 1, keys, Hkv, D) of a call, where the provider can, in the tensors handed
+    over."""
     queries = call.entries, call.rows
     place = call.entries, call.keys
     lse, dlse = _rows_of_lse(state, call)
     tensors = q[queries], keys[place], values[place], state.out[queries], dout[queries], lse
     mask, sequences, params = call.mask, call.sequences, _params_of(call, params)
     if sequences is None:
-        return state.provider.backward(*tensors, dlse, dq, mask=mask, sequences=None, params=params)
+        return state.provider.backward(*tensors, dlse, dq, dkv, mask=mask, sequences=None, params=params)
     qs, ks, vs, out, do, lse = (x[0] for x in tensors)
     dlse, dq = (None if x is None else x[0] for x in (dlse, dq))
-    found = state.provider.backward(qs, ks, vs, out, do, lse, dlse, dq, mask=mask, sequences=sequences, params=params)
+    dkv = None if dkv is None else (dkv[0][0], dkv[1][0])
+    options: dict[str, Any] = {"mask": mask, "sequences": sequences, "params": params}
+    found = state.provider.backward(qs, ks, vs, out, do, lse, dlse, dq, dkv, **options)
     return found[0][None], found[1][None], found[2][None]
 
 

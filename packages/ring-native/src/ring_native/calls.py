@@ -156,6 +156,11 @@ class KeyLandings:
     by_call: tuple[tuple[tuple[slice, bool], ...], ...]
     idle: tuple[tuple[slice, slice], ...]  # batch entries, keys
 
+    @cached_property
+    def once(self) -> bool:
+        """Whether no key has a second call."""
+        return all(fresh for landed in self.by_call for _, fresh in landed)
+
 
 def key_landings(table: Table, calls: tuple[Call, ...], tokens: int, batch: int) -> KeyLandings:
     """For the calls that `backward_calls` made of a table, of pieces of so many tokens together."""

@@ -94,6 +94,7 @@ class TritonBackend:
             head_dims=HEAD_DIMS,
             features=features,
             accumulate=True,
+            final_gradients=True,
             flags=not hopper and self.forced != "portable",
         )
 

@@ -16,8 +16,8 @@ from ring_triton import PATHS, TritonBackend, direct
 SHAPE = (2, 300, 6, 128)  # of q; half as many key heads
 
 
-def passes(path: str, seed: int, *, sinks: bool = False) -> list[Tensor]:
-    """out, lse, dq, dk, dv of a causal call whose inputs follow from the seed."""
+def passes(path: str, seed: int, *, sinks: bool = False, final: bool = False) -> list[Tensor]:
+    """out, lse, dq, dk, dv of a causal call whose inputs follow from the seed; final: dk and dv in their dtype."""
     device = torch.device("cuda", torch.cuda.current_device())
     backend = TritonBackend(path)
     generator = torch.Generator(device).manual_seed(seed)
@@ -33,7 +33,7 @@ def passes(path: str, seed: int, *, sinks: bool = False) -> list[Tensor]:
     step = make_plan(Problem(length, length, length, length, None, 0, "contiguous", 1), 0, "gather").steps[0]
     tables = on_device(step.forward, device), on_device(step.backward, device)
     backend.forward(q, k, v, out, lse, None, tables[0], params=params)
-    dk, dv = torch.zeros(2, *k.shape, device=device)
+    dk, dv = torch.zeros(2, *k.shape, device=device, dtype=k.dtype if final else torch.float32)
     state: Any = backend.prepare(q, k.shape[1:], out, dout, lse, None, params=params)
     backend.backward(state, q, k, v, dout, dk, dv, tables[1], params=params)
     dq, _ = backend.finish(state, params=params)
@@ -61,19 +61,21 @@ def available(path: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("sinks", "final"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("path", PATHS)
-def test_the_same_bits(path: str, sinks: bool, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bits(
+    path: str, sinks: bool, final: bool, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     available(path)
     with monkeypatch.context() as patch:  # by Triton alone
         patch.setattr(direct.Launches, "get", lambda self, key: None)
-        want = {seed: passes(path, seed, sinks=sinks) for seed in (1, 2)}
+        want = {seed: passes(path, seed, sinks=sinks, final=final) for seed in (1, 2)}
     assert not counted[0]
-    passes(path, 1, sinks=sinks)
+    passes(path, 1, sinks=sinks, final=final)
     before = counted[0]
     kept = []
     for seed in (2, 1, 2):
-        found = passes(path, seed, sinks=sinks)
+        found = passes(path, seed, sinks=sinks, final=final)
         kept.append(found)  # so that each call's tensors lie elsewhere
         assert all(torch.equal(a, b) for a, b in zip(found, want[seed], strict=True))
     assert counted[0] - before >= 3 * 4, "forward, prepare, two or three of the backward"

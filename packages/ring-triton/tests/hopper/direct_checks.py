@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -222,6 +223,50 @@ def hopper_backward() -> None:
         state.sums.data_ptr(),
         dq.data_ptr(),
     ]
+
+
+def hopper_backward_final() -> None:
+    """dk and dv in the inputs' dtype: the kernel's own where it writes them all, zeroed first where it does not, and
+    made from sums in fp32 where several programs have a part of each."""
+
+    def backward_table(length: int, left: int | None) -> DeviceTable:
+        problem = Problem(256, length, 256, length, left, 0, "contiguous", 1)
+        return on_device(make_plan(problem, 0, "gather").steps[0].backward, torch.device("cpu"))
+
+    seen, params = Launched(), Params(0.1)
+    given = backward_table(256, None)
+    q, k, v, out, lse = inputs()
+
+    def run(k: torch.Tensor, v: torch.Tensor, table: DeviceTable, dtype: torch.dtype) -> list[torch.Tensor]:
+        state = backward_launch.prepare(q, out, q, lse, None)
+        gradients = [torch.full(k.shape, 7.0, dtype=dtype) for _ in range(2)]
+        backward_launch.backward(state, q, k, v, q, *gradients, table, params=params)
+        return gradients
+
+    with no_gpu_backward(seen) as kernels:
+        compiled = kernels["backward_kernel"]
+        for times in (1, 2):
+            dk, dv = run(k, v, given, torch.bfloat16)
+            assert compiled.compiled == 1 and len(seen.calls) == 2 * (times - 1), "prepare and backward, once more"
+            assert (dk == 7).all() and (dv == 7).all(), "the kernel writes every key: nothing to do before"
+        (known,) = given.host.cache["hopper backward"]._known.values()
+        assert list(known._pointers)[:2] == [dk.data_ptr(), dv.data_ptr()]
+        assert compiled.last.src.signature["dk"] == compiled.last.src.signature["dv"] == "*bf16"
+        run(k, v, given, torch.float32)
+        assert compiled.compiled == 2 and compiled.last.src.signature["dk"] == "*fp32"
+        wide_k, wide_v = torch.zeros(2, 1, 1, 400, 2, 128, dtype=torch.bfloat16)
+        for _ in range(2):  # keys that no window reaches
+            assert not any(x.any() for x in run(wide_k, wide_v, backward_table(400, 30), torch.bfloat16))
+        with patch.object(backward_launch, "_split", lambda *_: 2):
+            table = backward_table(256, 200)  # another plan, with a cache of its own
+            for times in (1, 2):
+                calls = len(seen.calls)
+                dk, dv = run(k, v, table, torch.bfloat16)
+                assert not dk.any() and not dv.any(), "sums that the kernel has left as they were: zeros"
+                assert len(seen.calls) == calls + times, "prepare alone, then both"
+            (known,) = table.host.cache["hopper backward"]._known.values()
+            assert dk.data_ptr() not in list(known._pointers)
+            assert compiled.last.src.signature["dk"] == "*fp32"
 
 
 if __name__ == "__main__":

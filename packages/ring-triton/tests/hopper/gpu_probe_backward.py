@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -64,6 +65,12 @@ def groups() -> Groups:
              chunks(128, deterministic=True, repeat=2)]
         ),
         "64 ordered": lambda: iter([*simple(64, deterministic=True, repeat=2), chunks(64, deterministic=True)]),
+        "final": lambda: iter(
+            [c for dim in (128, 64) for heads in ((3, 3), (4, 2)) for c in simple(dim, final=True, heads=heads)]
+            + [replace(c, heads=heads) for heads in ((3, 3), (4, 2)) for c in randoms(128, range(6), final=True)]
+            + [replace(c, final=True) for c in (own_batches(128), *plans(64)) if len(c.tables) == 1]
+            + [*simple(128, final=True, deterministic=True, repeat=2)]
+        ),
         "departures": lambda: iter([*simple(128, departures=True), chunks(128, departures=True)]),
         "scale": lambda: iter([*simple(128, scale=0.5), *simple(128, scale=-0.05)]),
     }  # fmt: skip

@@ -50,6 +50,7 @@ def compile_backward(
     flags: bool = False,
     departures: bool = False,
     ordered: bool = False,
+    final: bool = False,
     parts: int = 1,
     settings: BackwardSettings | None = None,
     **changed: Any,
@@ -61,7 +62,7 @@ def compile_backward(
     plan = make_plan(Problem(length, length, length, length, None, 0, "contiguous", 1), 0, "gather")
     q = torch.zeros(1, length, heads[0], head_dim, dtype=dtype)
     kv = torch.zeros(2, 1, 1, length, heads[1], head_dim, dtype=dtype)
-    dkv = torch.zeros(kv.shape)
+    dkv = torch.zeros(kv.shape, dtype=dtype if final else torch.float32)
     kernel, other = WarmUp(backward_launch.backward_kernel), WarmUp(backward_launch.prepare_kernel)
     last = WarmUp(backward_launch.finish_kernel)
     params = Params(0.1, deterministic=ordered)
@@ -90,7 +91,8 @@ def compile_backward(
             settings=chosen,
         )
         backward_launch.finish(state, params=params)
-    assert kernel.compiled is not None and other.compiled is not None and last.compiled is not None
+    assert kernel.compiled is not None and other.compiled is not None
+    assert ordered or last.compiled is not None
     return examine(kernel.compiled)
 
 
@@ -129,6 +131,13 @@ SPILLED: dict[tuple[int, int, int], int] = {
 """Bytes, by head dim, block and order: in blocks at an edge, and addresses before the loop."""
 GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "128": [(128, {}), (128, {"flags": True, "departures": True}), (128, {"heads": (4, 1), "parts": 4})],
+    "final": [
+        (128, {"final": True}),
+        (64, {"final": True}),
+        (40, {"final": True, "dtype": torch.float16}),
+        (128, {"final": True, "ordered": True}),
+        (128, {"final": True, "heads": (4, 1), "parts": 4}),
+    ],
     "64": [(64, {}), (64, {"flags": True, "departures": True}), (64, {"heads": (4, 1), "parts": 4})],
     "padded": [(8, {}), (40, {}), (96, {})],
     "fp16": [(64, {"dtype": torch.float16}), (128, {"dtype": torch.float16})],

@@ -15,7 +15,17 @@ CHECKS = Path(__file__).parent / "direct_checks.py"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "check", ["layout", "pointers", "keys", "profilers", "copies", "portable_kernels", "hopper_backward"]
+    "check",
+    [
+        "layout",
+        "pointers",
+        "keys",
+        "profilers",
+        "copies",
+        "portable_kernels",
+        "hopper_backward",
+        "hopper_backward_final",
+    ],
 )
 def test_direct_launch(check: str) -> None:
     """In a process where kernels are compiled, not interpreted."""

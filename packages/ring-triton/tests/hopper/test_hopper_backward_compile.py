@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parent / "hopper_compiling_backward.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["128", "64", "padded", "fp16", "ordered", "variants"])
+@pytest.mark.parametrize("group", ["128", "64", "final", "padded", "fp16", "ordered", "variants"])
 def test_compiled_for_sm_90a(group: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

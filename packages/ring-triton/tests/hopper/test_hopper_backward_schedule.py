@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hopper_backward_walk import blocks_of, visible_pairs, visits
-from hopper_plans import PLANS, problem
+from hopper_plans import PLANS, problem, table_of
 
 from ring_core.plan import PackedProblem, make_plan
 from ring_core.segment import Segment, Table
@@ -51,6 +51,24 @@ def test_plans(
         for step in make_plan(wanted, rank, schedule).steps:
             if len(step.backward):
                 check(step.backward, 1024 // world_size, block, by_piece=rank % 2 == 1)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_keys_that_some_query_sees(block: int) -> None:
+    """By tiles: all keys of a plan's strips, which follow the visible edge; those of a tile without blocks are none."""
+    for layout, world_size, left, right, total in PLANS:
+        wanted = problem(1024, layout, world_size, left, right, total)
+        for step in make_plan(wanted, world_size - 1, "ring").steps:
+            strips = sum(strip[0].k_len for strip in step.backward.grouped)
+            for batch in (1, 3):
+                schedule = make_schedule(step.backward, tile_keys=128, block=block)
+                assert schedule.seen_keys(batch) == batch * strips
+    strips = [
+        [Segment(0, 64, 0, 0, 200, -64, 40, 0, 0, 1, -1, 3)],  # up to key 103: one tile of two
+        [Segment(0, 64, 0, 200, 50, 10, 5, 0, 0, 1, -1, 3)],  # an empty band
+        [Segment(0, 64, 0, 250, 30, -64, 30, 0, 0, 1, 1, 3)],  # of one batch entry
+    ]
+    assert make_schedule(table_of(*strips), tile_keys=128, block=block).seen_keys(3) == 3 * 128 + 30
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])

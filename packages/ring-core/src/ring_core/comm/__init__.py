@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ring_core.backend import has_wider_sums
 from ring_core.comm.channel import RingCommError
 from ring_core.comm.collectives import CollectiveCourier
 from ring_core.comm.gather import Courier, GatherTransport
@@ -69,6 +70,7 @@ def transport(
     heads_at_once: int = 0,
     *,
     staged: bool = False,
+    final_gradients: bool = False,
 ) -> Transport:
     """What moves keys and gradients for a plan.
 
@@ -79,9 +81,10 @@ def transport(
         heads_at_once: key heads in a group of the gather schedule; 0: all where pieces are staged, else as
             `ring_core.comm.heads` has it.
         staged: the backend takes arrival flags and departure counters, where the transport has them.
+        final_gradients: it gives dk and dv in k's dtype where nobody adds to them: where nothing travels.
     """
     if group is None or not plan.problem.travels:
-        return LocalTransport()
+        return LocalTransport(final_gradients and has_wider_sums(k.dtype))
     if isinstance(plan, RingPlan):
         return RingTransport(plan, group)
     courier = _courier(plan, group, k)

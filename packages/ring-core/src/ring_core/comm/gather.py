@@ -73,6 +73,8 @@ class Courier(Protocol):
 class GatherTransport:
     """Moves what a `GatherPlan` says, head group by head group."""
 
+    final_gradients = False
+
     def __init__(self, plan: GatherPlan, courier: Courier, groups: Heads) -> None:
         self.plan = plan
         self.courier = courier

@@ -35,9 +35,9 @@ class Keys(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """What a backward adds into."""
+    """What a backward adds into, or writes."""
 
-    dk: Tensor  # (C, B, S_piece, h, D), in the accumulation dtype
+    dk: Tensor  # (C, B, S_piece, h, D), in the accumulation dtype, or the keys' where they are final
     dv: Tensor  # (C, B, S_piece, h, D)
     departures: Tensor | None = None
     """Zeros (C,) int32, where pieces leave as they are completed: `ring_core.backend.departures_of`."""
@@ -66,6 +66,8 @@ class Transport(Protocol):
     """How many groups of heads it yields, one after the other."""
     side_by_side: bool
     """Whether what it yields is about different heads or rows each time, so that nothing of it waits for the others."""
+    final_gradients: bool
+    """Whether dk and dv, as the one call about these keys gives them, are the result, in the keys' dtype."""
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
         """The pieces of each step in turn, or of each group of heads, from this rank's k, v (B, S, Hkv, D)."""
@@ -77,33 +79,41 @@ class Transport(Protocol):
 
 
 class LocalTransport:
-    """Nothing travels: one rank, or several of which each sees only its own keys."""
+    """Nothing travels: one rank, or several of which each sees only its own keys.
+
+    final_gradients: the backend gives dk and dv in the keys' dtype (`ring_core.backend.Capabilities`).
+    """
 
     head_groups = 1
     side_by_side = False
+
+    def __init__(self, final_gradients: bool = False) -> None:
+        self.final_gradients = final_gradients
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
         yield Keys(0, slice(0, k.shape[2]), k[None], v[None])
 
     def gradients(self, k: Tensor, *, zeroed: bool) -> Gradients:
-        return LocalGradients(k, zeroed)
+        return LocalGradients(k, k.dtype if self.final_gradients else accumulation_dtype(k.dtype), zeroed)
 
 
 class LocalGradients:
-    """The buffers are the result."""
+    """The buffers are the result, but for their dtype, where the backend adds in a wider one."""
 
-    def __init__(self, k: Tensor, zeroed: bool) -> None:
-        self._dtype = k.dtype
-        self._sums = for_gradients(k, k.shape[1], zeroed)
+    def __init__(self, k: Tensor, dtype: torch.dtype, zeroed: bool) -> None:
+        make = torch.zeros if zeroed else torch.empty
+        self._final = k.dtype
+        # tensors of their own: whoever keeps one does not keep the other's memory
+        self._dk, self._dv = (make(k.shape, dtype=dtype, device=k.device) for _ in range(2))
 
     def buffers(self, keys: Keys) -> Buffers:
-        return Buffers(self._sums[0][None], self._sums[1][None])
+        return Buffers(self._dk[None], self._dv[None])
 
     def depart(self, keys: Keys) -> None:
         pass
 
     def collect(self) -> tuple[Tensor, Tensor]:
-        return in_dtype(self._sums, self._dtype)
+        return self._dk.to(self._final), self._dv.to(self._final)
 
 
 def for_gradients(k: Tensor, tokens: int, zeroed: bool) -> Tensor:

@@ -64,12 +64,13 @@ class Provider(Protocol):
         lse: Tensor,
         dlse: Tensor | None,
         dq: Tensor | None,
+        dkv: tuple[Tensor, Tensor] | None,
         *,
         mask: Mask,
         sequences: Sequences | None,
         params: Params,
     ) -> Gradients:
-        """dq (in the tensor that was handed over, where it can write there), dk, dv from the out and lse of the whole
+        """dq, dk, dv (in the tensors that were handed over, where it can write there) from the out and lse of the whole
         row, of which these keys are a part. lse is contiguous."""
         ...
 

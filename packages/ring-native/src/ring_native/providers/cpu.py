@@ -60,6 +60,7 @@ class Cpu:
         lse: Tensor,
         dlse: Tensor | None,
         dq: Tensor | None,
+        dkv: tuple[Tensor, Tensor] | None,
         *,
         mask: Mask,
         sequences: Sequences | None,

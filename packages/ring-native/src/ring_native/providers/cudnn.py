@@ -66,6 +66,7 @@ class Cudnn:
         lse: Tensor,
         dlse: Tensor | None,
         dq: Tensor | None,
+        dkv: tuple[Tensor, Tensor] | None,
         *,
         mask: Mask,
         sequences: Sequences | None,

@@ -79,13 +79,14 @@ class FlashAttention3:
         lse: Tensor,
         dlse: Tensor | None,
         dq: Tensor | None,
+        dkv: tuple[Tensor, Tensor] | None,
         *,
         mask: Mask,
         sequences: Sequences | None,
         params: Params,
     ) -> Gradients:
         dq = torch.empty_like(q) if dq is None else dq
-        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2)) if dkv is None else dkv
         library(MODULE, INSTALL)._flash_attn_backward(
             dout,
             q,

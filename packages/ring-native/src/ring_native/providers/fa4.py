@@ -77,11 +77,13 @@ class FlashAttention4:
         lse: Tensor,
         dlse: Tensor | None,
         dq: Tensor | None,
+        dkv: tuple[Tensor, Tensor] | None,
         *,
         mask: Mask,
         sequences: Sequences | None,
         params: Params,
     ) -> Gradients:
+        into = (None, None) if dkv is None else dkv
         dq, dk, dv = library(MODULE, INSTALL)._flash_attn_bwd(
             q,
             k,
@@ -92,6 +94,8 @@ class FlashAttention4:
             softcap=params.softcap,
             deterministic=params.deterministic,
             dq=dq,
+            dk=into[0],
+            dv=into[1],
             dlse=dlse,
             **_options(q, mask, sequences, params),
         )

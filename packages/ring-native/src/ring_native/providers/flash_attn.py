@@ -90,6 +90,7 @@ class FlashAttention2:
         lse: Tensor,
         dlse: Tensor | None,
         dq: Tensor | None,
+        dkv: tuple[Tensor, Tensor] | None,
         *,
         mask: Mask,
         sequences: Sequences | None,
@@ -97,7 +98,7 @@ class FlashAttention2:
     ) -> Gradients:
         kernel, slopes = self.kernel(), _slopes(params)
         dq = torch.empty_like(q) if dq is None else dq
-        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2)) if dkv is None else dkv
         head = (dout, q, k, v, out, lse, dq, dk, dv)
         tail = (*_band(mask, k, sequences, params), params.softcap, params.deterministic, None, None)
         if sequences is None:

@@ -292,16 +292,19 @@ def _block_alone(
 
 
 @gluon.jit
-def _add(base, stride, x, count, DL: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr,
-         ATOMIC: gl.constexpr):  # fmt: skip
-    """Adds x (KEYS, D) to `count` rows of global memory."""
+def _leave(base, stride, x, count, DL: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr,
+           ATOMIC: gl.constexpr):  # fmt: skip
+    """Adds x (KEYS, D) to `count` rows of global memory; writes it, where they are not in fp32 but final."""
     rows = gl.arange(0, KEYS, layout=gl.SliceLayout(1, DL))
     columns = gl.arange(0, D, layout=gl.SliceLayout(0, DL))
     at = base + rows[:, None] * stride + columns[None, :]
     mask = (rows < count)[:, None]
     if HEAD_DIM != D:
         mask = mask & (columns < HEAD_DIM)[None, :]
-    if ATOMIC:
+    if base.dtype.element_ty != gl.float32:
+        gl.static_assert(not ATOMIC, "sums of several programs are in fp32")
+        gl.store(at, x.to(base.dtype.element_ty), mask=mask)
+    elif ATOMIC:
         gl.atomic_add(at, x, mask=mask, sem="relaxed")
     else:
         gl.store(at, gl.load(at, mask=mask, other=0.0) + x, mask=mask)
@@ -385,9 +388,9 @@ def _consumer(
         count = gl.load(entry + 3)
         piece = gl.load(entry + 5)
         place = piece.to(gl.int64) * dv_c + batch.to(gl.int64) * dv_b + token.to(gl.int64) * dv_s + head * dv_h
-        _add(dv + place, dv_s, dv_total, count, DL, KEYS, D, HEAD_DIM, ATOMIC)
+        _leave(dv + place, dv_s, dv_total, count, DL, KEYS, D, HEAD_DIM, ATOMIC)
         place = piece.to(gl.int64) * dk_c + batch.to(gl.int64) * dk_b + token.to(gl.int64) * dk_s + head * dk_h
-        _add(dk + place, dk_s, dk_total * scale, count, DL, KEYS, D, HEAD_DIM, ATOMIC)
+        _leave(dk + place, dk_s, dk_total * scale, count, DL, KEYS, D, HEAD_DIM, ATOMIC)
     if DEPARTURES:
         thread_barrier()  # every thread's additions come before the count
         gl.atomic_add(departures + gl.load(entry + 5), gl.load(entry + 3), sem="release", scope="sys")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,7 @@ class Prepared:
     count: int
     walk: Tensor  # (M, 12) int32
     repeats: int  # batch entries that all items are about
+    keys: int  # in tiles that some query sees, of all batch entries
 
 
 def backward_supports(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> str:
@@ -79,8 +80,8 @@ def backward_supports(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -
     if math.prod(q.shape[:3]) * 4 >= 1 << 31:
         return f"{math.prod(q.shape[:3])} rows of q, it counts four copies of each in 32 bits"
     for name, x in (("dk", dk), ("dv", dv)):
-        if x.dtype != torch.float32 or x.stride(-1) != 1:
-            return f"{name} of {x.dtype} with strides {x.stride()}, it takes fp32 with a dense last dim"
+        if x.dtype not in (torch.float32, q.dtype) or x.stride(-1) != 1:
+            return f"{name} of {x.dtype} with strides {x.stride()}, it takes fp32 or q's with a dense last dim"
     return ""
 
 
@@ -157,15 +158,71 @@ def backward(
 
     Args:
         state: of `prepare`.
-        q, dout: (B, Sq, Hq, D), fp16 or bf16. k, v: (C, B, S, Hkv, D). dk, dv: shaped as k, fp32, added to.
+        q, dout: (B, Sq, Hq, D), fp16 or bf16. k, v: (C, B, S, Hkv, D). dk, dv: shaped as k, fp32, added to, or in q's
+            dtype, written: see `ring_core.backend.Capabilities.final_gradients`.
         params: the scale; deterministic as it was for `prepare`.
         flags: arrival of the pieces; a piece's keys are read once its flag says so.
         departures: (C,) int32: the keys of each finished tile are added, for every key head and batch entry of its
             piece: see `ring_core.backend.departures_of`.
         settings: instead of those for this head dim.
     """
-    if not q.numel() or not len(table.host):
-        return
+    final = None if dk.dtype == torch.float32 else (dk, dv)
+    if final is not None:
+        assert flags is None and departures is None, "final gradients are those of keys that stay"
+        dk, dv = _where_final(state, q, dk, dv, table, settings)
+    if q.numel() and len(table.host):
+        _launch(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
+    if final is not None and dk is not final[0]:
+        final[0].copy_(dk)
+        final[1].copy_(dv)
+
+
+def _where_final(
+    state: BackwardState,
+    q: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    table: DeviceTable,
+    settings: BackwardSettings | None,
+) -> tuple[Tensor, Tensor]:
+    """What the kernel is given for final dk and dv: these, zeroed first where it does not write all of them; or zeros
+    in fp32, where several programs have a part of each, which are calls too small for the GPU."""
+    ordered, device = state.ordered is not None, q.get_device()
+    key = ("hopper final", device, q.shape, dk.shape, ordered, settings, tuned.serial())
+    known: tuple[bool, bool] | None = table.host.cache.get(key)
+    if known is None:
+        dealt_out = written = False
+        if q.numel() and len(table.host):
+            chosen = settings or _settings_of(q, table, ordered)
+            prepared = schedule_for(table, q.shape[0], chosen.block, chosen.by_piece)
+            dealt_out = _parts(prepared, q, dk.shape[3], whole=ordered) > 1
+            written = prepared.keys == math.prod(dk.shape[:3])
+        known = table.host.cache[key] = dealt_out, written
+    dealt_out, written = known
+    if dealt_out:
+        sums = torch.zeros((2, *dk.shape), dtype=torch.float32, device=dk.device)
+        return sums[0], sums[1]
+    if not written:
+        dk.zero_()
+        dv.zero_()
+    return dk, dv
+
+
+def _launch(
+    state: BackwardState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    table: DeviceTable,
+    params: Params,
+    flags: Flags | None,
+    departures: Tensor | None,
+    settings: BackwardSettings | None,
+) -> None:
+    """By the driver alone where the same has been launched before."""
     dout = dout if state.dout is None else state.dout
     tensors = (q, k, v, dout, dk, dv)
     kind = flags is None, departures is None, state.ordered is None, tuned.serial()
@@ -182,9 +239,7 @@ def backward(
         stream = current_stream()(q.get_device())
         known(stream, (*addresses(dk, dv), *known.note, *waits, counts), read)
     if state.ordered is not None:
-        # scaled once, at the end
-        scores = portable.scores_of(params, q)
-        portable.launch_gradients_q(state.ordered, q, k, v, dout, table, replace(params, scale=1.0), scores)
+        portable.launch_gradients_q(state.ordered, q, k, v, dout, table, params, portable.scores_of(params, q))
 
 
 def _backward(
@@ -202,7 +257,7 @@ def _backward(
     settings: BackwardSettings | None,
     key: Any,
 ) -> None:
-    """The kernel of `backward` by way of Triton, which compiles what it has not seen."""
+    """The same by way of Triton, which compiles what it has not seen."""
     dense = not backward_supports(q, k, v, dk, dv)
     if not dense:
         q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
@@ -218,7 +273,7 @@ def _backward(
     programs = prepared.count * prepared.repeats * num_kv_heads
     if not programs:
         return
-    split = 1 if ordered or departures is not None else _split(group, programs, q.device)
+    split = _parts(prepared, q, num_kv_heads, whole=ordered or departures is not None)
     head_batches = prepared.repeats * num_kv_heads * split
     members = group // split
     section = min(head_batches, max(1, L2_BYTES // (members * length * head_dim * 8)))
@@ -291,11 +346,10 @@ def _settings_of(q: Tensor, table: DeviceTable, ordered: bool) -> BackwardSettin
 
 def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
     """See `ring_core.backend.Backend.finish`."""
+    if state.ordered is not None:
+        return portable.finish(state.ordered, params)
     batch, num_heads, length = state.delta.shape
     sums = state.sums
-    if state.ordered is not None:
-        fresh = state.ordered.fresh
-        sums = (torch.zeros_like(state.ordered.dq) if fresh else state.ordered.dq).transpose(1, 2).contiguous()
     assert sums is not None
     head_dim = sums.shape[-1]
     dq = torch.empty((batch, length, num_heads, head_dim), dtype=state.dtype, device=sums.device)
@@ -346,9 +400,16 @@ def schedule_for(table: DeviceTable, batch: int, block: int, by_piece: bool) -> 
             len(items),
             torch.from_numpy(walk).to(table.device),
             batch if schedule.every_batch else 1,
+            schedule.seen_keys(batch),
         )
     prepared: Prepared = known
     return prepared
+
+
+def _parts(prepared: Prepared, q: Tensor, num_kv_heads: int, *, whole: bool) -> int:
+    """How many programs share a tile of keys of a key head; whole: it must be one."""
+    programs = prepared.count * prepared.repeats * num_kv_heads
+    return 1 if whole else _split(q.shape[2] // num_kv_heads, programs, q.device)
 
 
 def _split(group: int, programs: int, device: torch.device) -> int:

@@ -45,6 +45,11 @@ class Schedule:
         """Whether all tiles are about every batch entry."""
         return bool((self.items[:, ITEM.index("batch")] < 0).all())
 
+    def seen_keys(self, batch: int) -> int:
+        """Keys in tiles that have blocks, of all batch entries."""
+        keys, entries, blocks = (self.items[:, ITEM.index(name)] for name in ("keys", "batch", "blocks"))
+        return int((keys * np.where(entries < 0, batch, 1) * (blocks > 0)).sum(dtype=np.int64))
+
     def for_batch(self, batch: int) -> NDArray[np.int32]:
         """Items, those of every batch entry repeated with its number, in the same order."""
         column = self.items[:, ITEM.index("batch")]

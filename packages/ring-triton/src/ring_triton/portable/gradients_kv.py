@@ -8,7 +8,8 @@
 
 Scores are computed transposed, so that p and ds are the left sides of their products and never leave the registers.
 The sum over a group's query heads is made here, and no other program writes these keys: there are no atomics, and the
-result is the same bit for bit from run to run. dk and dv are added to what the buffers hold.
+result is the same bit for bit from run to run. dk and dv are added to what the buffers hold; where these have the
+inputs' dtype and not that of sums, they are rounded and written.
 grid = (work list, key heads, batch entries).
 """
 
@@ -27,6 +28,7 @@ from ring_triton.portable.common import (
     operand,
     power,
     product,
+    rounded,
     tanh,
     walk,
 )
@@ -152,10 +154,17 @@ def gradients_kv_kernel(
                 )  # fmt: skip
         number += 1
 
+    final: tl.constexpr = dk.dtype.element_ty
     d = tl.arange(0, WIDTH)
     block = there[:, None] & (d < D)[None, :]
     tokens = (k_start + j).to(tl.int64)[:, None]
     dk_at = dk + piece * dk_c + batch * dk_b + kv_head * dk_h + tokens * dk_s + d[None, :]
-    tl.store(dk_at, tl.load(dk_at, mask=block, other=0.0) + dk_sum * scale, mask=block)
+    if final == ACC:
+        tl.store(dk_at, tl.load(dk_at, mask=block, other=0.0) + dk_sum * scale, mask=block)
+    else:
+        tl.store(dk_at, rounded(dk_sum * scale, final, UPCAST), mask=block)
     dv_at = dv + piece * dv_c + batch * dv_b + kv_head * dv_h + tokens * dv_s + d[None, :]
-    tl.store(dv_at, tl.load(dv_at, mask=block, other=0.0) + dv_sum, mask=block)
+    if final == ACC:
+        tl.store(dv_at, tl.load(dv_at, mask=block, other=0.0) + dv_sum, mask=block)
+    else:
+        tl.store(dv_at, rounded(dv_sum, final, UPCAST), mask=block)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ring_core.backend import DeviceTable, Params, accumulation_dtype
+from ring_core.backend import DeviceTable, Params, accumulation_dtype, names_every_key
 from ring_triton import tuned
 from ring_triton.direct import Launches, addresses, aligned, launches_of, shaped
 from ring_triton.portable.forward import forward_kernel
@@ -234,12 +234,23 @@ def backward(
     params: Params,
 ) -> None:
     """See `ring_core.backend.Backend.backward`."""
+    void_unnamed(state.delta.dtype, q, dk, dv, table)
     if not q.numel() or not len(table.host):
         return
     scores = scores_of(params, q)
     with _on(q.device):
         _gradients_kv(state, q, k, v, dout, dk, dv, table, params, scores)
         launch_gradients_q(state, q, k, v, dout, table, params, scores)
+
+
+def void_unnamed(sums: torch.dtype, q: Tensor, dk: Tensor, dv: Tensor, table: DeviceTable) -> None:
+    """Zeros in final dk and dv, those that do not have the dtype of sums, unless the kernels write all of them."""
+    if dk.dtype == sums:
+        return
+    pieces, batches, tokens = dk.shape[:3]
+    if not q.numel() or not names_every_key(table.host, pieces, tokens, batches):
+        dk.zero_()
+        dv.zero_()
 
 
 def _gradients_kv(

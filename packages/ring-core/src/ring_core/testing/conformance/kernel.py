@@ -18,6 +18,7 @@ from ring_core.backend import (
     Params,
     accumulation_dtype,
     departures_of,
+    has_wider_sums,
     on_device,
     takes_flags,
 )
@@ -43,7 +44,8 @@ class KernelCase(AttentionCase):
     hand_made: tables that no plan makes, of `strip` rows by `block` keys in `calls` calls over `pieces` pieces of keys;
     cu_q, cu_k pack documents; per_entry: rows of the table for each batch entry by itself. strided: q, k, v, dout are
     views whose last dimension alone is dense. flags: pieces come with arrival flags where the backend reads them.
-    reveal: v is one-hot, so that out is the matrix of probabilities and its zeros are the dropout mask.
+    reveal: v is one-hot, so that out is the matrix of probabilities and its zeros are the dropout mask. final: dk
+    and dv are in the inputs' dtype where the backend gives them so; each of the calls is about keys of its own.
     """
 
     hand_made: bool = False
@@ -57,6 +59,7 @@ class KernelCase(AttentionCase):
     strided: bool = False
     flags: bool = False
     reveal: bool = False
+    final: bool = False
 
     @property
     def features(self) -> frozenset[str]:
@@ -232,8 +235,11 @@ class _Run:
             generator = torch.Generator().manual_seed(1)
             before = torch.randn(2, *k.shape, generator=generator, dtype=self.sums).to(self.device)
             after = before.clone()
-            if self.backend.capabilities(torch.device(self.device)).writes_gradients:
-                before, after = torch.zeros_like(before), torch.full_like(after, torch.nan)
+            can = self.backend.capabilities(torch.device(self.device))
+            if self.case.final and can.final_gradients and has_wider_sums(q.dtype):
+                before = before.to(q.dtype)
+            if can.writes_gradients or before.dtype != self.sums:
+                before, after = torch.zeros_like(before), torch.full_like(before, torch.nan)
             table = on_device(call.backward, self.device)
             flags = self._flags(call, q, dout)
             departures = None if flags is None else torch.zeros_like(flags.values)

@@ -26,7 +26,7 @@ def kernel_cases(scale: int = 1) -> list[KernelCase]:
     scale: lengths, windows and blocks are multiplied by it. 1 suits interpreters (tens of tokens); use an odd number on
     a GPU, so that lengths stay multiples of nothing (31: about 2,000 tokens).
     """
-    cases = [*_geometry(), *_hand_made(), *_heads(), *_features(), *_numerics()]
+    cases = [*_geometry(), *_hand_made(), *_heads(), *_features(), *_numerics(), *_final()]
     return [case if scale == 1 else _scaled(case, scale) for case in cases]
 
 
@@ -202,6 +202,33 @@ def _numerics() -> Iterator[KernelCase]:
                 k_length=58,
             )
         yield _planned(f"{short}-features", "zigzag", "gather", 2, dtype=dtype, sinks=True, softcap=5.0, alibi="head")
+
+
+def _final() -> Iterator[KernelCase]:
+    """dk and dv in the inputs' dtype, written: what no pair reaches is 0, whatever was there."""
+    half: dict[str, Any] = {"final": True, "dtype": torch.bfloat16}
+    for layout in ("contiguous", "zigzag", "stripe"):
+        yield _planned("final-causal", layout, "ring", 1, causal=True, q_length=46, k_length=46, **half)
+    # keys before the window of the first query, and padding: the table does not name them
+    yield _planned("final-unseen-keys", "contiguous", "ring", 1, **half, window=(5, 2), q_length=33, k_length=80)
+    yield _planned("final-padding", "contiguous", "ring", 1, **half, q_length=50, k_length=50, q_total=41, k_total=38)
+    for q_heads, kv_heads in ((3, 3), (6, 1)):
+        heads = {"q_heads": q_heads, "kv_heads": kv_heads}
+        yield _planned(f"final-heads-{q_heads}-{kv_heads}", "contiguous", "ring", 1, **half, **heads, causal=True)
+    for head_dim in (40, 128, 256):
+        yield _planned(f"final-dim-{head_dim}", "contiguous", "ring", 1, **half, head_dim=head_dim, batch=1)
+    fp16 = half | {"dtype": torch.float16, "strided": True, "deterministic": True}
+    yield _planned("final-fp16-deterministic", "contiguous", "ring", 1, causal=True, **fp16)
+    everything: dict[str, Any] = {"softcap": 4.0, "sinks": True, "alibi": "batch", "dropout_p": 0.1, "window": (31, 0)}
+    yield _planned("final-everything", "contiguous", "ring", 1, **half, **everything, causal=True, q_heads=6)
+    shape: dict[str, Any] = {"hand_made": True, "q_length": 47, "k_length": 61}
+    # strips that the table names and no query sees, and several calls, each about other keys
+    yield KernelCase(name="final-unseen-strips", strip=17, block=7, window=(4, 2), **shape, **half)
+    yield KernelCase(name="final-pieces", strip=20, block=19, calls=2, pieces=3, causal=True, **shape, **half)
+    yield KernelCase(name="final-entries", strip=17, block=13, per_entry=True, batch=3, **shape, **half)
+    packed: dict[str, Any] = {"cu_q": (4, 4, 5, 20, 29, 29, 62), "cu_k": (3, 3, 4, 30, 30, 41, 69)}
+    packed |= {"hand_made": True, "batch": 1, "q_length": 70, "k_length": 77}
+    yield KernelCase(name="final-packed", causal=True, **packed, **half)
 
 
 def _scaled(case: KernelCase, scale: int) -> KernelCase:
