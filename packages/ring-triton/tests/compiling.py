@@ -127,9 +127,10 @@ def shipped() -> dict[str, tuple[Kernel, int, Setting, int, torch.dtype, dict[st
                     key = kernel, capability, setting, width, dtype
                     found.setdefault(key, f"{target}-{kernel}-{width}-{short}")
     everything = {name: (*key, {}) for key, name in found.items()}
-    for width in (64, 128, 256):
-        key = "gradients_kv", 90, listed("sm_90", "gradients_kv", width, 16), width, torch.bfloat16
-        everything[f"sm_90-gradients_kv-{width}-bf16-final"] = (*key, {"FINAL": True})
+    for target, width in (("sm_90", 64), ("sm_90", 128), ("sm_90", 256), ("sm_80", 128), ("sm_86", 256)):
+        setting = listed(target, "gradients_kv", width, 16)
+        key = "gradients_kv", targets[target], setting, width, torch.bfloat16
+        everything[f"{target}-gradients_kv-{width}-bf16-final"] = (*key, {"FINAL": True})
     for kernel in KERNELS:
         features = {"SOFTCAP": True, "ALIBI": True, "DROPOUT": True}
         features |= {"forward": {"SINKS": True, "FUSED": False}, "gradients_q": {"FRESH": False}}.get(kernel, {})

@@ -94,7 +94,7 @@ HALF: dict[Target, dict[Kernel, dict[int, Setting]]] = {  # fp16 and bf16: by wi
         },
         "gradients_kv": {
             64: Setting(32, 128, 8, 2, 0),  # 64 rows: 80
-            128: Setting(64, 64, 8, 2, 8),  # 32 x 128: 184
+            128: Setting(64, 64, 8, 2, 16),  # 8 where dk and dv are added to; 32 x 128: 184
             256: Setting(32, 64, 8, 2, 32),
         },
         "gradients_q": {
