@@ -8,8 +8,14 @@
     │ a piece's first load)            │              │ P stays in registers                       │
     └──────────────────────────────────┘              └──────────────────────────────────────────┘
 
-Where strips continue, the next tile's state is brought into shared memory while this tile is computed (AHEAD): 32 KiB a
-consumer at head dim 128, which is all that is left.
+Every tile begins from nothing; where its strip continues, what earlier steps have left in (state, lse) is added at its
+end, so that neither loading nor storing it holds up the products:
+
+    tile n:  first block │ blocks ...                              │ last sums │ merge, write to `os`
+    `os`:    stored n-1  │ tile n's state arrives by TMA, waits                │ (read) stored by TMA while n+1 begins
+
+(AHEAD: 32 KiB a consumer at head dim 128, which is all that is left; beyond that the state is loaded and stored from
+registers at the end. TMA stores boxes of 64 rows: what has fewer leaves from registers too.)
 
 Barriers: `q_full`/`q_empty` and, with AHEAD, `o_full`/`o_empty` one per consumer and tile, `k_full`/`k_empty` and
 `v_full`/`v_empty` one per stage. Blocks are counted over the whole life of the CTA; stage and phase follow from the
@@ -29,9 +35,15 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-from ring_triton.hopper.compat import tma_load
+from ring_triton.hopper.compat import tma_load, tma_store
 
 
 @gluon.jit
@@ -67,22 +79,29 @@ def _await_piece(flags, epoch, piece, polls):
 
 
 @gluon.jit
+def _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CONSUMERS: gl.constexpr):
+    """The state of a tile that continues; the buffer alone for one that begins here. After two blocks of the tile, not
+    before: a buffer comes back in the first one."""
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.wait(o_empty.index(c), turn & 1)
+        if (ends & 1) == 0:
+            mbarrier.expect(o_full.index(c), o_desc.block_type.nbytes)
+            tma_load(o_desc, [batch, head, q_row + c * 64, 0], o_full.index(c), os.index(c))
+        else:
+            mbarrier.arrive(o_full.index(c), count=1)
+
+
+@gluon.jit
 def _load_tile(
     work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
     q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, o_full, o_empty, begun,
+    v_empty, o_full, o_empty, turn,
     BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FLAGS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """The producer's part of one tile; returns blocks and tiles loaded so far, and tiles begun from a state."""
+    """The producer's part of the CTA's tile number `turn`; returns blocks and tiles loaded so far."""
     start, stop, q_row, _rows, batch, head, ends = _tile(work, items, num_items, section, num_heads, head_batches)
     FAR: gl.constexpr = 1 << 30
-    if AHEAD:  # noqa: SIM102  # a constant, and a value
-        if (ends & 1) == 0:
-            for c in gl.static_range(CONSUMERS):
-                mbarrier.wait(o_empty.index(c), (begun & 1) ^ 1)
-                mbarrier.expect(o_full.index(c), o_desc.block_type.nbytes)
-                tma_load(o_desc, [batch, head, q_row + c * 64, 0], o_full.index(c), os.index(c))
-            begun += 1
+    first = blocks
     if stop > start:
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
@@ -99,6 +118,9 @@ def _load_tile(
                 _await_piece(flags, epoch, gl.load(entry + 8), polls)
             end = batch * k_batch_rows + k_row + k_len
             for t in range(count):
+                if AHEAD:  # noqa: SIM102  # a constant, and a value
+                    if blocks - first == 2:
+                        _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CONSUMERS)
                 block = gl.where(t < right, count - 1 - t, t - right)
                 x = FAR - k_len + j_lo + block * BLOCK
                 stage = blocks % STAGES
@@ -111,7 +133,10 @@ def _load_tile(
                 tma_load(v_desc, [FAR, end, head // group, x, 0], v_full.index(stage), vs.index(stage))
                 blocks += 1
         tiles += 1
-    return blocks, tiles, begun
+    if AHEAD:  # noqa: SIM102  # a constant, and a value
+        if blocks - first <= 2:
+            _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CONSUMERS)
+    return blocks, tiles
 
 
 @gluon.jit
@@ -187,50 +212,33 @@ def _your_turn(CID: gl.constexpr):
 
 
 @gluon.jit
+def _give_back(o_empty):
+    """The state's buffer to the producer, once what the tile before left in it has been stored."""
+    tma.store_wait(0)
+    mbarrier.arrive(o_empty, count=1)
+
+
+@gluon.jit
 def _attend_tile(
     work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
     out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-    qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, begun,
+    qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, turn,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """A consumer's part of one tile: its 64 rows; returns blocks and tiles walked so far, and tiles begun from a
-    state."""
+    """A consumer's part of the CTA's tile number `turn`: its 64 rows; returns blocks and tiles walked so far."""
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     start, stop, q_row, count, batch, head, ends = _tile(work, items, num_items, section, num_heads, head_batches)
     rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SL))
     columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, SL))
-    o_rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OL))
-    o_columns = gl.arange(0, D, layout=gl.SliceLayout(0, OL))
-    o_mask = (o_rows < count)[:, None]
-    if HEAD_DIM != D:
-        o_mask = o_mask & (o_columns < HEAD_DIM)[None, :]
-    lse_at = lse + batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h + q_row
-    # strips that begin here are empty but for the sink; others continue from lse and state
+    # every tile begins empty but for the sink of its strip; what earlier steps have left is added at its end
     start_m = -float("inf")
     if SINKS:
         start_m = gl.where((ends & 1) != 0, gl.load(sinks + head) * 1.4426950408889634, -float("inf"))
     m = gl.full([64], start_m, gl.float32, layout=gl.SliceLayout(1, SL))
-    if STATE:
-        state_at = state + batch.to(gl.int64) * state_b + head.to(gl.int64) * state_h + q_row.to(gl.int64) * state_s
-        continues = (ends & 1) == 0
-        earlier = gl.load(lse_at + rows, mask=(rows < count) & continues, other=-float("inf")) * 1.4426950408889634
-        seen = earlier != -float("inf")
-        m = gl.maximum(m, earlier)
-        kept = o_mask & gl.convert_layout(seen, gl.SliceLayout(1, OL))[:, None]
-        if AHEAD:
-            o = gl.zeros([64, D], gl.float32, layout=OL)
-            if continues:
-                mbarrier.wait(o_full.index(CID), begun & 1)
-                o = gl.where(kept, os.index(CID).load(OL), 0.0)
-                mbarrier.arrive(o_empty.index(CID), count=1)
-                begun += 1
-        else:
-            o = gl.load(state_at + o_rows[:, None] * state_s + o_columns[None, :], mask=kept, other=0.0)
-    else:
-        o = gl.zeros([64, D], gl.float32, layout=OL)
     norm = gl.where(m == -float("inf"), 0.0, 1.0)
+    o = gl.zeros([64, D], gl.float32, layout=OL)
     if stop > start:
         q = qs.index(CID)
         zero = gl.zeros([64, BLOCK], gl.float32, layout=SL)
@@ -249,9 +257,9 @@ def _attend_tile(
         s = warpgroup_mma_wait(0, [scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
         s = _mask(s, rows, columns, j, k_len, gl.load(entry + 6), gl.load(entry + 7))
-        p32, decay, m, norm = _softmax(s, m, norm, scale, True)
-        if STATE:
-            o = o * gl.convert_layout(decay, gl.SliceLayout(1, OL))[:, None]
+        p32, _decay, m, norm = _softmax(s, m, norm, scale, True)
+        if AHEAD:
+            _give_back(o_empty.index(CID))
         p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2))
         blocks += 1
         first_entry = entry
@@ -287,6 +295,37 @@ def _attend_tile(
         o = warpgroup_mma_wait(0, [sums])
         mbarrier.arrive(v_empty.index(before), count=1)
         tiles += 1
+    elif AHEAD:
+        _give_back(o_empty.index(CID))
+    o_rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OL))
+    o_columns = gl.arange(0, D, layout=gl.SliceLayout(0, OL))
+    o_mask = (o_rows < count)[:, None]
+    if HEAD_DIM != D:
+        o_mask = o_mask & (o_columns < HEAD_DIM)[None, :]
+    out_at = out + batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h + q_row.to(gl.int64) * out_s
+    out_at = (out_at + o_rows * out_s)[:, None] + o_columns[None, :]
+    if STATE:
+        state_at = state + batch.to(gl.int64) * state_b + head.to(gl.int64) * state_h + q_row.to(gl.int64) * state_s
+        state_at = (state_at + o_rows * state_s)[:, None] + o_columns[None, :]
+    lse_at = lse + batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h + q_row
+    if STATE:
+        if AHEAD:
+            mbarrier.wait(o_full.index(CID), turn & 1)
+        if (ends & 1) == 0:
+            earlier = gl.load(lse_at + rows, mask=rows < count, other=-float("inf")) * 1.4426950408889634
+            both = gl.maximum(m, earlier)
+            base = gl.where(both == -float("inf"), 0.0, both)  # a row that has seen nothing in any step
+            weight, own = gl.exp2(earlier - base), gl.exp2(m - base)
+            m = both
+            norm = norm * own + weight
+            # rows that earlier steps saw nothing of may hold anything
+            kept = gl.convert_layout(weight > 0.0, gl.SliceLayout(1, OL))[:, None]
+            if AHEAD:
+                before = gl.where(kept, os.index(CID).load(OL), 0.0)
+            else:
+                before = gl.load(state_at, mask=o_mask & kept, other=0.0)
+            o = o * gl.convert_layout(own, gl.SliceLayout(1, OL))[:, None]
+            o += before * gl.convert_layout(weight, gl.SliceLayout(1, OL))[:, None]
     unseen = norm == 0.0
     gl.store(
         lse_at + rows,
@@ -294,13 +333,21 @@ def _attend_tile(
         mask=rows < count,
     )
     o = o * gl.convert_layout(gl.where(unseen, 0.0, 1.0 / norm), gl.SliceLayout(1, OL))[:, None]
-    out_at = out + batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h + q_row.to(gl.int64) * out_s
     if STATE:
-        final = (ends & 2) != 0
-        gl.store(state_at + o_rows[:, None] * state_s + o_columns[None, :], o, mask=o_mask & (final == 0))
-        o_mask = o_mask & final
-    gl.store(out_at + o_rows[:, None] * out_s + o_columns[None, :], o.to(out.dtype.element_ty), mask=o_mask)
-    return blocks, tiles, begun
+        if (ends & 2) != 0:
+            gl.store(out_at, o.to(out.dtype.element_ty), mask=o_mask)
+        elif AHEAD:
+            if count >= CID * 64 + 64:
+                os.index(CID).store(o)
+                fence_async_shared()
+                tma_store(o_desc, [batch, head, q_row + CID * 64, 0], os.index(CID))
+            else:  # a box would reach into the next tile's rows
+                gl.store(state_at, o, mask=o_mask)
+        else:
+            gl.store(state_at, o, mask=o_mask)
+    else:
+        gl.store(out_at, o.to(out.dtype.element_ty), mask=o_mask)
+    return blocks, tiles
 
 
 @gluon.jit
@@ -314,11 +361,10 @@ def _producer(
     grid = gl.num_programs(0)
     blocks = 0
     tiles = 0
-    begun = 0
+    turn = 0
     if DYNAMIC:
         ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
         work = gl.program_id(0)
-        turn = 0
         while work < total:
             asked = gl.atomic_add(counter, 1, sem="relaxed")
             if asked == total - 1:  # every CTA asks until it is refused: the last to ask
@@ -327,61 +373,65 @@ def _producer(
             mbarrier.wait(next_empty.index(slot), ((turn >> 1) & 1) ^ 1)
             nexts.index(slot).store(gl.full([1], 0, gl.int32, layout=ONE) + (asked + grid))
             mbarrier.arrive(next_full.index(slot), count=1)
-            blocks, tiles, begun = _load_tile(
+            blocks, tiles = _load_tile(
                 work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
                 q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, o_full, o_empty, begun, BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
+                v_full, v_empty, o_full, o_empty, turn, BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
             )  # fmt: skip
             work = asked + grid
             turn += 1
     else:
         for work in range(gl.program_id(0), total, grid):
-            blocks, tiles, begun = _load_tile(
+            blocks, tiles = _load_tile(
                 work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
                 q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, o_full, o_empty, begun, BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
+                v_full, v_empty, o_full, o_empty, turn, BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
             )  # fmt: skip
+            turn += 1
 
 
 @gluon.jit
 def _consumer(
     items, walk, num_items, section, num_heads, head_batches, total,
     out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-    qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts, next_full, next_empty,
+    qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts, next_full,
+    next_empty,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
     DYNAMIC: gl.constexpr,
 ):  # fmt: skip
     blocks = 0
     tiles = 0
-    begun = 0
+    turn = 0
     if PING_PONG and CID == 1:
         _your_turn(CID)
     if DYNAMIC:
         ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
         work = gl.program_id(0)
-        turn = 0
         while work < total:
             slot = turn & 1
             mbarrier.wait(next_full.index(slot), (turn >> 1) & 1)
             then = gl.max(nexts.index(slot).load(ONE), 0)
             mbarrier.arrive(next_empty.index(slot), count=1)
-            blocks, tiles, begun = _attend_tile(
+            blocks, tiles = _attend_tile(
                 work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
                 out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, begun,
+                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, turn,
                 CID, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP,
             )  # fmt: skip
             work = then
             turn += 1
     else:
         for work in range(gl.program_id(0), total, gl.num_programs(0)):
-            blocks, tiles, begun = _attend_tile(
+            blocks, tiles = _attend_tile(
                 work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
                 out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, begun,
+                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, turn,
                 CID, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP,
             )  # fmt: skip
+            turn += 1
+    if AHEAD:
+        tma.store_wait(0)  # the buffer is read while the CTA lives
 
 
 @gluon.jit(
@@ -450,14 +500,14 @@ def forward_kernel(
             (_consumer, (
                 items, walk, num_items, section, num_heads, head_batches, total,
                 out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts, next_full,
-                next_empty, C0, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP, DYNAMIC,
+                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts,
+                next_full, next_empty, C0, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP, DYNAMIC,
             )),
             (_consumer, (
                 items, walk, num_items, section, num_heads, head_batches, total,
                 out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts, next_full,
-                next_empty, C1, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP, DYNAMIC,
+                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts,
+                next_full, next_empty, C1, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP, DYNAMIC,
             )),
         ],
         [4, 4],
