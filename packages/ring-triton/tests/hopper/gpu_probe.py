@@ -214,17 +214,14 @@ def correct() -> None:
     full, causal = causal_table(512, 512, causal=False), causal_table(512, 512, causal=True)
     base = settings_for(128)
     for label, chosen in (
-        ("one CTA a tile", replace(base, persistent=False, dynamic=False)),
-        ("static", replace(base, dynamic=False)),
-        ("dynamic", base),
+        ("as shipped", base),
         ("ping-pong", replace(base, ping_pong=True)),
         ("overlap 1", replace(base, overlap=1)),
     ):
         check(f"full, {label}", [full], q_len=512, settings=chosen)
         check(f"causal, {label}", [causal], q_len=512, settings=chosen)
     long = causal_table(8192, 8192, causal=True)
-    for label, chosen in (("static", replace(base, dynamic=False)), ("dynamic", base)):
-        check(f"causal 8192, {label}", [long], q_len=8192, heads=(8, 8), settings=chosen)
+    check("causal 8192", [long], q_len=8192, heads=(8, 8))
     for dim in (64, 96, 40, 192, 256):
         check(f"causal, D {dim}", [causal], q_len=512, dim=dim)
         check(f"tail, D {dim}", [causal_table(300, 333, causal=True, k_position=-33)], q_len=300, dim=dim)
@@ -359,17 +356,15 @@ def variants() -> None:
     for batch, length, heads, dim in ((4, 4096, (16, 16), 128), (1, 16384, (16, 16), 128), (1, 16384, (32, 32), 64)):
         base = settings_for(dim)
         tried = {
-            "dynamic": base,
-            "dynamic, overlap 1": replace(base, overlap=1),
-            "dynamic, ping-pong": replace(base, ping_pong=True),
-            "dynamic, ping-pong, overlap 1": replace(base, ping_pong=True, overlap=1),
-            "static": replace(base, dynamic=False),
-            "one CTA a tile": replace(base, persistent=False, dynamic=False),
-            "dynamic, block 64, 4 stages": replace(base, block=64, stages=4),
-            "dynamic, block 64, 3 stages": replace(base, block=64, stages=3),
+            "as shipped": base,
+            "overlap 1": replace(base, overlap=1),
+            "ping-pong": replace(base, ping_pong=True),
+            "ping-pong, overlap 1": replace(base, ping_pong=True, overlap=1),
+            "block 64, 4 stages": replace(base, block=64, stages=4),
+            "block 64, 3 stages": replace(base, block=64, stages=3),
         }
         if dim == 64:
-            tried["dynamic, 3 stages"] = replace(base, stages=3)
+            tried["3 stages"] = replace(base, stages=3)
         for causal in (True, False):
             fns, flops = {}, 1.0
             for name, chosen in tried.items():

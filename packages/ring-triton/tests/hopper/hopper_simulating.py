@@ -177,8 +177,6 @@ def settings() -> None:
     table = gpu_probe.table_of(strip)
     base = settings_for(128)
     for name, chosen in {
-        "one CTA a tile": replace(base, persistent=False, dynamic=False),
-        "static": replace(base, dynamic=False),
         "ping-pong": replace(base, ping_pong=True),
         "overlap 0": replace(base, overlap=0),
         "block 64, 3 stages": replace(base, block=64, stages=3),

@@ -398,7 +398,7 @@ def _range(operation: Operation) -> Callable[..., Any]:
 def _reduce(operation: Operation) -> Callable[..., Any]:
     axis = re.search(r"axis = (\d+)", operation.text)
     assert axis
-    by = {"arith.addf": np.add, "arith.maxnumf": np.fmax, "arith.maxsi": np.maximum}
+    by = {"arith.addf": np.add, "arith.addi": np.add, "arith.maxnumf": np.fmax, "arith.maxsi": np.maximum}
     ufunc = by[operation.regions[0].operations[0].name]
     return lambda _, x: ufunc.reduce(x, axis=int(axis[1]))
 

@@ -17,16 +17,17 @@ end, so that neither loading nor storing it holds up the products:
 (AHEAD: 32 KiB a consumer at head dim 128, which is all that is left; beyond that the state is loaded and stored from
 registers at the end. TMA stores boxes of 64 rows: what has fewer leaves from registers too.)
 
-Barriers: `q_full`/`q_empty` and, with AHEAD, `o_full`/`o_empty` one per consumer and tile, `k_full`/`k_empty` and
-`v_full`/`v_empty` one per stage. Blocks are counted over the whole life of the CTA; stage and phase follow from the
-count.
+Barriers: `record_full`/`record_empty` one per slot of `records`, `q_full`/`q_empty` and, with AHEAD, `o_full` and
+`o_empty` one per consumer and tile, `k_full`/`k_empty` and `v_full`/`v_empty` one per stage. Tiles and blocks are
+counted over the whole life of the CTA; slot, stage and phase follow from the count.
 
 Keys and values are read through a descriptor whose bounds are the segment's own (the ragged view of
 `triton.tools.ragged_tma`): rows beyond a segment arrive as zeros whatever memory holds there, so 0 x NaN cannot occur
 and nothing has to be cleared. Rows of queries beyond a tile's last are read, computed and dropped.
 
-Which tile next: CTA p takes p, p + grid, ... (one each if the grid is that large), or with DYNAMIC what an atomic
-counter says, which the last CTA to ask sets back to 0.
+Which tile next: CTA p takes tile p and then what an atomic counter says, which the last CTA to ask sets back to 0. The
+producer asks while a tile is computed, and leaves what there is to know of the next one in `records` in shared memory,
+so that nobody waits for global memory between two tiles.
 
 After Shah et al. (arXiv:2407.08608): roles, register split, order of the two products.
 """
@@ -45,20 +46,51 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ring_triton.hopper.compat import tma_load, tma_store
 
+RECORDS = gl.constexpr(4)
+"""Tiles, this one and those before and after it, whose records are kept."""
+
 
 @gluon.jit
-def _tile(work, items, num_items, section, num_heads, head_batches):
-    """What tile number `work` is: heads come in sections whose keys fit the L2, tiles longest first within one."""
+def _publish(work, turn, items, num_items, section, num_heads, head_batches, total, records, record_full, record_empty):
+    """Tile number `work` as a record in shared memory: its row of `items` with batch entry, head and whether there is
+    such a tile filled in. Heads come in sections whose keys fit the L2, tiles longest first within one."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     nth = work // (num_items * section)
     rest = work - nth * (num_items * section)
-    here = gl.minimum(section, head_batches - nth * section)
+    here = gl.maximum(gl.minimum(section, head_batches - nth * section), 1)
     item = rest // here
     head_batch = nth * section + rest - item * here
-    entry = items + item * 8
-    batch = gl.load(entry + 4)
-    batch = gl.where(batch < 0, head_batch // num_heads, batch)
-    head = head_batch % num_heads
-    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3), batch, head, gl.load(entry + 5)
+    column = gl.arange(0, 16, layout=LANES)
+    record = gl.load(items + item * 16 + column, mask=(column >= 0) & (work < total), other=0)
+    record = gl.where((column == 4) & (record < 0), head_batch // num_heads, record)
+    record = gl.where(column == 6, head_batch % num_heads, record)
+    record = gl.where(column == 7, (work < total).to(gl.int32), record)
+    slot = turn % RECORDS
+    mbarrier.wait(record_empty.index(slot), ((turn // RECORDS) & 1) ^ 1)
+    records.index(slot).store(record)
+    mbarrier.arrive(record_full.index(slot), count=1)
+
+
+@gluon.jit
+def _ask(counter, total):
+    """The number of the next tile that nobody has, less the grid's first ones."""
+    asked = gl.atomic_add(counter, 1, sem="relaxed")
+    if asked == total - 1:  # every CTA asks until it is refused: the last to ask
+        gl.atomic_xchg(counter, 0, sem="relaxed")
+    return asked
+
+
+@gluon.jit
+def _all_columns(record):
+    """A record in shared memory, whole in every thread."""
+    return record.load(gl.BlockedLayout([16], [32], [4], [0]))
+
+
+@gluon.jit
+def _column(record, number: gl.constexpr):
+    """One of them, which costs nothing."""
+    here = gl.arange(0, 16, layout=gl.BlockedLayout([16], [32], [4], [0])) == number
+    return gl.sum(gl.where(here, record, 0), 0)
 
 
 @gluon.jit
@@ -92,51 +124,74 @@ def _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CON
 
 
 @gluon.jit
-def _load_tile(
-    work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
+def _producer(
+    items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
     q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, o_full, o_empty, turn,
+    v_empty, o_full, o_empty, records, record_full, record_empty,
     BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FLAGS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
-    """The producer's part of the CTA's tile number `turn`; returns blocks and tiles loaded so far."""
-    start, stop, q_row, _rows, batch, head, ends = _tile(work, items, num_items, section, num_heads, head_batches)
     FAR: gl.constexpr = 1 << 30
-    first = blocks
-    if stop > start:
-        for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
-            mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-            tma_load(q_desc, [batch, head, q_row + c * 64, 0], q_full.index(c), qs.index(c))
-        for w in range(start, stop):
-            entry = walk + w * 12
-            k_row = gl.load(entry)
-            k_len = gl.load(entry + 1)
-            j_lo = gl.load(entry + 2)
-            count = gl.load(entry + 3)
-            right = gl.load(entry + 4)
-            if FLAGS:
-                _await_piece(flags, epoch, gl.load(entry + 8), polls)
-            end = batch * k_batch_rows + k_row + k_len
-            for t in range(count):
-                if AHEAD:  # noqa: SIM102  # a constant, and a value
+    grid = gl.num_programs(0)
+    blocks = 0
+    tiles = 0
+    turn = 0
+    _publish(
+        gl.program_id(0), 0, items, num_items, section, num_heads, head_batches, total, records, record_full,
+        record_empty,
+    )  # fmt: skip
+    going = gl.program_id(0) < total
+    while going:
+        record = _all_columns(records.index(turn % RECORDS))
+        start, stop, q_row = _column(record, 0), _column(record, 1), _column(record, 2)
+        batch, ends, head = _column(record, 4), _column(record, 5), _column(record, 6)
+        first = blocks
+        asked = 0
+        if stop > start:
+            for c in gl.static_range(CONSUMERS):
+                mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
+                mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
+                tma_load(q_desc, [batch, head, q_row + c * 64, 0], q_full.index(c), qs.index(c))
+            for w in range(start, stop):
+                entry = walk + w * 12
+                k_row, k_len, j_lo = gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
+                count, right = gl.load(entry + 3), gl.load(entry + 4)
+                if FLAGS:
+                    _await_piece(flags, epoch, gl.load(entry + 8), polls)
+                end = batch * k_batch_rows + k_row + k_len
+                for t in range(count):
+                    # after two blocks there is time: the next tile, and a buffer that comes back in the first block
                     if blocks - first == 2:
-                        _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CONSUMERS)
-                block = gl.where(t < right, count - 1 - t, t - right)
-                x = FAR - k_len + j_lo + block * BLOCK
-                stage = blocks % STAGES
-                phase = (blocks // STAGES) & 1
-                mbarrier.wait(k_empty.index(stage), phase ^ 1)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma_load(k_desc, [FAR, end, head // group, x, 0], k_full.index(stage), ks.index(stage))
-                mbarrier.wait(v_empty.index(stage), phase ^ 1)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                tma_load(v_desc, [FAR, end, head // group, x, 0], v_full.index(stage), vs.index(stage))
-                blocks += 1
-        tiles += 1
-    if AHEAD:  # noqa: SIM102  # a constant, and a value
+                        asked = _ask(counter, total)
+                        if AHEAD:
+                            _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CONSUMERS)
+                    if blocks - first == 3:
+                        _publish(
+                            asked + grid, turn + 1, items, num_items, section, num_heads, head_batches, total,
+                            records, record_full, record_empty,
+                        )  # fmt: skip
+                    block = gl.where(t < right, count - 1 - t, t - right)
+                    x = FAR - k_len + j_lo + block * BLOCK
+                    stage = blocks % STAGES
+                    phase = (blocks // STAGES) & 1
+                    mbarrier.wait(k_empty.index(stage), phase ^ 1)
+                    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                    tma_load(k_desc, [FAR, end, head // group, x, 0], k_full.index(stage), ks.index(stage))
+                    mbarrier.wait(v_empty.index(stage), phase ^ 1)
+                    mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                    tma_load(v_desc, [FAR, end, head // group, x, 0], v_full.index(stage), vs.index(stage))
+                    blocks += 1
+            tiles += 1
         if blocks - first <= 2:
-            _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CONSUMERS)
-    return blocks, tiles
+            asked = _ask(counter, total)
+            if AHEAD:
+                _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CONSUMERS)
+        if blocks - first <= 3:
+            _publish(
+                asked + grid, turn + 1, items, num_items, section, num_heads, head_batches, total, records,
+                record_full, record_empty,
+            )  # fmt: skip
+        going = asked + grid < total
+        turn += 1
 
 
 @gluon.jit
@@ -220,22 +275,24 @@ def _give_back(o_empty):
 
 @gluon.jit
 def _attend_tile(
-    work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
-    out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-    qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, turn,
+    tile, blocks, tiles, turn, walk, out, lse, state, sinks, scale,
+    out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+    qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """A consumer's part of the CTA's tile number `turn`: its 64 rows; returns blocks and tiles walked so far."""
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    start, stop, q_row, count, batch, head, ends = _tile(work, items, num_items, section, num_heads, head_batches)
+    record = _all_columns(tile)
+    start, stop = _column(record, 0), _column(record, 1)
     rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SL))
     columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, SL))
     # every tile begins empty but for the sink of its strip; what earlier steps have left is added at its end
     start_m = -float("inf")
     if SINKS:
-        start_m = gl.where((ends & 1) != 0, gl.load(sinks + head) * 1.4426950408889634, -float("inf"))
+        sink = gl.load(sinks + _column(record, 6)) * 1.4426950408889634
+        start_m = gl.where((_column(record, 5) & 1) != 0, sink, -float("inf"))
     m = gl.full([64], start_m, gl.float32, layout=gl.SliceLayout(1, SL))
     norm = gl.where(m == -float("inf"), 0.0, 1.0)
     o = gl.zeros([64, D], gl.float32, layout=OL)
@@ -245,9 +302,7 @@ def _attend_tile(
         mbarrier.wait(q_full.index(CID), tiles & 1)
         # the first block has no values to sum before it
         stage = blocks % STAGES
-        entry = walk + start * 12
-        k_len = gl.load(entry + 1)
-        j = gl.load(entry + 2) + gl.where(gl.load(entry + 4) > 0, gl.load(entry + 3) - 1, 0) * BLOCK
+        j = _column(record, 10) + gl.where(_column(record, 12) > 0, _column(record, 11) - 1, 0) * BLOCK
         mbarrier.wait(k_full.index(stage), (blocks // STAGES) & 1)
         if PING_PONG:
             _my_turn(CID)
@@ -256,22 +311,21 @@ def _attend_tile(
             _your_turn(CID)
         s = warpgroup_mma_wait(0, [scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        s = _mask(s, rows, columns, j, k_len, gl.load(entry + 6), gl.load(entry + 7))
+        s = _mask(s, rows, columns, j, _column(record, 9), _column(record, 14), _column(record, 15))
         p32, _decay, m, norm = _softmax(s, m, norm, scale, True)
         if AHEAD:
             _give_back(o_empty.index(CID))
         p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2))
         blocks += 1
-        first_entry = entry
         for n in range(stop - start):
-            entry = first_entry + n * 12
-            k_len = gl.load(entry + 1)
-            j_lo = gl.load(entry + 2)
-            number = gl.load(entry + 3)
-            right = gl.load(entry + 4)
-            edges = gl.load(entry + 5)
-            lower = gl.load(entry + 6)
-            upper = gl.load(entry + 7)
+            row = _all_columns(tile)
+            k_len, j_lo, number, right = _column(row, 9), _column(row, 10), _column(row, 11), _column(row, 12)
+            edges, lower, upper = _column(row, 13), _column(row, 14), _column(row, 15)
+            if n > 0:
+                entry = walk + (start + n) * 12
+                k_len, j_lo, number = gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
+                right, edges = gl.load(entry + 4), gl.load(entry + 5)
+                lower, upper = gl.load(entry + 6), gl.load(entry + 7)
             # not carried: Triton (3.6, 3.7) takes a carried value for unused if only bounds of inner loops use it, and
             # then keeps its first value (github.com/triton-lang/triton/pull/9036)
             done = gl.where(n == 0, 1, 0)
@@ -297,6 +351,9 @@ def _attend_tile(
         tiles += 1
     elif AHEAD:
         _give_back(o_empty.index(CID))
+    record = _all_columns(tile)  # again, so that none of it takes registers meanwhile
+    q_row, count, batch = _column(record, 2), _column(record, 3), _column(record, 4)
+    ends, head = _column(record, 5), _column(record, 6)
     o_rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OL))
     o_columns = gl.arange(0, D, layout=gl.SliceLayout(0, OL))
     o_mask = (o_rows < count)[:, None]
@@ -351,85 +408,32 @@ def _attend_tile(
 
 
 @gluon.jit
-def _producer(
-    items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
-    q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, o_full, o_empty, nexts, next_full, next_empty,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FLAGS: gl.constexpr, AHEAD: gl.constexpr,
-    DYNAMIC: gl.constexpr,
-):  # fmt: skip
-    grid = gl.num_programs(0)
-    blocks = 0
-    tiles = 0
-    turn = 0
-    if DYNAMIC:
-        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        work = gl.program_id(0)
-        while work < total:
-            asked = gl.atomic_add(counter, 1, sem="relaxed")
-            if asked == total - 1:  # every CTA asks until it is refused: the last to ask
-                gl.atomic_xchg(counter, 0, sem="relaxed")
-            slot = turn & 1
-            mbarrier.wait(next_empty.index(slot), ((turn >> 1) & 1) ^ 1)
-            nexts.index(slot).store(gl.full([1], 0, gl.int32, layout=ONE) + (asked + grid))
-            mbarrier.arrive(next_full.index(slot), count=1)
-            blocks, tiles = _load_tile(
-                work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
-                q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, o_full, o_empty, turn, BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
-            )  # fmt: skip
-            work = asked + grid
-            turn += 1
-    else:
-        for work in range(gl.program_id(0), total, grid):
-            blocks, tiles = _load_tile(
-                work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
-                q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, o_full, o_empty, turn, BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
-            )  # fmt: skip
-            turn += 1
-
-
-@gluon.jit
 def _consumer(
-    items, walk, num_items, section, num_heads, head_batches, total,
-    out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-    qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts, next_full,
-    next_empty,
+    walk, out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+    qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, records, record_full,
+    record_empty,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
-    DYNAMIC: gl.constexpr,
 ):  # fmt: skip
     blocks = 0
     tiles = 0
     turn = 0
     if PING_PONG and CID == 1:
         _your_turn(CID)
-    if DYNAMIC:
-        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        work = gl.program_id(0)
-        while work < total:
-            slot = turn & 1
-            mbarrier.wait(next_full.index(slot), (turn >> 1) & 1)
-            then = gl.max(nexts.index(slot).load(ONE), 0)
-            mbarrier.arrive(next_empty.index(slot), count=1)
+    going = True
+    while going:
+        slot = turn % RECORDS
+        mbarrier.wait(record_full.index(slot), (turn // RECORDS) & 1)
+        going = _column(_all_columns(records.index(slot)), 7) != 0
+        if going:
             blocks, tiles = _attend_tile(
-                work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
-                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, turn,
+                records.index(slot), blocks, tiles, turn, walk, out, lse, state, sinks, scale,
+                out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
                 CID, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP,
             )  # fmt: skip
-            work = then
-            turn += 1
-    else:
-        for work in range(gl.program_id(0), total, gl.num_programs(0)):
-            blocks, tiles = _attend_tile(
-                work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
-                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, turn,
-                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP,
-            )  # fmt: skip
-            turn += 1
+        mbarrier.arrive(record_empty.index(slot), count=1)
+        turn += 1
     if AHEAD:
         tma.store_wait(0)  # the buffer is read while the CTA lives
 
@@ -446,7 +450,7 @@ def forward_kernel(
     num_items, section, num_heads, head_batches, total, group, k_batch_rows, polls,
     out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
     BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, FLAGS: gl.constexpr, DYNAMIC: gl.constexpr,
+    STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, FLAGS: gl.constexpr,
     PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """q_desc, and with AHEAD o_desc of the state, (B, Hq, Sq, D), boxes of 64 rows; k_desc, v_desc ragged
@@ -471,9 +475,9 @@ def forward_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    nexts = gl.allocate_shared_memory(gl.int32, [2, 1], FLAT)
-    next_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    next_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    records = gl.allocate_shared_memory(gl.int32, [RECORDS, 16], FLAT)
+    record_full = gl.allocate_shared_memory(gl.int64, [RECORDS, 1], BARRIER)
+    record_empty = gl.allocate_shared_memory(gl.int64, [RECORDS, 1], BARRIER)
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
@@ -484,9 +488,9 @@ def forward_kernel(
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(2):
-        mbarrier.init(next_full.index(i), count=1)
-        mbarrier.init(next_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(RECORDS):
+        mbarrier.init(record_full.index(i), count=1)
+        mbarrier.init(record_empty.index(i), count=CONSUMERS)
     C0: gl.constexpr = 0
     C1: gl.constexpr = 1
     gl.warp_specialize(
@@ -494,20 +498,20 @@ def forward_kernel(
             (_producer, (
                 items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
                 q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, o_full, o_empty, nexts, next_full, next_empty, BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
-                DYNAMIC,
+                v_full, v_empty, o_full, o_empty, records, record_full, record_empty,
+                BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
             )),
             (_consumer, (
-                items, walk, num_items, section, num_heads, head_batches, total,
-                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts,
-                next_full, next_empty, C0, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP, DYNAMIC,
+                walk, out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
+                records, record_full, record_empty,
+                C0, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP,
             )),
             (_consumer, (
-                items, walk, num_items, section, num_heads, head_batches, total,
-                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts,
-                next_full, next_empty, C1, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP, DYNAMIC,
+                walk, out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
+                records, record_full, record_empty,
+                C1, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP,
             )),
         ],
         [4, 4],

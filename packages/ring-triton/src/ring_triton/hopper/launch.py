@@ -18,7 +18,7 @@ from ring_triton import tuned
 from ring_triton.direct import aligned, current_stream, launches_of
 from ring_triton.hopper.compat import TensorDescriptor
 from ring_triton.hopper.kernel import forward_kernel
-from ring_triton.hopper.schedule import make_schedule
+from ring_triton.hopper.schedule import make_schedule, with_first_walk
 from ring_triton.hopper.settings import CONSUMERS, TILE_ROWS, Settings, padded_head_dim, settings_for
 
 L2_BYTES = 32 << 20
@@ -37,7 +37,7 @@ WIDEST_AHEAD = 128
 class Prepared:
     """A table's schedule on a device, for one batch size."""
 
-    items: Tensor  # (N, 8) int32
+    items: Tensor  # (N, 16) int32
     count: int
     walk: Tensor  # (M, 12) int32
     repeats: int  # batch entries that all items are about
@@ -160,9 +160,8 @@ def _forward(
     group = num_heads // num_kv_heads
     keys = max(1, k.shape[0] * k.shape[2])
     section = min(head_batches, group * max(1, L2_BYTES // (keys * head_dim * 2 * k.element_size())))
-    grid = (min(total, _processors(q.device)) if chosen.persistent else total,)
+    grid = (min(total, _processors(q.device)),)
     dummy = prepared.items
-    dynamic = chosen.dynamic and chosen.persistent
     continued = state is not None and not prepared.whole
     ahead = continued and padded_head_dim(head_dim) <= WIDEST_AHEAD
     arguments = (
@@ -176,7 +175,7 @@ def _forward(
         dummy if sinks is None else sinks,
         prepared.items,
         prepared.walk,
-        _counter(table.device, current_stream()(q.get_device()))[0] if dynamic else dummy,
+        _counter(table.device, current_stream()(q.get_device()))[0],
         dummy if flags is None else flags.values,
         dummy if flags is None else flags.epoch,
         scale * math.log2(math.e),
@@ -203,7 +202,6 @@ def _forward(
         AHEAD=ahead,
         SINKS=sinks is not None,
         FLAGS=flags is not None,
-        DYNAMIC=dynamic,
         PING_PONG=chosen.ping_pong,
         OVERLAP=chosen.overlap,
         CONSUMERS=CONSUMERS,
@@ -240,7 +238,7 @@ def prepare(table: DeviceTable, batch: int, piece_length: int, block: int) -> Pr
         items = schedule.items if schedule.every_batch else schedule.for_batch(batch)
         walk = schedule.walk if len(schedule.walk) else np.zeros((1, schedule.walk.shape[1]), dtype=np.int32)
         known = table.host.cache[key] = Prepared(
-            torch.from_numpy(items).to(table.device),
+            torch.from_numpy(with_first_walk(items, walk)).to(table.device),
             len(items),
             torch.from_numpy(walk).to(table.device),
             repeats,
