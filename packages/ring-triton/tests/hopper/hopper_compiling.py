@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
 from ring_triton.hopper.kernel import forward_kernel
-from ring_triton.hopper.launch import WIDEST_AHEAD, keys_descriptor, rows_descriptor
+from ring_triton.hopper.launch import WIDEST_AHEAD, keys_descriptor, query_buffers, rows_descriptor
 from ring_triton.hopper.settings import CONSUMERS, Settings, padded_head_dim, settings_for
 
 
@@ -79,10 +79,12 @@ def compile_forward(
     lse, total = torch.zeros(1, 4, 256), torch.zeros(1, 256, 4, head_dim)
     ints = torch.zeros(64, dtype=torch.int32)
     big = (256 * 4 * head_dim, 4 * head_dim, head_dim)
+    ahead = state and padded_head_dim(head_dim) <= WIDEST_AHEAD
+    queries = query_buffers(head_dim, chosen, ahead)
     kernel = forward_kernel.warmup(
         *(rows_descriptor(q), keys_descriptor(k, chosen.block), keys_descriptor(k, chosen.block)),
-        rows_descriptor(total if state and padded_head_dim(head_dim) <= WIDEST_AHEAD else q),
-        *(q, lse, total if state else ints, total if sinks else ints, ints, ints, ints, ints, ints),
+        rows_descriptor(total if ahead else q),
+        *(rows_descriptor(q), q, lse, total if state else ints, total if sinks else ints, ints, ints, ints, ints, ints),
         0.125,
         *(3, 3, 4, 4, 12, 2, 0, 1 << 20),
         *(*big, 1024, 256, *(big if state else (0, 0, 0))),
@@ -90,8 +92,10 @@ def compile_forward(
         D=padded_head_dim(head_dim),
         HEAD_DIM=head_dim,
         STAGES=chosen.stages,
+        QUERIES=queries,
         STATE=state,
-        AHEAD=state and padded_head_dim(head_dim) <= WIDEST_AHEAD,
+        AHEAD=ahead,
+        OUT_TMA=queries > 1,
         SINKS=sinks,
         FLAGS=flags,
         PING_PONG=chosen.ping_pong,

@@ -86,7 +86,7 @@ class Simulated:
                 size = flat.element_size()
                 shape, strides, box = (list(map(int, x)) for x in (given.shape, given.strides, given.block_shape))
                 return ttgir.Descriptor(self.array(flat), offset // size, shape, strides, box, size)
-        raise LookupError("a descriptor of memory that is not q, k, v or state")
+        raise LookupError("a descriptor of memory that is not q, k, v, out or state")
 
     def run(self, body: ttgir.Block, scope: ttgir.Scope, grid: int) -> None:
         copies: list[Callable[[], None]] = []
@@ -132,8 +132,8 @@ def install(simulated: Simulated) -> None:
     original = launch.forward
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> None:
-        state = args[2]
-        simulated.memory = [_storage(x) for x in (q, k, v, state) if x is not None]
+        out, state = args[0], args[2]
+        simulated.memory = [_storage(x) for x in (q, k, v, out, state) if x is not None]
         with np.errstate(all="ignore"):
             original(q, k, v, *args, **options)
 

@@ -17,8 +17,11 @@ end, so that neither loading nor storing it holds up the products:
 (AHEAD: 32 KiB a consumer at head dim 128, which is all that is left; beyond that the state is loaded and stored from
 registers at the end. TMA stores boxes of 64 rows: what has fewer leaves from registers too.)
 
-Barriers: `record_full`/`record_empty` one per slot of `records`, `q_full`/`q_empty` and, with AHEAD, `o_full` and
-`o_empty` one per consumer and tile, `k_full`/`k_empty` and `v_full`/`v_empty` one per stage. Tiles and blocks are
+Where they fit (QUERIES = 2), the queries have two buffers a consumer, and a tile's output leaves by TMA through the one
+that its queries were in, which is given back in the next tile's first block.
+
+Barriers: `record_full`/`record_empty` one per slot of `records`, `q_full`/`q_empty` one per consumer and buffer, with
+AHEAD `o_full`/`o_empty` one per consumer, `k_full`/`k_empty` and `v_full`/`v_empty` one per stage. Tiles and blocks are
 counted over the whole life of the CTA; slot, stage and phase follow from the count.
 
 Keys and values are read through a descriptor whose bounds are the segment's own (the ragged view of
@@ -124,11 +127,27 @@ def _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CON
 
 
 @gluon.jit
+def _load_q(
+    q_row, batch, head, q_desc, qs, q_full, q_empty, tiles, CONSUMERS: gl.constexpr, QUERIES: gl.constexpr
+):  # fmt: skip
+    buffer = tiles % QUERIES
+    for c in gl.static_range(CONSUMERS):
+        at = c * QUERIES + buffer
+        if QUERIES == 1:
+            mbarrier.wait(q_empty.index(at), (tiles & 1) ^ 1)
+        elif tiles > 0:  # given back during the tile before
+            mbarrier.wait(q_empty.index(at), ((tiles - 1) // QUERIES) & 1)
+        mbarrier.expect(q_full.index(at), q_desc.block_type.nbytes)
+        tma_load(q_desc, [batch, head, q_row + c * 64, 0], q_full.index(at), qs.index(at))
+
+
+@gluon.jit
 def _producer(
     items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
     q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full,
     v_empty, o_full, o_empty, records, record_full, record_empty,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FLAGS: gl.constexpr, AHEAD: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, QUERIES: gl.constexpr,
+    FLAGS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     FAR: gl.constexpr = 1 << 30
     grid = gl.num_programs(0)
@@ -147,10 +166,8 @@ def _producer(
         first = blocks
         asked = 0
         if stop > start:
-            for c in gl.static_range(CONSUMERS):
-                mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
-                mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-                tma_load(q_desc, [batch, head, q_row + c * 64, 0], q_full.index(c), qs.index(c))
+            if QUERIES > 1:
+                _load_q(q_row, batch, head, q_desc, qs, q_full, q_empty, tiles, CONSUMERS, QUERIES)
             for w in range(start, stop):
                 entry = walk + w * 12
                 k_row, k_len, j_lo = gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
@@ -176,6 +193,9 @@ def _producer(
                     mbarrier.wait(k_empty.index(stage), phase ^ 1)
                     mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
                     tma_load(k_desc, [FAR, end, head // group, x, 0], k_full.index(stage), ks.index(stage))
+                    if QUERIES == 1:  # noqa: SIM102  # a constant, and a value
+                        if blocks == first:  # the last tile's scores free a stage of K before they free Q
+                            _load_q(q_row, batch, head, q_desc, qs, q_full, q_empty, tiles, CONSUMERS, QUERIES)
                     mbarrier.wait(v_empty.index(stage), phase ^ 1)
                     mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
                     tma_load(v_desc, [FAR, end, head // group, x, 0], v_full.index(stage), vs.index(stage))
@@ -267,19 +287,23 @@ def _your_turn(CID: gl.constexpr):
 
 
 @gluon.jit
-def _give_back(o_empty):
-    """The state's buffer to the producer, once what the tile before left in it has been stored."""
-    tma.store_wait(0)
-    mbarrier.arrive(o_empty, count=1)
+def _earlier_lse(tile, lse, lse_b, lse_h, rows):
+    """What earlier steps have left of a tile's rows, in base 2; -inf where it begins here."""
+    record = _all_columns(tile)
+    q_row, count, batch = _column(record, 2), _column(record, 3), _column(record, 4)
+    ends, head = _column(record, 5), _column(record, 6)
+    at = lse + batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h + q_row + rows
+    return gl.load(at, mask=(rows < count) & ((ends & 1) == 0), other=-float("inf")) * 1.4426950408889634
 
 
 @gluon.jit
 def _attend_tile(
     tile, blocks, tiles, turn, walk, out, lse, state, sinks, scale,
     out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-    qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
+    qs, ks, vs, os, o_desc, out_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
+    QUERIES: gl.constexpr, STATE: gl.constexpr, AHEAD: gl.constexpr, OUT_TMA: gl.constexpr, SINKS: gl.constexpr,
+    PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """A consumer's part of the CTA's tile number `turn`: its 64 rows; returns blocks and tiles walked so far."""
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
@@ -295,11 +319,13 @@ def _attend_tile(
         start_m = gl.where((_column(record, 5) & 1) != 0, sink, -float("inf"))
     m = gl.full([64], start_m, gl.float32, layout=gl.SliceLayout(1, SL))
     norm = gl.where(m == -float("inf"), 0.0, 1.0)
+    earlier = gl.full([64], -float("inf"), gl.float32, layout=gl.SliceLayout(1, SL))
     o = gl.zeros([64, D], gl.float32, layout=OL)
     if stop > start:
-        q = qs.index(CID)
+        q_at = CID * QUERIES + tiles % QUERIES
+        q = qs.index(q_at)
         zero = gl.zeros([64, BLOCK], gl.float32, layout=SL)
-        mbarrier.wait(q_full.index(CID), tiles & 1)
+        mbarrier.wait(q_full.index(q_at), (tiles // QUERIES) & 1)
         # the first block has no values to sum before it
         stage = blocks % STAGES
         j = _column(record, 10) + gl.where(_column(record, 12) > 0, _column(record, 11) - 1, 0) * BLOCK
@@ -313,8 +339,12 @@ def _attend_tile(
         mbarrier.arrive(k_empty.index(stage), count=1)
         s = _mask(s, rows, columns, j, _column(record, 9), _column(record, 14), _column(record, 15))
         p32, _decay, m, norm = _softmax(s, m, norm, scale, True)
+        if AHEAD or QUERIES > 1:
+            tma.store_wait(0)  # what the tile before left in its buffers
+        if QUERIES > 1:
+            mbarrier.arrive(q_empty.index(CID * QUERIES + (tiles + 1) % QUERIES), count=1)
         if AHEAD:
-            _give_back(o_empty.index(CID))
+            mbarrier.arrive(o_empty.index(CID), count=1)
         p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2))
         blocks += 1
         for n in range(stop - start):
@@ -342,15 +372,22 @@ def _attend_tile(
                     0, k_len, lower, upper, OL, STAGES, PING_PONG, CID, False, OVERLAP,
                 )  # fmt: skip
                 blocks += 1
-        mbarrier.arrive(q_empty.index(CID), count=1)  # all scores are computed
+        if QUERIES == 1:
+            mbarrier.arrive(q_empty.index(CID), count=1)  # all scores are computed
+        if STATE:
+            earlier = _earlier_lse(tile, lse, lse_b, lse_h, rows)  # on its way during the last sums
         before = (blocks - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((blocks - 1) // STAGES) & 1)
         sums = warpgroup_mma(p, vs.index(before), o, is_async=True)
         o = warpgroup_mma_wait(0, [sums])
         mbarrier.arrive(v_empty.index(before), count=1)
         tiles += 1
-    elif AHEAD:
-        _give_back(o_empty.index(CID))
+    else:
+        if AHEAD:
+            tma.store_wait(0)
+            mbarrier.arrive(o_empty.index(CID), count=1)
+        if STATE:
+            earlier = _earlier_lse(tile, lse, lse_b, lse_h, rows)
     record = _all_columns(tile)  # again, so that none of it takes registers meanwhile
     q_row, count, batch = _column(record, 2), _column(record, 3), _column(record, 4)
     ends, head = _column(record, 5), _column(record, 6)
@@ -369,7 +406,6 @@ def _attend_tile(
         if AHEAD:
             mbarrier.wait(o_full.index(CID), turn & 1)
         if (ends & 1) == 0:
-            earlier = gl.load(lse_at + rows, mask=rows < count, other=-float("inf")) * 1.4426950408889634
             both = gl.maximum(m, earlier)
             base = gl.where(both == -float("inf"), 0.0, both)  # a row that has seen nothing in any step
             weight, own = gl.exp2(earlier - base), gl.exp2(m - base)
@@ -378,11 +414,11 @@ def _attend_tile(
             # rows that earlier steps saw nothing of may hold anything
             kept = gl.convert_layout(weight > 0.0, gl.SliceLayout(1, OL))[:, None]
             if AHEAD:
-                before = gl.where(kept, os.index(CID).load(OL), 0.0)
+                added = gl.where(kept, os.index(CID).load(OL), 0.0)
             else:
-                before = gl.load(state_at, mask=o_mask & kept, other=0.0)
+                added = gl.load(state_at, mask=o_mask & kept, other=0.0)
             o = o * gl.convert_layout(own, gl.SliceLayout(1, OL))[:, None]
-            o += before * gl.convert_layout(weight, gl.SliceLayout(1, OL))[:, None]
+            o += added * gl.convert_layout(weight, gl.SliceLayout(1, OL))[:, None]
     unseen = norm == 0.0
     gl.store(
         lse_at + rows,
@@ -390,30 +426,42 @@ def _attend_tile(
         mask=rows < count,
     )
     o = o * gl.convert_layout(gl.where(unseen, 0.0, 1.0 / norm), gl.SliceLayout(1, OL))[:, None]
+    final = True
     if STATE:
-        if (ends & 2) != 0:
-            gl.store(out_at, o.to(out.dtype.element_ty), mask=o_mask)
-        elif AHEAD:
-            if count >= CID * 64 + 64:
-                os.index(CID).store(o)
+        final = (ends & 2) != 0
+    whole = count >= CID * 64 + 64  # otherwise a box would reach into the next tile's rows
+    if final:
+        sent = False
+        if OUT_TMA:  # noqa: SIM102  # a constant, and a value
+            if whole & (stop > start):
+                # through the queries' buffer: all scores are computed, and this tile holds it until the next one
+                q = qs.index(CID * QUERIES + (tiles - 1) % QUERIES)
+                q.store(o.to(out.dtype.element_ty))
                 fence_async_shared()
-                tma_store(o_desc, [batch, head, q_row + CID * 64, 0], os.index(CID))
-            else:  # a box would reach into the next tile's rows
-                gl.store(state_at, o, mask=o_mask)
+                tma_store(out_desc, [batch, head, q_row + CID * 64, 0], q)
+                sent = True
+        if not sent:
+            gl.store(out_at, o.to(out.dtype.element_ty), mask=o_mask)
+    elif AHEAD:
+        if whole:
+            os.index(CID).store(o)
+            fence_async_shared()
+            tma_store(o_desc, [batch, head, q_row + CID * 64, 0], os.index(CID))
         else:
             gl.store(state_at, o, mask=o_mask)
-    else:
-        gl.store(out_at, o.to(out.dtype.element_ty), mask=o_mask)
+    elif STATE:
+        gl.store(state_at, o, mask=o_mask)
     return blocks, tiles
 
 
 @gluon.jit
 def _consumer(
     walk, out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-    qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, records, record_full,
-    record_empty,
+    qs, ks, vs, os, o_desc, out_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
+    records, record_full, record_empty,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
+    QUERIES: gl.constexpr, STATE: gl.constexpr, AHEAD: gl.constexpr, OUT_TMA: gl.constexpr, SINKS: gl.constexpr,
+    PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     blocks = 0
     tiles = 0
@@ -429,13 +477,13 @@ def _consumer(
             blocks, tiles = _attend_tile(
                 records.index(slot), blocks, tiles, turn, walk, out, lse, state, sinks, scale,
                 out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
-                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP,
+                qs, ks, vs, os, o_desc, out_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
+                CID, BLOCK, D, HEAD_DIM, STAGES, QUERIES, STATE, AHEAD, OUT_TMA, SINKS, PING_PONG, OVERLAP,
             )  # fmt: skip
         mbarrier.arrive(record_empty.index(slot), count=1)
         turn += 1
-    if AHEAD:
-        tma.store_wait(0)  # the buffer is read while the CTA lives
+    if AHEAD or OUT_TMA:
+        tma.store_wait(0)  # buffers are read while the CTA lives
 
 
 @gluon.jit(
@@ -446,20 +494,21 @@ def _consumer(
     do_not_specialize_on_alignment=["counter", "flags", "epoch"],  # words inside larger tensors
 )  # fmt: skip
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, out, lse, state, sinks, items, walk, counter, flags, epoch, scale,
+    q_desc, k_desc, v_desc, o_desc, out_desc, out, lse, state, sinks, items, walk, counter, flags, epoch, scale,
     num_items, section, num_heads, head_batches, total, group, k_batch_rows, polls,
     out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
     BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, FLAGS: gl.constexpr,
+    QUERIES: gl.constexpr, STATE: gl.constexpr, AHEAD: gl.constexpr, OUT_TMA: gl.constexpr, SINKS: gl.constexpr,
+    FLAGS: gl.constexpr,
     PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """q_desc, and with AHEAD o_desc of the state, (B, Hq, Sq, D), boxes of 64 rows; k_desc, v_desc ragged
-    (far, end, Hkv, key, D), boxes of BLOCK keys; scale is the softmax's times log2(e)."""
+    """q_desc, with AHEAD o_desc of the state, with OUT_TMA out_desc (B, Hq, Sq, D), boxes of 64 rows; k_desc, v_desc
+    ragged (far, end, Hkv, key, D), boxes of BLOCK keys; scale is the softmax's times log2(e)."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], q_desc.dtype)
     KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], q_desc.dtype)
-    qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 64, D], ROWS)
+    qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS * QUERIES, 64, D], ROWS)
     ks = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK, D], KEYS)
     vs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK, D], KEYS)
     # of one element where nothing is brought ahead: partitions take it all the same
@@ -469,8 +518,8 @@ def forward_kernel(
     os = gl.allocate_shared_memory(gl.float32, [CONSUMERS, O_TALL, O_WIDE], SUMS)
     o_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
     o_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS * QUERIES, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS * QUERIES, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -478,9 +527,10 @@ def forward_kernel(
     records = gl.allocate_shared_memory(gl.int32, [RECORDS, 16], FLAT)
     record_full = gl.allocate_shared_memory(gl.int64, [RECORDS, 1], BARRIER)
     record_empty = gl.allocate_shared_memory(gl.int64, [RECORDS, 1], BARRIER)
-    for i in gl.static_range(CONSUMERS):
+    for i in gl.static_range(CONSUMERS * QUERIES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(CONSUMERS):
         mbarrier.init(o_full.index(i), count=1)
         mbarrier.init(o_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -499,19 +549,19 @@ def forward_kernel(
                 items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
                 q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty,
                 v_full, v_empty, o_full, o_empty, records, record_full, record_empty,
-                BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
+                BLOCK, STAGES, CONSUMERS, QUERIES, FLAGS, AHEAD,
             )),
             (_consumer, (
                 walk, out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
+                qs, ks, vs, os, o_desc, out_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
                 records, record_full, record_empty,
-                C0, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP,
+                C0, BLOCK, D, HEAD_DIM, STAGES, QUERIES, STATE, AHEAD, OUT_TMA, SINKS, PING_PONG, OVERLAP,
             )),
             (_consumer, (
                 walk, out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, o_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
+                qs, ks, vs, os, o_desc, out_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
                 records, record_full, record_empty,
-                C1, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP,
+                C1, BLOCK, D, HEAD_DIM, STAGES, QUERIES, STATE, AHEAD, OUT_TMA, SINKS, PING_PONG, OVERLAP,
             )),
         ],
         [4, 4],

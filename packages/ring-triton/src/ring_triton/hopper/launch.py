@@ -29,6 +29,8 @@ by poison, and raises; ending by itself would be silent."""
 FAR, BOUNDLESS = 1 << 30, 0x7FFF0000
 DTYPES = (torch.float16, torch.bfloat16)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+SHARED_BYTES = 226 << 10
+"""Of buffers in shared memory; a kilobyte is left for barriers and records."""
 WIDEST_AHEAD = 128
 """Head dim up to which shared memory holds a tile's state beside its rings."""
 
@@ -44,6 +46,17 @@ class Prepared:
     whole: bool  # every strip begins and ends in this table
 
 
+def query_buffers(head_dim: int, settings: Settings, ahead: bool) -> int:
+    """Buffers for a consumer's queries: two where shared memory holds them beside the rings and the state."""
+    rings, rows = 4 * settings.stages * settings.block, (2 * 2 + 4 * ahead) * TILE_ROWS
+    return 2 if (rings + rows) * padded_head_dim(head_dim) <= SHARED_BYTES else 1
+
+
+def takes_tma(x: Tensor) -> bool:
+    """Whether TMA can address x (B, S, H, D) by rows."""
+    return not (x.stride(-1) != 1 or x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in x.stride()[:-1]))
+
+
 def supports(q: Tensor, k: Tensor, v: Tensor) -> str:
     """Why these tensors cannot take this path, or "" if they can. It knows no softcap, ALiBi or dropout."""
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
@@ -51,7 +64,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> str:
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         return f"head dim {q.shape[-1]}, it takes multiples of 8 up to 256"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1 or x.data_ptr() % 16 or any(stride * 2 % 16 for stride in x.stride()[:-1]):
+        if not takes_tma(x):
             return f"{name} with strides {x.stride()}, it takes a dense last dim and 16-byte aligned others"
     for name, x in (("k", k), ("v", v)):
         if x.shape[0] > 1 and x.stride(0) != x.shape[2] * x.stride(2):
@@ -109,7 +122,7 @@ def forward(
     )
     launches = launches_of(table, "hopper forward")
     known = launches.get(key)
-    read = (q.data_ptr(), k.data_ptr(), v.data_ptr(), (q if state is None else state).data_ptr())
+    read = (q.data_ptr(), k.data_ptr(), v.data_ptr(), (q if state is None else state).data_ptr(), out.data_ptr())
     written = (out.data_ptr(), lse.data_ptr(), 0 if state is None else state.data_ptr())
     more = 0 if sinks is None else sinks.data_ptr()
     if known is None or not aligned(*read, *written, more):
@@ -163,12 +176,15 @@ def _forward(
     grid = (min(total, _processors(q.device)),)
     dummy = prepared.items
     continued = state is not None and not prepared.whole
-    ahead = continued and padded_head_dim(head_dim) <= WIDEST_AHEAD
+    ahead = continued and state is not None and padded_head_dim(head_dim) <= WIDEST_AHEAD and takes_tma(state)
+    queries = query_buffers(head_dim, chosen, ahead)
+    out_tma = queries > 1 and takes_tma(out)
     arguments = (
         rows_descriptor(q),
         keys_descriptor(k, chosen.block),
         keys_descriptor(v, chosen.block),
         rows_descriptor(state if ahead and state is not None else q),
+        rows_descriptor(out if out_tma else q),
         out,
         lse,
         dummy if state is None else state,
@@ -198,8 +214,10 @@ def _forward(
         D=padded_head_dim(head_dim),
         HEAD_DIM=head_dim,
         STAGES=chosen.stages,
+        QUERIES=queries,
         STATE=continued,
         AHEAD=ahead,
+        OUT_TMA=out_tma,
         SINKS=sinks is not None,
         FLAGS=flags is not None,
         PING_PONG=chosen.ping_pong,
