@@ -114,7 +114,7 @@ def check(
         q[~rows] = torch.nan
         out = torch.full_like(q, SENTINEL)
         lse = torch.full((batch, heads[0], q_len), SENTINEL, device=DEVICE)
-        state = torch.full(q.shape, SENTINEL, device=DEVICE) if len(tables) > 1 else None
+        state = torch.full(q.shape, torch.nan, device=DEVICE) if len(tables) > 1 else None
         sinks = torch.randn(heads[0], device=DEVICE) * 3 if with_sinks else None
         exact = (out.double(), lse.double(), None if state is None else state.double())
         for table in tables:
@@ -190,21 +190,38 @@ def random_table(seed: int) -> tuple[Table, int]:
     return table_of(*strips), q + 5
 
 
+def causal_steps(q_len: int, order: tuple[int, ...]) -> list[Table]:
+    """Accumulating steps, one over each quarter of the keys, causal."""
+    each, ends = q_len // 4, {order[0]: FIRST, order[-1]: LAST}
+    return [causal_table(q_len, each, causal=True, k_position=each * n, flags=ends.get(n, 0)) for n in order]
+
+
+def short_strips() -> list[Table]:
+    """Three steps of strips of many lengths, one right after another, that see all, something or nothing in a step."""
+    tables = []
+    for step in range(3):
+        strips, q = [], 0
+        for n, q_len in enumerate((1, 63, 64, 65, 127, 128, 129, 100)):
+            k_len = (200, 0, 30)[(step + n) % 3]
+            flags = (FIRST, 0, LAST)[step]
+            strips.append([Segment(q, q_len, 0, 0, k_len, -q_len, k_len - 50 * (n % 2), 0, 0, 1, -1, flags)])
+            q += q_len
+        tables.append(table_of(*strips))
+    return tables
+
+
 def correct() -> None:
     full, causal = causal_table(512, 512, causal=False), causal_table(512, 512, causal=True)
     base = settings_for(128)
     for label, chosen in (
-        ("one CTA a tile", replace(base, persistent=False, dynamic=False)),
-        ("static", replace(base, dynamic=False)),
-        ("dynamic", base),
+        ("as shipped", base),
         ("ping-pong", replace(base, ping_pong=True)),
         ("overlap 1", replace(base, overlap=1)),
     ):
         check(f"full, {label}", [full], q_len=512, settings=chosen)
         check(f"causal, {label}", [causal], q_len=512, settings=chosen)
     long = causal_table(8192, 8192, causal=True)
-    for label, chosen in (("static", replace(base, dynamic=False)), ("dynamic", base)):
-        check(f"causal 8192, {label}", [long], q_len=8192, heads=(8, 8), settings=chosen)
+    check("causal 8192", [long], q_len=8192, heads=(8, 8))
     for dim in (64, 96, 40, 192, 256):
         check(f"causal, D {dim}", [causal], q_len=512, dim=dim)
         check(f"tail, D {dim}", [causal_table(300, 333, causal=True, k_position=-33)], q_len=300, dim=dim)
@@ -218,12 +235,10 @@ def correct() -> None:
     )
     check("batch entries of their own", [own], q_len=256, batch=2)
 
-    def chunks(order: tuple[int, ...]) -> list[Table]:
-        ends = {order[0]: FIRST, order[-1]: LAST}
-        return [causal_table(1000, 250, causal=True, k_position=250 * n, flags=ends.get(n, 0)) for n in order]
-
-    check("four accumulating steps", chunks((0, 1, 2, 3)), q_len=1000, batch=2)
-    check("four steps, last keys first", chunks((3, 2, 1, 0)), q_len=1000)
+    check("four accumulating steps", causal_steps(1000, (0, 1, 2, 3)), q_len=1000, batch=2)
+    for dim in (64, 96, 128, 256):  # rows that see nothing in the first steps; whole tiles, a half and a part of one
+        check(f"four steps, last keys first, D {dim}", causal_steps(1000, (3, 2, 1, 0)), q_len=1000, dim=dim)
+    check("steps of short strips", short_strips(), q_len=700, heads=(8, 2))
     check("sinks", [causal], q_len=512, with_sinks=True)
     check(
         "sinks, rows that see nothing",
@@ -231,7 +246,9 @@ def correct() -> None:
         q_len=200,
         with_sinks=True,
     )
-    check("sinks, four accumulating steps", chunks((0, 1, 2, 3)), q_len=1000, with_sinks=True)
+    for dim in (64, 128, 256):
+        steps = causal_steps(1000, (1, 0, 3, 2))
+        check(f"sinks, four accumulating steps, D {dim}", steps, q_len=1000, dim=dim, with_sinks=True)
     for name, tables, q_len, length in plans():
         check(name, tables, q_len=q_len, piece_length=length)
     for seed in range(12):
@@ -339,17 +356,15 @@ def variants() -> None:
     for batch, length, heads, dim in ((4, 4096, (16, 16), 128), (1, 16384, (16, 16), 128), (1, 16384, (32, 32), 64)):
         base = settings_for(dim)
         tried = {
-            "dynamic": base,
-            "dynamic, overlap 1": replace(base, overlap=1),
-            "dynamic, ping-pong": replace(base, ping_pong=True),
-            "dynamic, ping-pong, overlap 1": replace(base, ping_pong=True, overlap=1),
-            "static": replace(base, dynamic=False),
-            "one CTA a tile": replace(base, persistent=False, dynamic=False),
-            "dynamic, block 64, 4 stages": replace(base, block=64, stages=4),
-            "dynamic, block 64, 3 stages": replace(base, block=64, stages=3),
+            "as shipped": base,
+            "overlap 1": replace(base, overlap=1),
+            "ping-pong": replace(base, ping_pong=True),
+            "ping-pong, overlap 1": replace(base, ping_pong=True, overlap=1),
+            "block 64, 4 stages": replace(base, block=64, stages=4),
+            "block 64, 3 stages": replace(base, block=64, stages=3),
         }
         if dim == 64:
-            tried["dynamic, 3 stages"] = replace(base, stages=3)
+            tried["3 stages"] = replace(base, stages=3)
         for causal in (True, False):
             fns, flops = {}, 1.0
             for name, chosen in tried.items():

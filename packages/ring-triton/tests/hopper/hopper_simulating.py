@@ -45,6 +45,7 @@ class Simulated:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.memory: list[Tensor] = []
+        self.arrays: dict[tuple[int, torch.dtype], np.ndarray] = {}
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         return lambda *args, **options: self.launch(grid[0], args, options)
@@ -54,6 +55,7 @@ class Simulated:
         if id(kernel) not in modules:
             modules[id(kernel)] = ttgir.parse(kernel.asm["ttgir"])
         declared, body = modules[id(kernel)]
+        self.arrays.clear()
         given = dict(zip(forward_kernel.arg_names, args, strict=False))
         scope = {f"%{name}": self.value(value) for name, value in given.items() if f"%{name}" in declared}
         self.run(body, scope, grid)
@@ -66,10 +68,16 @@ class Simulated:
         if isinstance(given, TensorDescriptor):
             return self.descriptor(given)
         if isinstance(given, Tensor):
-            flat = _storage(given)
-            kind = torch.float32 if given.is_floating_point() else torch.int32
-            return ttgir.Pointer(flat.to(kind, copy=True).numpy(), given.storage_offset())
+            return ttgir.Pointer(self.array(_storage(given)), given.storage_offset())
         return np.float32(given) if isinstance(given, float) else given
+
+    def array(self, flat: Tensor) -> np.ndarray:
+        """A tensor's memory, the same for pointers and descriptors."""
+        kind = torch.float32 if flat.is_floating_point() else torch.int32
+        key = flat.data_ptr(), kind
+        if key not in self.arrays:
+            self.arrays[key] = flat.to(kind, copy=True).numpy()
+        return self.arrays[key]
 
     def descriptor(self, given: TensorDescriptor) -> ttgir.Descriptor:
         for flat in self.memory:
@@ -77,12 +85,13 @@ class Simulated:
             if 0 <= offset < flat.numel() * flat.element_size():
                 size = flat.element_size()
                 shape, strides, box = (list(map(int, x)) for x in (given.shape, given.strides, given.block_shape))
-                return ttgir.Descriptor(flat.float().numpy(), offset // size, shape, strides, box, size)
-        raise LookupError("a descriptor of memory that is not q, k, v or state")
+                return ttgir.Descriptor(self.array(flat), offset // size, shape, strides, box, size)
+        raise LookupError("a descriptor of memory that is not q, k, v, out or state")
 
     def run(self, body: ttgir.Block, scope: ttgir.Scope, grid: int) -> None:
         copies: list[Callable[[], None]] = []
         waiting: list[tuple[ttgir.Steps, Callable[[], bool]]] = []
+        threads = []
         for program in range(grid):
             cta = ttgir.Cta(program, grid, copies)
             shared = dict(scope)
@@ -94,7 +103,8 @@ class Simulated:
                 if part.name != "default":  # cut off from above: arguments stand for what is captured
                     names = ttgir.declared(part.text)
                     own = dict(zip(names, (shared[name] for name in captured.operands), strict=True))
-                waiting.append((ttgir.run(part.regions[0], own, ttgir.Thread(cta)), lambda: True))
+                threads.append(ttgir.Thread(cta))
+                waiting.append((ttgir.run(part.regions[0], own, threads[-1]), lambda: True))
         while waiting or copies:
             ready = [n for n, (_, may_go) in enumerate(waiting) if may_go()]
             chosen = self.random.randrange(len(ready) + len(copies)) if ready or copies else None
@@ -105,6 +115,11 @@ class Simulated:
             steps, _ = waiting.pop(ready[chosen])
             if (then := next(steps, None)) is not None:
                 waiting.append((steps, then))
+        for thread in threads:
+            thread.end()
+
+
+simulated = Simulated(seed=0)
 
 
 def _storage(x: Tensor) -> Tensor:
@@ -117,8 +132,8 @@ def install(simulated: Simulated) -> None:
     original = launch.forward
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> None:
-        state = args[2]
-        simulated.memory = [_storage(x) for x in (q, k, v, state) if x is not None]
+        out, state = args[0], args[2]
+        simulated.memory = [_storage(x) for x in (q, k, v, out, state) if x is not None]
         with np.errstate(all="ignore"):
             original(q, k, v, *args, **options)
 
@@ -162,8 +177,6 @@ def settings() -> None:
     table = gpu_probe.table_of(strip)
     base = settings_for(128)
     for name, chosen in {
-        "one CTA a tile": replace(base, persistent=False, dynamic=False),
-        "static": replace(base, dynamic=False),
         "ping-pong": replace(base, ping_pong=True),
         "overlap 0": replace(base, overlap=0),
         "block 64, 3 stages": replace(base, block=64, stages=3),
@@ -177,6 +190,19 @@ def widths() -> None:
         gpu_probe.check(f"causal, D {dim}", [table], q_len=300, heads=(2, 1), dim=dim)
     gpu_probe.check("sinks", [table], q_len=300, heads=(2, 1), dim=64, with_sinks=True)
     gpu_probe.check("no key", [gpu_probe.causal_table(200, 0, causal=False)], q_len=200, heads=(2, 1), dim=64)
+
+
+def steps() -> None:
+    """Accumulating steps: whole and partial tiles, rows that see nothing in some of them."""
+    for dim in (128, 96, 256):
+        name = f"four steps, last keys first, D {dim}"
+        gpu_probe.check(name, gpu_probe.causal_steps(300, (3, 2, 1, 0)), q_len=300, heads=(2, 1), dim=dim)
+    for dim in (64, 256):
+        tables = gpu_probe.causal_steps(300, (1, 0, 3, 2))
+        gpu_probe.check(f"sinks, four steps, D {dim}", tables, q_len=300, heads=(2, 1), dim=dim, with_sinks=True)
+    for seed in range(3):
+        simulated.random.seed(seed)
+        gpu_probe.check(f"steps of short strips, order {seed}", gpu_probe.short_strips(), q_len=700, heads=(2, 1))
 
 
 def arrived() -> None:
@@ -199,12 +225,12 @@ def arrived() -> None:
         gpu_probe.failures.append("arrived")
 
 
-GROUPS = {f.__name__: f for f in (several_segments, zigzag, settings, widths, arrived)}
+GROUPS = {f.__name__: f for f in (several_segments, zigzag, settings, widths, steps, arrived)}
 
 
 def main() -> int:
     print("triton", triton.__version__, flush=True)
-    install(Simulated(seed=0))
+    install(simulated)
     for group in sys.argv[1:] or GROUPS:
         GROUPS[group]()
     left = [int(counter) for counter in counters.values() if int(counter)]

@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parent / "hopper_simulating.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["several_segments", "zigzag", "settings", "widths", "arrived"])
+@pytest.mark.parametrize("group", ["several_segments", "zigzag", "settings", "widths", "steps", "arrived"])
 def test_what_the_compiler_made_of_it_is_right(group: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

@@ -109,15 +109,23 @@ class Descriptor:
     element_bytes: int
 
     def load(self, corner: list[int]) -> np.ndarray:
+        address, inside = self._addresses(corner)
+        out = np.zeros(inside.shape, dtype=np.float32)
+        out[inside] = self.array[address[inside].astype(np.int64)]
+        return out.reshape(self.box[-2:])
+
+    def store(self, corner: list[int], values: np.ndarray) -> None:
+        address, inside = self._addresses(corner)
+        self.array[address[inside].astype(np.int64)] = values.reshape(inside.shape)[inside]
+
+    def _addresses(self, corner: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Of a box's elements, and which of them are within the bounds."""
         axes = [np.arange(c, c + b) for c, b in zip(corner, self.box, strict=True)]
         address, inside = np.array(0, dtype=object), np.array(True)
         for axis, bound, stride in zip(axes, self.shape, self.strides, strict=True):
             address = address[..., None] + axis.astype(object) * stride
             inside = inside[..., None] & (axis >= 0) & (axis < bound)
-        wrapped = (address + self.base) % (2**64 // self.element_bytes)
-        out = np.zeros(inside.shape, dtype=np.float32)
-        out[inside] = self.array[wrapped[inside].astype(np.int64)]
-        return out.reshape(self.box[-2:])
+        return (address + self.base) % (2**64 // self.element_bytes), inside
 
 
 @dataclass
@@ -137,6 +145,14 @@ class Thread:
 
     cta: Cta
     products: list[Product] = field(default_factory=list)
+    stores: list[Callable[[], None]] = field(default_factory=list)
+    """TMA stores that have not been waited for: they read shared memory when they are, as late as they may."""
+    unfenced: list[np.ndarray] = field(default_factory=list)
+    """Shared memory written since the last fence, which a TMA store may not see."""
+
+    def end(self) -> None:
+        """Nothing reads shared memory once the threads are gone."""
+        assert not self.stores, "a TMA store was not waited for"
 
 
 def parse(text: str) -> tuple[list[str], Block]:
@@ -382,7 +398,7 @@ def _range(operation: Operation) -> Callable[..., Any]:
 def _reduce(operation: Operation) -> Callable[..., Any]:
     axis = re.search(r"axis = (\d+)", operation.text)
     assert axis
-    by = {"arith.addf": np.add, "arith.maxnumf": np.fmax, "arith.maxsi": np.maximum}
+    by = {"arith.addf": np.add, "arith.addi": np.add, "arith.maxnumf": np.fmax, "arith.maxsi": np.maximum}
     ufunc = by[operation.regions[0].operations[0].name]
     return lambda _, x: ufunc.reduce(x, axis=int(axis[1]))
 
@@ -421,8 +437,30 @@ def _allocate(operation: Operation) -> Callable[..., Any]:
     return lambda _: np.full(shape, -1 if kind is np.int32 else np.nan, dtype=kind)
 
 
-def _copy(_: Thread, value: np.ndarray, view: np.ndarray) -> None:
+def _copy(thread: Thread, value: np.ndarray, view: np.ndarray) -> None:
     view[...] = value
+    thread.unfenced.append(view)
+
+
+def _fence(thread: Thread) -> None:
+    thread.unfenced.clear()
+
+
+def _tma_store(thread: Thread, descriptor: Descriptor, *rest: Any) -> None:
+    *corner, view = rest
+    assert not any(np.may_share_memory(view, x) for x in thread.unfenced), "a TMA store without a fence before it"
+    thread.stores.append(lambda: descriptor.store(corner, view))
+
+
+def _wait_stores(operation: Operation) -> Callable[..., Any]:
+    pending = re.search(r"pendings = (\d+)", operation.text)
+    assert pending
+
+    def wait(thread: Thread) -> None:
+        while len(thread.stores) > int(pending[1]):
+            thread.stores.pop(0)()
+
+    return wait
 
 
 def _count(operation: Operation) -> Callable[..., Any]:
@@ -516,6 +554,9 @@ OTHERS: dict[str, Callable[[Operation], Callable[..., Any]]] = {
     "ttng.arrive_barrier": _count,
     "ttng.barrier_expect": _count,
     "ttng.async_tma_copy_global_to_local": lambda _: _tma,
+    "ttng.async_tma_copy_local_to_global": lambda _: _tma_store,
+    "ttng.async_tma_store_wait": _wait_stores,
+    "ttng.fence_async_shared": lambda _: _fence,
     "ttng.warp_group_dot": lambda _: _dot,
     "ttng.warp_group_dot_wait": _wait_products,
 }

@@ -13,6 +13,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 """(descriptor, coordinates, mbarrier, shared memory): 3.9 renamed it."""
 
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+"""(descriptor, coordinates, shared memory): 3.9 renamed it."""
+
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """(): all threads of the partition; 3.7 renamed it."""
 
@@ -28,4 +31,4 @@ def _reduce_add(descriptor: Any, coordinates: Any, source: Any, _semantic: Any =
 tma_reduce_add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _reduce_add
 """(descriptor, coordinates, shared memory): completes as a TMA store does."""
 
-__all__ = ["TensorDescriptor", "thread_barrier", "tma_load", "tma_reduce_add", "warpgroup_mma_init"]
+__all__ = ["TensorDescriptor", "thread_barrier", "tma_load", "tma_reduce_add", "tma_store", "warpgroup_mma_init"]

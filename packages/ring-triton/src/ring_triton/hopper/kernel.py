@@ -8,19 +8,29 @@
     │ a piece's first load)            │              │ P stays in registers                       │
     └──────────────────────────────────┘              └──────────────────────────────────────────┘
 
-Where strips continue, the next tile's state is brought into shared memory while this tile is computed (AHEAD): 32 KiB a
-consumer at head dim 128, which is all that is left.
+Every tile begins from nothing; where its strip continues, what earlier steps have left in (state, lse) is added at its
+end, so that neither loading nor storing it holds up the products:
 
-Barriers: `q_full`/`q_empty` and, with AHEAD, `o_full`/`o_empty` one per consumer and tile, `k_full`/`k_empty` and
-`v_full`/`v_empty` one per stage. Blocks are counted over the whole life of the CTA; stage and phase follow from the
-count.
+    tile n:  first block │ blocks ...                              │ last sums │ merge, write to `os`
+    `os`:    stored n-1  │ tile n's state arrives by TMA, waits                │ (read) stored by TMA while n+1 begins
+
+(AHEAD: 32 KiB a consumer at head dim 128, which is all that is left; beyond that the state is loaded and stored from
+registers at the end. TMA stores boxes of 64 rows: what has fewer leaves from registers too.)
+
+Where they fit (QUERIES = 2), the queries have two buffers a consumer, and a tile's output leaves by TMA through the one
+that its queries were in, which is given back in the next tile's first block.
+
+Barriers: `record_full`/`record_empty` one per slot of `records`, `q_full`/`q_empty` one per consumer and buffer, with
+AHEAD `o_full`/`o_empty` one per consumer, `k_full`/`k_empty` and `v_full`/`v_empty` one per stage. Tiles and blocks are
+counted over the whole life of the CTA; slot, stage and phase follow from the count.
 
 Keys and values are read through a descriptor whose bounds are the segment's own (the ragged view of
 `triton.tools.ragged_tma`): rows beyond a segment arrive as zeros whatever memory holds there, so 0 x NaN cannot occur
 and nothing has to be cleared. Rows of queries beyond a tile's last are read, computed and dropped.
 
-Which tile next: CTA p takes p, p + grid, ... (one each if the grid is that large), or with DYNAMIC what an atomic
-counter says, which the last CTA to ask sets back to 0.
+Which tile next: CTA p takes tile p and then what an atomic counter says, which the last CTA to ask sets back to 0. The
+producer asks while a tile is computed, and leaves what there is to know of the next one in `records` in shared memory,
+so that nobody waits for global memory between two tiles.
 
 After Shah et al. (arXiv:2407.08608): roles, register split, order of the two products.
 """
@@ -29,24 +39,61 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-from ring_triton.hopper.compat import tma_load
+from ring_triton.hopper.compat import tma_load, tma_store
+
+RECORDS = gl.constexpr(4)
+"""Tiles, this one and those before and after it, whose records are kept."""
 
 
 @gluon.jit
-def _tile(work, items, num_items, section, num_heads, head_batches):
-    """What tile number `work` is: heads come in sections whose keys fit the L2, tiles longest first within one."""
+def _publish(work, turn, items, num_items, section, num_heads, head_batches, total, records, record_full, record_empty):
+    """Tile number `work` as a record in shared memory: its row of `items` with batch entry, head and whether there is
+    such a tile filled in. Heads come in sections whose keys fit the L2, tiles longest first within one."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     nth = work // (num_items * section)
     rest = work - nth * (num_items * section)
-    here = gl.minimum(section, head_batches - nth * section)
+    here = gl.maximum(gl.minimum(section, head_batches - nth * section), 1)
     item = rest // here
     head_batch = nth * section + rest - item * here
-    entry = items + item * 8
-    batch = gl.load(entry + 4)
-    batch = gl.where(batch < 0, head_batch // num_heads, batch)
-    head = head_batch % num_heads
-    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3), batch, head, gl.load(entry + 5)
+    column = gl.arange(0, 16, layout=LANES)
+    record = gl.load(items + item * 16 + column, mask=(column >= 0) & (work < total), other=0)
+    record = gl.where((column == 4) & (record < 0), head_batch // num_heads, record)
+    record = gl.where(column == 6, head_batch % num_heads, record)
+    record = gl.where(column == 7, (work < total).to(gl.int32), record)
+    slot = turn % RECORDS
+    mbarrier.wait(record_empty.index(slot), ((turn // RECORDS) & 1) ^ 1)
+    records.index(slot).store(record)
+    mbarrier.arrive(record_full.index(slot), count=1)
+
+
+@gluon.jit
+def _ask(counter, total):
+    """The number of the next tile that nobody has, less the grid's first ones."""
+    asked = gl.atomic_add(counter, 1, sem="relaxed")
+    if asked == total - 1:  # every CTA asks until it is refused: the last to ask
+        gl.atomic_xchg(counter, 0, sem="relaxed")
+    return asked
+
+
+@gluon.jit
+def _all_columns(record):
+    """A record in shared memory, whole in every thread."""
+    return record.load(gl.BlockedLayout([16], [32], [4], [0]))
+
+
+@gluon.jit
+def _column(record, number: gl.constexpr):
+    """One of them, which costs nothing."""
+    here = gl.arange(0, 16, layout=gl.BlockedLayout([16], [32], [4], [0])) == number
+    return gl.sum(gl.where(here, record, 0), 0)
 
 
 @gluon.jit
@@ -67,51 +114,104 @@ def _await_piece(flags, epoch, piece, polls):
 
 
 @gluon.jit
-def _load_tile(
-    work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
-    q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, o_full, o_empty, begun,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FLAGS: gl.constexpr, AHEAD: gl.constexpr,
-):  # fmt: skip
-    """The producer's part of one tile; returns blocks and tiles loaded so far, and tiles begun from a state."""
-    start, stop, q_row, _rows, batch, head, ends = _tile(work, items, num_items, section, num_heads, head_batches)
-    FAR: gl.constexpr = 1 << 30
-    if AHEAD:  # noqa: SIM102  # a constant, and a value
+def _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CONSUMERS: gl.constexpr):
+    """The state of a tile that continues; the buffer alone for one that begins here. After two blocks of the tile, not
+    before: a buffer comes back in the first one."""
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.wait(o_empty.index(c), turn & 1)
         if (ends & 1) == 0:
-            for c in gl.static_range(CONSUMERS):
-                mbarrier.wait(o_empty.index(c), (begun & 1) ^ 1)
-                mbarrier.expect(o_full.index(c), o_desc.block_type.nbytes)
-                tma_load(o_desc, [batch, head, q_row + c * 64, 0], o_full.index(c), os.index(c))
-            begun += 1
-    if stop > start:
-        for c in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(c), (tiles & 1) ^ 1)
-            mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-            tma_load(q_desc, [batch, head, q_row + c * 64, 0], q_full.index(c), qs.index(c))
-        for w in range(start, stop):
-            entry = walk + w * 12
-            k_row = gl.load(entry)
-            k_len = gl.load(entry + 1)
-            j_lo = gl.load(entry + 2)
-            count = gl.load(entry + 3)
-            right = gl.load(entry + 4)
-            if FLAGS:
-                _await_piece(flags, epoch, gl.load(entry + 8), polls)
-            end = batch * k_batch_rows + k_row + k_len
-            for t in range(count):
-                block = gl.where(t < right, count - 1 - t, t - right)
-                x = FAR - k_len + j_lo + block * BLOCK
-                stage = blocks % STAGES
-                phase = (blocks // STAGES) & 1
-                mbarrier.wait(k_empty.index(stage), phase ^ 1)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma_load(k_desc, [FAR, end, head // group, x, 0], k_full.index(stage), ks.index(stage))
-                mbarrier.wait(v_empty.index(stage), phase ^ 1)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                tma_load(v_desc, [FAR, end, head // group, x, 0], v_full.index(stage), vs.index(stage))
-                blocks += 1
-        tiles += 1
-    return blocks, tiles, begun
+            mbarrier.expect(o_full.index(c), o_desc.block_type.nbytes)
+            tma_load(o_desc, [batch, head, q_row + c * 64, 0], o_full.index(c), os.index(c))
+        else:
+            mbarrier.arrive(o_full.index(c), count=1)
+
+
+@gluon.jit
+def _load_q(
+    q_row, batch, head, q_desc, qs, q_full, q_empty, tiles, CONSUMERS: gl.constexpr, QUERIES: gl.constexpr
+):  # fmt: skip
+    buffer = tiles % QUERIES
+    for c in gl.static_range(CONSUMERS):
+        at = c * QUERIES + buffer
+        if QUERIES == 1:
+            mbarrier.wait(q_empty.index(at), (tiles & 1) ^ 1)
+        elif tiles > 0:  # given back during the tile before
+            mbarrier.wait(q_empty.index(at), ((tiles - 1) // QUERIES) & 1)
+        mbarrier.expect(q_full.index(at), q_desc.block_type.nbytes)
+        tma_load(q_desc, [batch, head, q_row + c * 64, 0], q_full.index(at), qs.index(at))
+
+
+@gluon.jit
+def _producer(
+    items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
+    q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full,
+    v_empty, o_full, o_empty, records, record_full, record_empty,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, QUERIES: gl.constexpr,
+    FLAGS: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    FAR: gl.constexpr = 1 << 30
+    grid = gl.num_programs(0)
+    blocks = 0
+    tiles = 0
+    turn = 0
+    _publish(
+        gl.program_id(0), 0, items, num_items, section, num_heads, head_batches, total, records, record_full,
+        record_empty,
+    )  # fmt: skip
+    going = gl.program_id(0) < total
+    while going:
+        record = _all_columns(records.index(turn % RECORDS))
+        start, stop, q_row = _column(record, 0), _column(record, 1), _column(record, 2)
+        batch, ends, head = _column(record, 4), _column(record, 5), _column(record, 6)
+        first = blocks
+        asked = 0
+        if stop > start:
+            if QUERIES > 1:
+                _load_q(q_row, batch, head, q_desc, qs, q_full, q_empty, tiles, CONSUMERS, QUERIES)
+            for w in range(start, stop):
+                entry = walk + w * 12
+                k_row, k_len, j_lo = gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
+                count, right = gl.load(entry + 3), gl.load(entry + 4)
+                if FLAGS:
+                    _await_piece(flags, epoch, gl.load(entry + 8), polls)
+                end = batch * k_batch_rows + k_row + k_len
+                for t in range(count):
+                    # after two blocks there is time: the next tile, and a buffer that comes back in the first block
+                    if blocks - first == 2:
+                        asked = _ask(counter, total)
+                        if AHEAD:
+                            _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CONSUMERS)
+                    if blocks - first == 3:
+                        _publish(
+                            asked + grid, turn + 1, items, num_items, section, num_heads, head_batches, total,
+                            records, record_full, record_empty,
+                        )  # fmt: skip
+                    block = gl.where(t < right, count - 1 - t, t - right)
+                    x = FAR - k_len + j_lo + block * BLOCK
+                    stage = blocks % STAGES
+                    phase = (blocks // STAGES) & 1
+                    mbarrier.wait(k_empty.index(stage), phase ^ 1)
+                    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                    tma_load(k_desc, [FAR, end, head // group, x, 0], k_full.index(stage), ks.index(stage))
+                    if QUERIES == 1:  # noqa: SIM102  # a constant, and a value
+                        if blocks == first:  # the last tile's scores free a stage of K before they free Q
+                            _load_q(q_row, batch, head, q_desc, qs, q_full, q_empty, tiles, CONSUMERS, QUERIES)
+                    mbarrier.wait(v_empty.index(stage), phase ^ 1)
+                    mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                    tma_load(v_desc, [FAR, end, head // group, x, 0], v_full.index(stage), vs.index(stage))
+                    blocks += 1
+            tiles += 1
+        if blocks - first <= 2:
+            asked = _ask(counter, total)
+            if AHEAD:
+                _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CONSUMERS)
+        if blocks - first <= 3:
+            _publish(
+                asked + grid, turn + 1, items, num_items, section, num_heads, head_batches, total, records,
+                record_full, record_empty,
+            )  # fmt: skip
+        going = asked + grid < total
+        turn += 1
 
 
 @gluon.jit
@@ -187,59 +287,48 @@ def _your_turn(CID: gl.constexpr):
 
 
 @gluon.jit
+def _earlier_lse(tile, lse, lse_b, lse_h, rows):
+    """What earlier steps have left of a tile's rows, in base 2; -inf where it begins here."""
+    record = _all_columns(tile)
+    q_row, count, batch = _column(record, 2), _column(record, 3), _column(record, 4)
+    ends, head = _column(record, 5), _column(record, 6)
+    at = lse + batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h + q_row + rows
+    return gl.load(at, mask=(rows < count) & ((ends & 1) == 0), other=-float("inf")) * 1.4426950408889634
+
+
+@gluon.jit
 def _attend_tile(
-    work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
-    out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-    qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, begun,
+    tile, blocks, tiles, turn, walk, out, lse, state, sinks, scale,
+    out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+    qs, ks, vs, os, o_desc, out_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
+    QUERIES: gl.constexpr, STATE: gl.constexpr, AHEAD: gl.constexpr, OUT_TMA: gl.constexpr, SINKS: gl.constexpr,
+    PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """A consumer's part of one tile: its 64 rows; returns blocks and tiles walked so far, and tiles begun from a
-    state."""
+    """A consumer's part of the CTA's tile number `turn`: its 64 rows; returns blocks and tiles walked so far."""
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    start, stop, q_row, count, batch, head, ends = _tile(work, items, num_items, section, num_heads, head_batches)
+    record = _all_columns(tile)
+    start, stop = _column(record, 0), _column(record, 1)
     rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SL))
     columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, SL))
-    o_rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OL))
-    o_columns = gl.arange(0, D, layout=gl.SliceLayout(0, OL))
-    o_mask = (o_rows < count)[:, None]
-    if HEAD_DIM != D:
-        o_mask = o_mask & (o_columns < HEAD_DIM)[None, :]
-    lse_at = lse + batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h + q_row
-    # strips that begin here are empty but for the sink; others continue from lse and state
+    # every tile begins empty but for the sink of its strip; what earlier steps have left is added at its end
     start_m = -float("inf")
     if SINKS:
-        start_m = gl.where((ends & 1) != 0, gl.load(sinks + head) * 1.4426950408889634, -float("inf"))
+        sink = gl.load(sinks + _column(record, 6)) * 1.4426950408889634
+        start_m = gl.where((_column(record, 5) & 1) != 0, sink, -float("inf"))
     m = gl.full([64], start_m, gl.float32, layout=gl.SliceLayout(1, SL))
-    if STATE:
-        state_at = state + batch.to(gl.int64) * state_b + head.to(gl.int64) * state_h + q_row.to(gl.int64) * state_s
-        continues = (ends & 1) == 0
-        earlier = gl.load(lse_at + rows, mask=(rows < count) & continues, other=-float("inf")) * 1.4426950408889634
-        seen = earlier != -float("inf")
-        m = gl.maximum(m, earlier)
-        kept = o_mask & gl.convert_layout(seen, gl.SliceLayout(1, OL))[:, None]
-        if AHEAD:
-            o = gl.zeros([64, D], gl.float32, layout=OL)
-            if continues:
-                mbarrier.wait(o_full.index(CID), begun & 1)
-                o = gl.where(kept, os.index(CID).load(OL), 0.0)
-                mbarrier.arrive(o_empty.index(CID), count=1)
-                begun += 1
-        else:
-            o = gl.load(state_at + o_rows[:, None] * state_s + o_columns[None, :], mask=kept, other=0.0)
-    else:
-        o = gl.zeros([64, D], gl.float32, layout=OL)
     norm = gl.where(m == -float("inf"), 0.0, 1.0)
+    earlier = gl.full([64], -float("inf"), gl.float32, layout=gl.SliceLayout(1, SL))
+    o = gl.zeros([64, D], gl.float32, layout=OL)
     if stop > start:
-        q = qs.index(CID)
+        q_at = CID * QUERIES + tiles % QUERIES
+        q = qs.index(q_at)
         zero = gl.zeros([64, BLOCK], gl.float32, layout=SL)
-        mbarrier.wait(q_full.index(CID), tiles & 1)
+        mbarrier.wait(q_full.index(q_at), (tiles // QUERIES) & 1)
         # the first block has no values to sum before it
         stage = blocks % STAGES
-        entry = walk + start * 12
-        k_len = gl.load(entry + 1)
-        j = gl.load(entry + 2) + gl.where(gl.load(entry + 4) > 0, gl.load(entry + 3) - 1, 0) * BLOCK
+        j = _column(record, 10) + gl.where(_column(record, 12) > 0, _column(record, 11) - 1, 0) * BLOCK
         mbarrier.wait(k_full.index(stage), (blocks // STAGES) & 1)
         if PING_PONG:
             _my_turn(CID)
@@ -248,22 +337,25 @@ def _attend_tile(
             _your_turn(CID)
         s = warpgroup_mma_wait(0, [scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        s = _mask(s, rows, columns, j, k_len, gl.load(entry + 6), gl.load(entry + 7))
-        p32, decay, m, norm = _softmax(s, m, norm, scale, True)
-        if STATE:
-            o = o * gl.convert_layout(decay, gl.SliceLayout(1, OL))[:, None]
+        s = _mask(s, rows, columns, j, _column(record, 9), _column(record, 14), _column(record, 15))
+        p32, _decay, m, norm = _softmax(s, m, norm, scale, True)
+        if AHEAD or QUERIES > 1:
+            tma.store_wait(0)  # what the tile before left in its buffers
+        if QUERIES > 1:
+            mbarrier.arrive(q_empty.index(CID * QUERIES + (tiles + 1) % QUERIES), count=1)
+        if AHEAD:
+            mbarrier.arrive(o_empty.index(CID), count=1)
         p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2))
         blocks += 1
-        first_entry = entry
         for n in range(stop - start):
-            entry = first_entry + n * 12
-            k_len = gl.load(entry + 1)
-            j_lo = gl.load(entry + 2)
-            number = gl.load(entry + 3)
-            right = gl.load(entry + 4)
-            edges = gl.load(entry + 5)
-            lower = gl.load(entry + 6)
-            upper = gl.load(entry + 7)
+            row = _all_columns(tile)
+            k_len, j_lo, number, right = _column(row, 9), _column(row, 10), _column(row, 11), _column(row, 12)
+            edges, lower, upper = _column(row, 13), _column(row, 14), _column(row, 15)
+            if n > 0:
+                entry = walk + (start + n) * 12
+                k_len, j_lo, number = gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
+                right, edges = gl.load(entry + 4), gl.load(entry + 5)
+                lower, upper = gl.load(entry + 6), gl.load(entry + 7)
             # not carried: Triton (3.6, 3.7) takes a carried value for unused if only bounds of inner loops use it, and
             # then keeps its first value (github.com/triton-lang/triton/pull/9036)
             done = gl.where(n == 0, 1, 0)
@@ -280,13 +372,53 @@ def _attend_tile(
                     0, k_len, lower, upper, OL, STAGES, PING_PONG, CID, False, OVERLAP,
                 )  # fmt: skip
                 blocks += 1
-        mbarrier.arrive(q_empty.index(CID), count=1)  # all scores are computed
+        if QUERIES == 1:
+            mbarrier.arrive(q_empty.index(CID), count=1)  # all scores are computed
+        if STATE:
+            earlier = _earlier_lse(tile, lse, lse_b, lse_h, rows)  # on its way during the last sums
         before = (blocks - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((blocks - 1) // STAGES) & 1)
         sums = warpgroup_mma(p, vs.index(before), o, is_async=True)
         o = warpgroup_mma_wait(0, [sums])
         mbarrier.arrive(v_empty.index(before), count=1)
         tiles += 1
+    else:
+        if AHEAD:
+            tma.store_wait(0)
+            mbarrier.arrive(o_empty.index(CID), count=1)
+        if STATE:
+            earlier = _earlier_lse(tile, lse, lse_b, lse_h, rows)
+    record = _all_columns(tile)  # again, so that none of it takes registers meanwhile
+    q_row, count, batch = _column(record, 2), _column(record, 3), _column(record, 4)
+    ends, head = _column(record, 5), _column(record, 6)
+    o_rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OL))
+    o_columns = gl.arange(0, D, layout=gl.SliceLayout(0, OL))
+    o_mask = (o_rows < count)[:, None]
+    if HEAD_DIM != D:
+        o_mask = o_mask & (o_columns < HEAD_DIM)[None, :]
+    out_at = out + batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h + q_row.to(gl.int64) * out_s
+    out_at = (out_at + o_rows * out_s)[:, None] + o_columns[None, :]
+    if STATE:
+        state_at = state + batch.to(gl.int64) * state_b + head.to(gl.int64) * state_h + q_row.to(gl.int64) * state_s
+        state_at = (state_at + o_rows * state_s)[:, None] + o_columns[None, :]
+    lse_at = lse + batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h + q_row
+    if STATE:
+        if AHEAD:
+            mbarrier.wait(o_full.index(CID), turn & 1)
+        if (ends & 1) == 0:
+            both = gl.maximum(m, earlier)
+            base = gl.where(both == -float("inf"), 0.0, both)  # a row that has seen nothing in any step
+            weight, own = gl.exp2(earlier - base), gl.exp2(m - base)
+            m = both
+            norm = norm * own + weight
+            # rows that earlier steps saw nothing of may hold anything
+            kept = gl.convert_layout(weight > 0.0, gl.SliceLayout(1, OL))[:, None]
+            if AHEAD:
+                added = gl.where(kept, os.index(CID).load(OL), 0.0)
+            else:
+                added = gl.load(state_at, mask=o_mask & kept, other=0.0)
+            o = o * gl.convert_layout(own, gl.SliceLayout(1, OL))[:, None]
+            o += added * gl.convert_layout(weight, gl.SliceLayout(1, OL))[:, None]
     unseen = norm == 0.0
     gl.store(
         lse_at + rows,
@@ -294,94 +426,64 @@ def _attend_tile(
         mask=rows < count,
     )
     o = o * gl.convert_layout(gl.where(unseen, 0.0, 1.0 / norm), gl.SliceLayout(1, OL))[:, None]
-    out_at = out + batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h + q_row.to(gl.int64) * out_s
+    final = True
     if STATE:
         final = (ends & 2) != 0
-        gl.store(state_at + o_rows[:, None] * state_s + o_columns[None, :], o, mask=o_mask & (final == 0))
-        o_mask = o_mask & final
-    gl.store(out_at + o_rows[:, None] * out_s + o_columns[None, :], o.to(out.dtype.element_ty), mask=o_mask)
-    return blocks, tiles, begun
-
-
-@gluon.jit
-def _producer(
-    items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
-    q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, o_full, o_empty, nexts, next_full, next_empty,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FLAGS: gl.constexpr, AHEAD: gl.constexpr,
-    DYNAMIC: gl.constexpr,
-):  # fmt: skip
-    grid = gl.num_programs(0)
-    blocks = 0
-    tiles = 0
-    begun = 0
-    if DYNAMIC:
-        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        work = gl.program_id(0)
-        turn = 0
-        while work < total:
-            asked = gl.atomic_add(counter, 1, sem="relaxed")
-            if asked == total - 1:  # every CTA asks until it is refused: the last to ask
-                gl.atomic_xchg(counter, 0, sem="relaxed")
-            slot = turn & 1
-            mbarrier.wait(next_empty.index(slot), ((turn >> 1) & 1) ^ 1)
-            nexts.index(slot).store(gl.full([1], 0, gl.int32, layout=ONE) + (asked + grid))
-            mbarrier.arrive(next_full.index(slot), count=1)
-            blocks, tiles, begun = _load_tile(
-                work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
-                q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, o_full, o_empty, begun, BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
-            )  # fmt: skip
-            work = asked + grid
-            turn += 1
-    else:
-        for work in range(gl.program_id(0), total, grid):
-            blocks, tiles, begun = _load_tile(
-                work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches, group, k_batch_rows,
-                q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, o_full, o_empty, begun, BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
-            )  # fmt: skip
+    whole = count >= CID * 64 + 64  # otherwise a box would reach into the next tile's rows
+    if final:
+        sent = False
+        if OUT_TMA:  # noqa: SIM102  # a constant, and a value
+            if whole & (stop > start):
+                # through the queries' buffer: all scores are computed, and this tile holds it until the next one
+                q = qs.index(CID * QUERIES + (tiles - 1) % QUERIES)
+                q.store(o.to(out.dtype.element_ty))
+                fence_async_shared()
+                tma_store(out_desc, [batch, head, q_row + CID * 64, 0], q)
+                sent = True
+        if not sent:
+            gl.store(out_at, o.to(out.dtype.element_ty), mask=o_mask)
+    elif AHEAD:
+        if whole:
+            os.index(CID).store(o)
+            fence_async_shared()
+            tma_store(o_desc, [batch, head, q_row + CID * 64, 0], os.index(CID))
+        else:
+            gl.store(state_at, o, mask=o_mask)
+    elif STATE:
+        gl.store(state_at, o, mask=o_mask)
+    return blocks, tiles
 
 
 @gluon.jit
 def _consumer(
-    items, walk, num_items, section, num_heads, head_batches, total,
-    out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-    qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts, next_full, next_empty,
+    walk, out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+    qs, ks, vs, os, o_desc, out_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
+    records, record_full, record_empty,
     CID: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
-    DYNAMIC: gl.constexpr,
+    QUERIES: gl.constexpr, STATE: gl.constexpr, AHEAD: gl.constexpr, OUT_TMA: gl.constexpr, SINKS: gl.constexpr,
+    PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     blocks = 0
     tiles = 0
-    begun = 0
+    turn = 0
     if PING_PONG and CID == 1:
         _your_turn(CID)
-    if DYNAMIC:
-        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        work = gl.program_id(0)
-        turn = 0
-        while work < total:
-            slot = turn & 1
-            mbarrier.wait(next_full.index(slot), (turn >> 1) & 1)
-            then = gl.max(nexts.index(slot).load(ONE), 0)
-            mbarrier.arrive(next_empty.index(slot), count=1)
-            blocks, tiles, begun = _attend_tile(
-                work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
-                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, begun,
-                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP,
+    going = True
+    while going:
+        slot = turn % RECORDS
+        mbarrier.wait(record_full.index(slot), (turn // RECORDS) & 1)
+        going = _column(_all_columns(records.index(slot)), 7) != 0
+        if going:
+            blocks, tiles = _attend_tile(
+                records.index(slot), blocks, tiles, turn, walk, out, lse, state, sinks, scale,
+                out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                qs, ks, vs, os, o_desc, out_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
+                CID, BLOCK, D, HEAD_DIM, STAGES, QUERIES, STATE, AHEAD, OUT_TMA, SINKS, PING_PONG, OVERLAP,
             )  # fmt: skip
-            work = then
-            turn += 1
-    else:
-        for work in range(gl.program_id(0), total, gl.num_programs(0)):
-            blocks, tiles, begun = _attend_tile(
-                work, blocks, tiles, items, walk, num_items, section, num_heads, head_batches,
-                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, begun,
-                CID, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP,
-            )  # fmt: skip
+        mbarrier.arrive(record_empty.index(slot), count=1)
+        turn += 1
+    if AHEAD or OUT_TMA:
+        tma.store_wait(0)  # buffers are read while the CTA lives
 
 
 @gluon.jit(
@@ -392,20 +494,21 @@ def _consumer(
     do_not_specialize_on_alignment=["counter", "flags", "epoch"],  # words inside larger tensors
 )  # fmt: skip
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, out, lse, state, sinks, items, walk, counter, flags, epoch, scale,
+    q_desc, k_desc, v_desc, o_desc, out_desc, out, lse, state, sinks, items, walk, counter, flags, epoch, scale,
     num_items, section, num_heads, head_batches, total, group, k_batch_rows, polls,
     out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
     BLOCK: gl.constexpr, D: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STATE: gl.constexpr, AHEAD: gl.constexpr, SINKS: gl.constexpr, FLAGS: gl.constexpr, DYNAMIC: gl.constexpr,
+    QUERIES: gl.constexpr, STATE: gl.constexpr, AHEAD: gl.constexpr, OUT_TMA: gl.constexpr, SINKS: gl.constexpr,
+    FLAGS: gl.constexpr,
     PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, CONSUMERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """q_desc, and with AHEAD o_desc of the state, (B, Hq, Sq, D), boxes of 64 rows; k_desc, v_desc ragged
-    (far, end, Hkv, key, D), boxes of BLOCK keys; scale is the softmax's times log2(e)."""
+    """q_desc, with AHEAD o_desc of the state, with OUT_TMA out_desc (B, Hq, Sq, D), boxes of 64 rows; k_desc, v_desc
+    ragged (far, end, Hkv, key, D), boxes of BLOCK keys; scale is the softmax's times log2(e)."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], q_desc.dtype)
     KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], q_desc.dtype)
-    qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 64, D], ROWS)
+    qs = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS * QUERIES, 64, D], ROWS)
     ks = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK, D], KEYS)
     vs = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK, D], KEYS)
     # of one element where nothing is brought ahead: partitions take it all the same
@@ -415,18 +518,19 @@ def forward_kernel(
     os = gl.allocate_shared_memory(gl.float32, [CONSUMERS, O_TALL, O_WIDE], SUMS)
     o_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
     o_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS * QUERIES, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS * QUERIES, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    nexts = gl.allocate_shared_memory(gl.int32, [2, 1], FLAT)
-    next_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    next_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    for i in gl.static_range(CONSUMERS):
+    records = gl.allocate_shared_memory(gl.int32, [RECORDS, 16], FLAT)
+    record_full = gl.allocate_shared_memory(gl.int64, [RECORDS, 1], BARRIER)
+    record_empty = gl.allocate_shared_memory(gl.int64, [RECORDS, 1], BARRIER)
+    for i in gl.static_range(CONSUMERS * QUERIES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(CONSUMERS):
         mbarrier.init(o_full.index(i), count=1)
         mbarrier.init(o_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -434,9 +538,9 @@ def forward_kernel(
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(2):
-        mbarrier.init(next_full.index(i), count=1)
-        mbarrier.init(next_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(RECORDS):
+        mbarrier.init(record_full.index(i), count=1)
+        mbarrier.init(record_empty.index(i), count=CONSUMERS)
     C0: gl.constexpr = 0
     C1: gl.constexpr = 1
     gl.warp_specialize(
@@ -444,20 +548,20 @@ def forward_kernel(
             (_producer, (
                 items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
                 q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, o_full, o_empty, nexts, next_full, next_empty, BLOCK, STAGES, CONSUMERS, FLAGS, AHEAD,
-                DYNAMIC,
+                v_full, v_empty, o_full, o_empty, records, record_full, record_empty,
+                BLOCK, STAGES, CONSUMERS, QUERIES, FLAGS, AHEAD,
             )),
             (_consumer, (
-                items, walk, num_items, section, num_heads, head_batches, total,
-                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts, next_full,
-                next_empty, C0, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP, DYNAMIC,
+                walk, out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                qs, ks, vs, os, o_desc, out_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
+                records, record_full, record_empty,
+                C0, BLOCK, D, HEAD_DIM, STAGES, QUERIES, STATE, AHEAD, OUT_TMA, SINKS, PING_PONG, OVERLAP,
             )),
             (_consumer, (
-                items, walk, num_items, section, num_heads, head_batches, total,
-                out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-                qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty, nexts, next_full,
-                next_empty, C1, BLOCK, D, HEAD_DIM, STAGES, STATE, AHEAD, SINKS, PING_PONG, OVERLAP, DYNAMIC,
+                walk, out, lse, state, sinks, scale, out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
+                qs, ks, vs, os, o_desc, out_desc, q_full, q_empty, k_full, k_empty, v_full, v_empty, o_full, o_empty,
+                records, record_full, record_empty,
+                C1, BLOCK, D, HEAD_DIM, STAGES, QUERIES, STATE, AHEAD, OUT_TMA, SINKS, PING_PONG, OVERLAP,
             )),
         ],
         [4, 4],

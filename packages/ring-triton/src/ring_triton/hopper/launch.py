@@ -18,7 +18,7 @@ from ring_triton import tuned
 from ring_triton.direct import aligned, current_stream, launches_of
 from ring_triton.hopper.compat import TensorDescriptor
 from ring_triton.hopper.kernel import forward_kernel
-from ring_triton.hopper.schedule import make_schedule
+from ring_triton.hopper.schedule import make_schedule, with_first_walk
 from ring_triton.hopper.settings import CONSUMERS, TILE_ROWS, Settings, padded_head_dim, settings_for
 
 L2_BYTES = 32 << 20
@@ -29,6 +29,8 @@ by poison, and raises; ending by itself would be silent."""
 FAR, BOUNDLESS = 1 << 30, 0x7FFF0000
 DTYPES = (torch.float16, torch.bfloat16)
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+SHARED_BYTES = 226 << 10
+"""Of buffers in shared memory; a kilobyte is left for barriers and records."""
 WIDEST_AHEAD = 128
 """Head dim up to which shared memory holds a tile's state beside its rings."""
 
@@ -37,11 +39,22 @@ WIDEST_AHEAD = 128
 class Prepared:
     """A table's schedule on a device, for one batch size."""
 
-    items: Tensor  # (N, 8) int32
+    items: Tensor  # (N, 16) int32
     count: int
     walk: Tensor  # (M, 12) int32
     repeats: int  # batch entries that all items are about
     whole: bool  # every strip begins and ends in this table
+
+
+def query_buffers(head_dim: int, settings: Settings, ahead: bool) -> int:
+    """Buffers for a consumer's queries: two where shared memory holds them beside the rings and the state."""
+    rings, rows = 4 * settings.stages * settings.block, (2 * 2 + 4 * ahead) * TILE_ROWS
+    return 2 if (rings + rows) * padded_head_dim(head_dim) <= SHARED_BYTES else 1
+
+
+def takes_tma(x: Tensor) -> bool:
+    """Whether TMA can address x (B, S, H, D) by rows."""
+    return not (x.stride(-1) != 1 or x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in x.stride()[:-1]))
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -51,7 +64,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> str:
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         return f"head dim {q.shape[-1]}, it takes multiples of 8 up to 256"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1 or x.data_ptr() % 16 or any(stride * 2 % 16 for stride in x.stride()[:-1]):
+        if not takes_tma(x):
             return f"{name} with strides {x.stride()}, it takes a dense last dim and 16-byte aligned others"
     for name, x in (("k", k), ("v", v)):
         if x.shape[0] > 1 and x.stride(0) != x.shape[2] * x.stride(2):
@@ -109,7 +122,7 @@ def forward(
     )
     launches = launches_of(table, "hopper forward")
     known = launches.get(key)
-    read = (q.data_ptr(), k.data_ptr(), v.data_ptr(), (q if state is None else state).data_ptr())
+    read = (q.data_ptr(), k.data_ptr(), v.data_ptr(), (q if state is None else state).data_ptr(), out.data_ptr())
     written = (out.data_ptr(), lse.data_ptr(), 0 if state is None else state.data_ptr())
     more = 0 if sinks is None else sinks.data_ptr()
     if known is None or not aligned(*read, *written, more):
@@ -160,23 +173,25 @@ def _forward(
     group = num_heads // num_kv_heads
     keys = max(1, k.shape[0] * k.shape[2])
     section = min(head_batches, group * max(1, L2_BYTES // (keys * head_dim * 2 * k.element_size())))
-    grid = (min(total, _processors(q.device)) if chosen.persistent else total,)
+    grid = (min(total, _processors(q.device)),)
     dummy = prepared.items
-    dynamic = chosen.dynamic and chosen.persistent
     continued = state is not None and not prepared.whole
-    ahead = continued and padded_head_dim(head_dim) <= WIDEST_AHEAD
+    ahead = continued and state is not None and padded_head_dim(head_dim) <= WIDEST_AHEAD and takes_tma(state)
+    queries = query_buffers(head_dim, chosen, ahead)
+    out_tma = queries > 1 and takes_tma(out)
     arguments = (
         rows_descriptor(q),
         keys_descriptor(k, chosen.block),
         keys_descriptor(v, chosen.block),
         rows_descriptor(state if ahead and state is not None else q),
+        rows_descriptor(out if out_tma else q),
         out,
         lse,
         dummy if state is None else state,
         dummy if sinks is None else sinks,
         prepared.items,
         prepared.walk,
-        _counter(table.device, current_stream()(q.get_device()))[0] if dynamic else dummy,
+        _counter(table.device, current_stream()(q.get_device()))[0],
         dummy if flags is None else flags.values,
         dummy if flags is None else flags.epoch,
         scale * math.log2(math.e),
@@ -199,11 +214,12 @@ def _forward(
         D=padded_head_dim(head_dim),
         HEAD_DIM=head_dim,
         STAGES=chosen.stages,
+        QUERIES=queries,
         STATE=continued,
         AHEAD=ahead,
+        OUT_TMA=out_tma,
         SINKS=sinks is not None,
         FLAGS=flags is not None,
-        DYNAMIC=dynamic,
         PING_PONG=chosen.ping_pong,
         OVERLAP=chosen.overlap,
         CONSUMERS=CONSUMERS,
@@ -240,7 +256,7 @@ def prepare(table: DeviceTable, batch: int, piece_length: int, block: int) -> Pr
         items = schedule.items if schedule.every_batch else schedule.for_batch(batch)
         walk = schedule.walk if len(schedule.walk) else np.zeros((1, schedule.walk.shape[1]), dtype=np.int32)
         known = table.host.cache[key] = Prepared(
-            torch.from_numpy(items).to(table.device),
+            torch.from_numpy(with_first_walk(items, walk)).to(table.device),
             len(items),
             torch.from_numpy(walk).to(table.device),
             repeats,

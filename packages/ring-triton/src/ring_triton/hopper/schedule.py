@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ring_core.segment import COLUMNS, FIRST, LAST, Table
 
 ITEM = ("walk_start", "walk_stop", "q_row", "rows", "batch", "flags", "blocks", "unused")
+"""Columns 6 and 7 are head and "there is such a tile" in what the kernel makes of an item."""
 WALK = ("k_row", "k_len", "j_lo", "blocks", "right", "edges", "lower", "upper", "piece", "k_start", "unused", "unused2")
 
 
@@ -56,6 +57,13 @@ class Schedule:
             items[:, ITEM.index("batch")] < 0, number, items[:, ITEM.index("batch")]
         )
         return items
+
+
+def with_first_walk(items: NDArray[np.int32], walk: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Items (N, 16) as the kernel reads them: then the first eight columns of the tile's first row of the walk, or of
+    any row where it has none."""
+    first = walk[np.minimum(items[:, 0], len(walk) - 1), :8]
+    return np.concatenate((items, first), axis=1)
 
 
 def make_schedule(table: Table, *, tile_rows: int, block: int, piece_length: int) -> Schedule:

@@ -1,4 +1,8 @@
-"""Launch settings of the Hopper forward, as data."""
+"""Launch settings of the Hopper forward, as data.
+
+As many CTAs as processors ask a counter for tiles. One CTA a tile (D 64: 422 / 423 TFLOP/s causal / full at 16384) and
+every n-th tile for a CTA (D 128: 531 / 594) were slower than that, 443 / 441 and 597 / 604, and are gone.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,6 @@ class Settings:
     """Blocks of K, and of V, in shared memory."""
     registers: int
     """Per thread of a consumer; the producer has what is left of 504 a lane of three warpgroups."""
-    persistent: bool
-    """As many CTAs as processors, each taking tiles until none is left; otherwise one CTA a tile."""
-    dynamic: bool
-    """Persistent CTAs ask a counter for the next tile, otherwise they take every n-th."""
     ping_pong: bool
     """Consumers issue their products in turns."""
     overlap: int = 1
@@ -38,30 +38,24 @@ FORWARD: dict[int, Settings] = {
         block=128,
         stages=2,
         registers=240,
-        persistent=True,
-        dynamic=True,
         ping_pong=False,
         overlap=0,
         reason="443 / 441 TFLOP/s causal / full at 16384; overlap 1: 429 / 422; ping-pong: 439 / 438; blocks of 64: "
-        "384; 3 stages: 425 / 421; one CTA a tile: 422 / 423",
+        "384; 3 stages: 425 / 421",
     ),
     128: Settings(
         block=128,
         stages=2,
         registers=240,
-        persistent=True,
-        dynamic=True,
         ping_pong=False,
         overlap=0,
         reason="536 / 549 TFLOP/s causal / full at 4096, 597 / 604 at 16384; overlap 1: 532 / 548, 580 / 589; "
-        "ping-pong: 518 / 557, 598 / 604; static: 479 / 546, 531 / 594; blocks of 64: 467 / 490, 523 / 528",
+        "ping-pong: 518 / 557, 598 / 604; blocks of 64: 467 / 490, 523 / 528",
     ),
     256: Settings(
         block=64,
         stages=2,
         registers=240,
-        persistent=True,
-        dynamic=True,
         ping_pong=False,
         reason="not measured",
     ),
