@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hopper_plans import PLANS, problem
+from hopper_plans import PLANS, problem, table_of
 from hopper_walk import visible_pairs, visits
 
 from ring_core.plan import PackedProblem, make_plan
 from ring_core.segment import FIRST, LAST, Segment, Table
-from ring_triton.hopper.schedule import ITEM, make_schedule
+from ring_triton.hopper.schedule import ITEM, WALK, make_schedule, with_first_walk
 
 BLOCKS = (64, 128)
 
@@ -97,3 +97,16 @@ def test_batch_entries_of_their_own_are_told_apart() -> None:
     items = schedule.for_batch(3)
     pairs = sorted((int(item[2]), int(item[4])) for item in items)
     assert pairs == [(0, 0), (0, 1), (0, 2), (128, 0), (128, 1), (128, 2), (200, 1), (328, 1)]
+
+
+def test_items_carry_their_first_row_of_the_walk() -> None:
+    strips = [
+        [Segment(200 * n, 200, n, 0, k_len, -200, k_len, 0, 0, 1, -1, FIRST | LAST)]
+        for n, k_len in enumerate((300, 0, 7))
+    ]
+    schedule = make_schedule(table_of(*strips), tile_rows=128, block=128, piece_length=300)
+    items = with_first_walk(schedule.items, schedule.walk)
+    assert items.shape == (6, 16) and items.dtype == np.int32
+    seen = items[items[:, ITEM.index("walk_start")] < items[:, ITEM.index("walk_stop")]]
+    assert len(seen) == 4 and sorted(seen[:, 8 + WALK.index("k_len")].tolist()) == [7, 7, 300, 300]
+    np.testing.assert_array_equal(seen[:, 8:], schedule.walk[seen[:, 0], :8])

@@ -46,7 +46,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ring_triton.hopper.compat import thread_barrier, tma_load, tma_reduce_add, warpgroup_mma_init
-from ring_triton.hopper.kernel import _await_piece
+from ring_triton.hopper.producer import await_piece
 
 
 @gluon.jit
@@ -93,7 +93,7 @@ def _producer(
     total = gl.load(entry + 6) * members
     if total > 0:
         if FLAGS:
-            _await_piece(flags, epoch, piece, polls)
+            await_piece(flags, epoch, piece, polls)
         k_end = batch * k_batch_rows + piece * piece_length + gl.load(entry + 2) + count
         mbarrier.expect(k_full, k_desc.block_type.nbytes)
         tma_load(k_desc, [FAR, k_end, head, FAR - count, 0], k_full, ks.index(0))

@@ -47,171 +47,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ring_triton.hopper.compat import tma_load, tma_store
-
-RECORDS = gl.constexpr(4)
-"""Tiles, this one and those before and after it, whose records are kept."""
-
-
-@gluon.jit
-def _publish(work, turn, items, num_items, section, num_heads, head_batches, total, records, record_full, record_empty):
-    """Tile number `work` as a record in shared memory: its row of `items` with batch entry, head and whether there is
-    such a tile filled in. Heads come in sections whose keys fit the L2, tiles longest first within one."""
-    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    nth = work // (num_items * section)
-    rest = work - nth * (num_items * section)
-    here = gl.maximum(gl.minimum(section, head_batches - nth * section), 1)
-    item = rest // here
-    head_batch = nth * section + rest - item * here
-    column = gl.arange(0, 16, layout=LANES)
-    record = gl.load(items + item * 16 + column, mask=(column >= 0) & (work < total), other=0)
-    record = gl.where((column == 4) & (record < 0), head_batch // num_heads, record)
-    record = gl.where(column == 6, head_batch % num_heads, record)
-    record = gl.where(column == 7, (work < total).to(gl.int32), record)
-    slot = turn % RECORDS
-    mbarrier.wait(record_empty.index(slot), ((turn // RECORDS) & 1) ^ 1)
-    records.index(slot).store(record)
-    mbarrier.arrive(record_full.index(slot), count=1)
-
-
-@gluon.jit
-def _ask(counter, total):
-    """The number of the next tile that nobody has, less the grid's first ones."""
-    asked = gl.atomic_add(counter, 1, sem="relaxed")
-    if asked == total - 1:  # every CTA asks until it is refused: the last to ask
-        gl.atomic_xchg(counter, 0, sem="relaxed")
-    return asked
-
-
-@gluon.jit
-def _all_columns(record):
-    """A record in shared memory, whole in every thread."""
-    return record.load(gl.BlockedLayout([16], [32], [4], [0]))
-
-
-@gluon.jit
-def _column(record, number: gl.constexpr):
-    """One of them, which costs nothing."""
-    here = gl.arange(0, 16, layout=gl.BlockedLayout([16], [32], [4], [0])) == number
-    return gl.sum(gl.where(here, record, 0), 0)
-
-
-@gluon.jit
-def _await_piece(flags, epoch, piece, polls):
-    """Returns once piece has arrived, is poisoned (the largest value) or `polls` looks were in vain."""
-    want = gl.load(epoch).to(gl.uint32, bitcast=True)
-    seen = gl.inline_asm_elementwise(
-        "ld.acquire.sys.global.u32 $0, [$1];", "=r,l", [flags + piece], dtype=gl.uint32, is_pure=False, pack=1
-    )
-    looks = 0
-    while (seen < want) & (looks < polls):
-        seen = gl.inline_asm_elementwise(
-            "ld.acquire.sys.global.u32 $0, [$1];", "=r,l", [flags + piece], dtype=gl.uint32, is_pure=False, pack=1
-        )
-        looks += 1
-    # the copy engine's writes, acquired by the generic proxy, must be visible to the async proxy (TMA)
-    gl.inline_asm_elementwise("fence.proxy.async; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CONSUMERS: gl.constexpr):
-    """The state of a tile that continues; the buffer alone for one that begins here. After two blocks of the tile, not
-    before: a buffer comes back in the first one."""
-    for c in gl.static_range(CONSUMERS):
-        mbarrier.wait(o_empty.index(c), turn & 1)
-        if (ends & 1) == 0:
-            mbarrier.expect(o_full.index(c), o_desc.block_type.nbytes)
-            tma_load(o_desc, [batch, head, q_row + c * 64, 0], o_full.index(c), os.index(c))
-        else:
-            mbarrier.arrive(o_full.index(c), count=1)
-
-
-@gluon.jit
-def _load_q(
-    q_row, batch, head, q_desc, qs, q_full, q_empty, tiles, CONSUMERS: gl.constexpr, QUERIES: gl.constexpr
-):  # fmt: skip
-    buffer = tiles % QUERIES
-    for c in gl.static_range(CONSUMERS):
-        at = c * QUERIES + buffer
-        if QUERIES == 1:
-            mbarrier.wait(q_empty.index(at), (tiles & 1) ^ 1)
-        elif tiles > 0:  # given back during the tile before
-            mbarrier.wait(q_empty.index(at), ((tiles - 1) // QUERIES) & 1)
-        mbarrier.expect(q_full.index(at), q_desc.block_type.nbytes)
-        tma_load(q_desc, [batch, head, q_row + c * 64, 0], q_full.index(at), qs.index(at))
-
-
-@gluon.jit
-def _producer(
-    items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
-    q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty, v_full,
-    v_empty, o_full, o_empty, records, record_full, record_empty,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, QUERIES: gl.constexpr,
-    FLAGS: gl.constexpr, AHEAD: gl.constexpr,
-):  # fmt: skip
-    FAR: gl.constexpr = 1 << 30
-    grid = gl.num_programs(0)
-    blocks = 0
-    tiles = 0
-    turn = 0
-    _publish(
-        gl.program_id(0), 0, items, num_items, section, num_heads, head_batches, total, records, record_full,
-        record_empty,
-    )  # fmt: skip
-    going = gl.program_id(0) < total
-    while going:
-        record = _all_columns(records.index(turn % RECORDS))
-        start, stop, q_row = _column(record, 0), _column(record, 1), _column(record, 2)
-        batch, ends, head = _column(record, 4), _column(record, 5), _column(record, 6)
-        first = blocks
-        asked = 0
-        if stop > start:
-            if QUERIES > 1:
-                _load_q(q_row, batch, head, q_desc, qs, q_full, q_empty, tiles, CONSUMERS, QUERIES)
-            for w in range(start, stop):
-                entry = walk + w * 12
-                k_row, k_len, j_lo = gl.load(entry), gl.load(entry + 1), gl.load(entry + 2)
-                count, right = gl.load(entry + 3), gl.load(entry + 4)
-                if FLAGS:
-                    _await_piece(flags, epoch, gl.load(entry + 8), polls)
-                end = batch * k_batch_rows + k_row + k_len
-                for t in range(count):
-                    # after two blocks there is time: the next tile, and a buffer that comes back in the first block
-                    if blocks - first == 2:
-                        asked = _ask(counter, total)
-                        if AHEAD:
-                            _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CONSUMERS)
-                    if blocks - first == 3:
-                        _publish(
-                            asked + grid, turn + 1, items, num_items, section, num_heads, head_batches, total,
-                            records, record_full, record_empty,
-                        )  # fmt: skip
-                    block = gl.where(t < right, count - 1 - t, t - right)
-                    x = FAR - k_len + j_lo + block * BLOCK
-                    stage = blocks % STAGES
-                    phase = (blocks // STAGES) & 1
-                    mbarrier.wait(k_empty.index(stage), phase ^ 1)
-                    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                    tma_load(k_desc, [FAR, end, head // group, x, 0], k_full.index(stage), ks.index(stage))
-                    if QUERIES == 1:  # noqa: SIM102  # a constant, and a value
-                        if blocks == first:  # the last tile's scores free a stage of K before they free Q
-                            _load_q(q_row, batch, head, q_desc, qs, q_full, q_empty, tiles, CONSUMERS, QUERIES)
-                    mbarrier.wait(v_empty.index(stage), phase ^ 1)
-                    mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                    tma_load(v_desc, [FAR, end, head // group, x, 0], v_full.index(stage), vs.index(stage))
-                    blocks += 1
-            tiles += 1
-        if blocks - first <= 2:
-            asked = _ask(counter, total)
-            if AHEAD:
-                _load_state(ends, q_row, batch, head, o_desc, os, o_full, o_empty, turn, CONSUMERS)
-        if blocks - first <= 3:
-            _publish(
-                asked + grid, turn + 1, items, num_items, section, num_heads, head_batches, total, records,
-                record_full, record_empty,
-            )  # fmt: skip
-        going = asked + grid < total
-        turn += 1
+from ring_triton.hopper.compat import tma_store
+from ring_triton.hopper.producer import producer
+from ring_triton.hopper.records import RECORDS, all_columns, column
 
 
 @gluon.jit
@@ -289,9 +127,9 @@ def _your_turn(CID: gl.constexpr):
 @gluon.jit
 def _earlier_lse(tile, lse, lse_b, lse_h, rows):
     """What earlier steps have left of a tile's rows, in base 2; -inf where it begins here."""
-    record = _all_columns(tile)
-    q_row, count, batch = _column(record, 2), _column(record, 3), _column(record, 4)
-    ends, head = _column(record, 5), _column(record, 6)
+    record = all_columns(tile)
+    q_row, count, batch = column(record, 2), column(record, 3), column(record, 4)
+    ends, head = column(record, 5), column(record, 6)
     at = lse + batch.to(gl.int64) * lse_b + head.to(gl.int64) * lse_h + q_row + rows
     return gl.load(at, mask=(rows < count) & ((ends & 1) == 0), other=-float("inf")) * 1.4426950408889634
 
@@ -308,15 +146,15 @@ def _attend_tile(
     """A consumer's part of the CTA's tile number `turn`: its 64 rows; returns blocks and tiles walked so far."""
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    record = _all_columns(tile)
-    start, stop = _column(record, 0), _column(record, 1)
+    record = all_columns(tile)
+    start, stop = column(record, 0), column(record, 1)
     rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SL))
     columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, SL))
     # every tile begins empty but for the sink of its strip; what earlier steps have left is added at its end
     start_m = -float("inf")
     if SINKS:
-        sink = gl.load(sinks + _column(record, 6)) * 1.4426950408889634
-        start_m = gl.where((_column(record, 5) & 1) != 0, sink, -float("inf"))
+        sink = gl.load(sinks + column(record, 6)) * 1.4426950408889634
+        start_m = gl.where((column(record, 5) & 1) != 0, sink, -float("inf"))
     m = gl.full([64], start_m, gl.float32, layout=gl.SliceLayout(1, SL))
     norm = gl.where(m == -float("inf"), 0.0, 1.0)
     earlier = gl.full([64], -float("inf"), gl.float32, layout=gl.SliceLayout(1, SL))
@@ -328,7 +166,7 @@ def _attend_tile(
         mbarrier.wait(q_full.index(q_at), (tiles // QUERIES) & 1)
         # the first block has no values to sum before it
         stage = blocks % STAGES
-        j = _column(record, 10) + gl.where(_column(record, 12) > 0, _column(record, 11) - 1, 0) * BLOCK
+        j = column(record, 10) + gl.where(column(record, 12) > 0, column(record, 11) - 1, 0) * BLOCK
         mbarrier.wait(k_full.index(stage), (blocks // STAGES) & 1)
         if PING_PONG:
             _my_turn(CID)
@@ -337,7 +175,7 @@ def _attend_tile(
             _your_turn(CID)
         s = warpgroup_mma_wait(0, [scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        s = _mask(s, rows, columns, j, _column(record, 9), _column(record, 14), _column(record, 15))
+        s = _mask(s, rows, columns, j, column(record, 9), column(record, 14), column(record, 15))
         p32, _decay, m, norm = _softmax(s, m, norm, scale, True)
         if AHEAD or QUERIES > 1:
             tma.store_wait(0)  # what the tile before left in its buffers
@@ -348,9 +186,9 @@ def _attend_tile(
         p = gl.convert_layout(p32.to(q.dtype), gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2))
         blocks += 1
         for n in range(stop - start):
-            row = _all_columns(tile)
-            k_len, j_lo, number, right = _column(row, 9), _column(row, 10), _column(row, 11), _column(row, 12)
-            edges, lower, upper = _column(row, 13), _column(row, 14), _column(row, 15)
+            row = all_columns(tile)
+            k_len, j_lo, number, right = column(row, 9), column(row, 10), column(row, 11), column(row, 12)
+            edges, lower, upper = column(row, 13), column(row, 14), column(row, 15)
             if n > 0:
                 entry = walk + (start + n) * 12
                 k_len, j_lo, number = gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3)
@@ -374,7 +212,7 @@ def _attend_tile(
                 blocks += 1
         if QUERIES == 1:
             mbarrier.arrive(q_empty.index(CID), count=1)  # all scores are computed
-        if STATE:
+        if AHEAD:
             earlier = _earlier_lse(tile, lse, lse_b, lse_h, rows)  # on its way during the last sums
         before = (blocks - 1) % STAGES
         mbarrier.wait(v_full.index(before), ((blocks - 1) // STAGES) & 1)
@@ -386,11 +224,10 @@ def _attend_tile(
         if AHEAD:
             tma.store_wait(0)
             mbarrier.arrive(o_empty.index(CID), count=1)
-        if STATE:
             earlier = _earlier_lse(tile, lse, lse_b, lse_h, rows)
-    record = _all_columns(tile)  # again, so that none of it takes registers meanwhile
-    q_row, count, batch = _column(record, 2), _column(record, 3), _column(record, 4)
-    ends, head = _column(record, 5), _column(record, 6)
+    record = all_columns(tile)  # again, so that none of it takes registers meanwhile
+    q_row, count, batch = column(record, 2), column(record, 3), column(record, 4)
+    ends, head = column(record, 5), column(record, 6)
     o_rows = CID * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, OL))
     o_columns = gl.arange(0, D, layout=gl.SliceLayout(0, OL))
     o_mask = (o_rows < count)[:, None]
@@ -405,6 +242,8 @@ def _attend_tile(
     if STATE:
         if AHEAD:
             mbarrier.wait(o_full.index(CID), turn & 1)
+        else:
+            earlier = _earlier_lse(tile, lse, lse_b, lse_h, rows)
         if (ends & 1) == 0:
             both = gl.maximum(m, earlier)
             base = gl.where(both == -float("inf"), 0.0, both)  # a row that has seen nothing in any step
@@ -472,7 +311,7 @@ def _consumer(
     while going:
         slot = turn % RECORDS
         mbarrier.wait(record_full.index(slot), (turn // RECORDS) & 1)
-        going = _column(_all_columns(records.index(slot)), 7) != 0
+        going = column(all_columns(records.index(slot)), 7) != 0
         if going:
             blocks, tiles = _attend_tile(
                 records.index(slot), blocks, tiles, turn, walk, out, lse, state, sinks, scale,
@@ -545,7 +384,7 @@ def forward_kernel(
     C1: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_producer, (
+            (producer, (
                 items, walk, num_items, section, num_heads, head_batches, total, group, k_batch_rows, counter,
                 q_desc, k_desc, v_desc, o_desc, flags, epoch, polls, qs, ks, vs, os, q_full, q_empty, k_full, k_empty,
                 v_full, v_empty, o_full, o_empty, records, record_full, record_empty,
