@@ -43,9 +43,9 @@ def hopper_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if every device had compute capability 9.0."""
     monkeypatch.setattr(backend, "_no_hopper", lambda device: "")
     monkeypatch.setattr(backend, "_missing", lambda device: "")
-    backend._hopper_refuses.cache_clear()
+    backend._fastest.cache_clear()
     yield
-    backend._hopper_refuses.cache_clear()
+    backend._fastest.cache_clear()
 
 
 HALF = torch.zeros(1, 8, 4, 64, dtype=torch.bfloat16)

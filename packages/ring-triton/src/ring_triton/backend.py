@@ -67,12 +67,14 @@ class TritonBackend:
         """
         if self.forced == "portable":
             return "portable"
-        refused = _hopper_refuses(q.get_device(), q.dtype, q.shape[-1]) or _hopper_refuses_scores(params)
-        if not refused:
-            return "hopper" if q.shape[-1] in HOPPER_HEAD_DIMS[direction] else "portable"
+        path = _fastest(direction, q.get_device(), q.dtype, q.shape[-1])
+        plain = params.softcap == 0 and params.alibi_slopes is None and params.dropout is None and params.scale > 0
+        if path is not None and plain:
+            return path
         if self.forced:
+            reason = _hopper_refuses(q.get_device(), q.dtype, q.shape[-1]) or _hopper_refuses_scores(params)
             raise UnsupportedError(
-                f"backend {self.name!r} cannot do this call: {refused}; backends 'triton' and 'triton[portable]' have "
+                f"backend {self.name!r} cannot do this call: {reason}; backends 'triton' and 'triton[portable]' have "
                 "other kernels for it"
             )
         return "portable"
@@ -189,13 +191,23 @@ def _hopper_backward() -> Any:
     return backward_launch
 
 
+_HERE = nullcontext()
+
+
 def _on(q: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one, where it is not: launches are on its current stream."""
     index = q.get_device()
-    return nullcontext() if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 @cache
+def _fastest(direction: Direction, device: int, dtype: torch.dtype, head_dim: int) -> Path | None:
+    """The path for such tensors if scores are plain; None where the Hopper kernels do not take them."""
+    if _hopper_refuses(device, dtype, head_dim):
+        return None
+    return "hopper" if head_dim in HOPPER_HEAD_DIMS[direction] else "portable"
+
+
 def _hopper_refuses(device: int, dtype: torch.dtype, head_dim: int) -> str:
     """Why the Hopper kernels do not take tensors on that GPU (-1: the CPU), or "" where they do."""
     if reason := _no_hopper(torch.device("cpu") if device < 0 else torch.device("cuda", device)):

@@ -90,6 +90,11 @@ class Launch:
         x, y, z = (*grid, 1, 1)[:3]
         self._fixed = ctypes.c_void_p(kernel.function), *map(ctypes.c_uint, (x, y, z, 32 * warps, 1, 1, shared))
         self._launch = driver_launch()
+        # What the parameters hold now: most calls find there what the one before has left.
+        self._on_stream: int | None = None
+        self._arguments: tuple[Any, ...] = ()
+        self._at: tuple[int, ...] | None = None
+        self._described: tuple[int, ...] | None = None
 
     def _number(self, kind: str, value: Any) -> int:
         number = NUMBERS[kind](value)
@@ -103,7 +108,21 @@ class Launch:
             pointers: addresses of all tensors among the arguments, in order; descriptors: those of the tensors that the
                 descriptors describe.
         """
-        self._pointers[:] = pointers  # type: ignore[call-overload]  # any sequence will do
+        if pointers != self._at:
+            self._pointers[:] = pointers  # type: ignore[call-overload]  # any sequence will do
+            self._at = pointers
+        if descriptors != self._described:
+            self._describe(descriptors)
+        if stream != self._on_stream:
+            self._arguments = *self._fixed, ctypes.c_void_p(stream), self._parameters, None
+            self._on_stream = stream
+        code = self._launch(*self._arguments)
+        if code:
+            raise RuntimeError(f"cuLaunchKernel failed with CUDA driver error {code}")
+
+    def _describe(self, descriptors: tuple[int, ...]) -> None:
+        """Lets the parameters point at the maps of these addresses."""
+        self._described = None
         for (place, encode, known), address in zip(self._maps, descriptors, strict=True):
             found = known.get(address)
             if found is None:
@@ -112,9 +131,7 @@ class Launch:
                 made = encode(address)
                 found = known[address] = id(made) + type(made).__basicsize__ - MAP_BYTES, made
             self._parameters[place] = found[0]
-        code = self._launch(*self._fixed, ctypes.c_void_p(stream), self._parameters, None)
-        if code:
-            raise RuntimeError(f"cuLaunchKernel failed with CUDA driver error {code}")
+        self._described = descriptors
 
 
 def launchable(kernel: Any, arguments: Sequence[Any]) -> bool:

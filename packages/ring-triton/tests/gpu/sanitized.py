@@ -19,6 +19,7 @@ NAMES = (
     "heads-6-2-contiguous-ring-2",
     "deterministic-contiguous-gather-2",
 )
+DONE = "all cases ran"
 SCALE = 9
 """Lengths of some 500 tokens, multiples of nothing: several tiles, the last of which is cut."""
 
@@ -31,6 +32,7 @@ def main(path: str) -> None:
             case = replace(cases[name], head_dim=head_dim, dtype=torch.bfloat16)
             check_kernel_case(case, backend, "cuda", seed=7)
             print(f"ran {name}, head dim {head_dim}", flush=True)
+    print(DONE, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from sanitized import NAMES
 
 from ring_core.backend import load_backend
 
@@ -49,4 +48,4 @@ def test_nothing_to_report(check: str, path: str) -> None:
     if REFUSED in done.stdout:
         pytest.skip(f"compute-sanitizer: {REFUSED}")
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert done.stdout.count("ran ") == 2 * len(NAMES), done.stdout[-2000:]
+    assert "all cases ran" in done.stdout, done.stdout[-2000:]

@@ -103,6 +103,7 @@ def forward(
     """
     if sinks is not None and sinks.dtype != torch.float32:
         sinks = sinks.float()
+    device = q.get_device()
     key = (
         q.shape,
         k.shape,
@@ -118,20 +119,23 @@ def forward(
         settings,
         tuned.serial(),
         q.dtype,
-        q.get_device(),
+        device,
     )
-    launches = launches_of(table, "hopper forward")
-    known = launches.get(key)
-    read = (q.data_ptr(), k.data_ptr(), v.data_ptr(), (q if state is None else state).data_ptr(), out.data_ptr())
-    written = (out.data_ptr(), lse.data_ptr(), 0 if state is None else state.data_ptr())
-    more = 0 if sinks is None else sinks.data_ptr()
-    if known is None or not aligned(*read, *written, more):
+    known = launches_of(table, "hopper forward").get(key)
+    q_at, k_at, v_at, out_at, lse_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
+    state_at = 0 if state is None else state.data_ptr()
+    sinks_at = 0 if sinks is None else sinks.data_ptr()
+    if known is None or (q_at | k_at | v_at | out_at | lse_at | state_at | sinks_at) & 15:  # as `direct.aligned`
         _forward(q, k, v, out, lse, state, table, scale, sinks, flags, settings, key)
         return
-    stream = current_stream()(q.get_device())
-    counter = _counter(table.device, stream)[1]
-    waits = (0, 0) if flags is None else (flags.values.data_ptr(), flags.epoch.data_ptr())
-    known(stream, (*written, more, *known.note, counter, *waits), read)
+    stream = current_stream()(device)
+    counter = _counter(device, stream)[1]
+    flags_at, epoch_at = (0, 0) if flags is None else (flags.values.data_ptr(), flags.epoch.data_ptr())
+    known(
+        stream,
+        (out_at, lse_at, state_at, sinks_at, *known.note, counter, flags_at, epoch_at),
+        (q_at, k_at, v_at, state_at or q_at, out_at),
+    )
 
 
 def _forward(
@@ -191,7 +195,7 @@ def _forward(
         dummy if sinks is None else sinks,
         prepared.items,
         prepared.walk,
-        _counter(table.device, current_stream()(q.get_device()))[0],
+        _counter(q.get_device(), current_stream()(q.get_device()))[0],
         dummy if flags is None else flags.values,
         dummy if flags is None else flags.epoch,
         scale * math.log2(math.e),
@@ -320,13 +324,14 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_counters: dict[tuple[torch.device, int], tuple[Tensor, int]] = {}
+_counters: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
 
-def _counter(device: torch.device, stream: int) -> tuple[Tensor, int]:
-    """A zero that kernels of one stream share (each leaves it zero), and its address."""
+def _counter(device: int, stream: int) -> tuple[Tensor, int]:
+    """A zero that kernels of one stream of a GPU share (each leaves it zero), and its address."""
     found = _counters.get((device, stream))
     if found is None:
-        zero = torch.zeros(1, dtype=torch.int32, device=device)
+        where = torch.device("cpu") if device < 0 else torch.device("cuda", device)  # the CPU: in tests
+        zero = torch.zeros(1, dtype=torch.int32, device=where)
         found = _counters[device, stream] = zero, zero.data_ptr()
     return found
