@@ -26,6 +26,10 @@ Kernel = Literal[
 Mask = Literal["full", "banded"]
 
 
+KERNELS = 2
+"""Counts the kernels' and their settings' changes: what was found for others does not count."""
+
+
 class Place(NamedTuple):
     """What settings are for. width: the head dim as it is computed with; bits: of an element of q."""
 
@@ -35,11 +39,10 @@ class Place(NamedTuple):
     bits: int
 
     def on(self, device: torch.device) -> str:
-        """Its name in the file: with the GPU and the compiler, another of which may want other settings."""
+        """Its name in the file: with the GPU, the compiler and the kernels, others of which may want other settings."""
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return (
-            f"{gpu}, triton {triton.__version__}, {self.kernel}, head dim {self.width}, {self.mask}, {self.bits} bits"
-        )
+        made = f"triton {triton.__version__}, kernels {KERNELS}"
+        return f"{gpu}, {made}, {self.kernel}, head dim {self.width}, {self.mask}, {self.bits} bits"
 
 
 class _State:
