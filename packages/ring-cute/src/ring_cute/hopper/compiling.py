@@ -1,0 +1,27 @@
+"""Compiles the forward; needs the DSL, but no GPU if CUTE_DSL_ARCH=sm_90a is set before it is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cutlass import Float32, Int32, Int64, cute
+from cutlass.cute.runtime import make_fake_stream
+
+from ring_cute.hopper.forward import HopperForward
+from ring_cute.settings import ForwardKind
+
+ADDRESSES, SIZES, STRIDES, COUNTS = 12, 4, 15, 7
+
+
+def compile_forward(kind: ForwardKind, options: str = "--enable-tvm-ffi") -> Any:
+    """The kernel for that kind: a callable that takes the numbers of `HopperForward.__call__` and a stream."""
+    return cute.compile(
+        HopperForward(kind),
+        *(Int64(0) for _ in range(ADDRESSES)),
+        Float32(0.0),
+        *(Int32(0) for _ in range(SIZES)),
+        *(Int64(0) for _ in range(STRIDES)),
+        *(Int32(0) for _ in range(COUNTS)),
+        make_fake_stream(),
+        options=options,
+    )
