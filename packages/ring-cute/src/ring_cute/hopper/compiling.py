@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from cutlass import Float32, Int32, Int64, cute
-from cutlass.cute.runtime import make_fake_stream
+from cutlass.cute.runtime import find_runtime_libraries, make_fake_stream
 
 from ring_cute.hopper.forward import HopperForward
 from ring_cute.settings import ForwardKind
 
 ADDRESSES, SIZES, STRIDES, COUNTS = 12, 4, 15, 7
+
+SHIM = """
+#include <stdio.h>
+/* What the DSL's runtime library has for reporting CUDA errors: compiled functions call it. */
+void CuteDSLRT_TVMFFISetRaisedCudaError(void (*raise)(const char *, const char **, int), int code) {
+    char text[32];
+    const char *parts[2] = {"CUDA error ", text};
+    snprintf(text, sizeof text, "%d", code);
+    if (raise) raise("RuntimeError", parts, 2);
+}
+"""
 
 
 def compile_forward(kind: ForwardKind, options: str = "--enable-tvm-ffi") -> Any:
@@ -25,3 +40,32 @@ def compile_forward(kind: ForwardKind, options: str = "--enable-tvm-ffi") -> Any
         make_fake_stream(),
         options=options,
     )
+
+
+def link(compiled: Any, name: str, target: Path) -> None:
+    """Writes a compiled kernel as a library that needs the CUDA runtime and tvm_ffi, but neither DSL nor its runtime.
+
+    Raises:
+        FileNotFoundError: there is no C compiler, or no static runtime among the DSL's libraries.
+        subprocess.CalledProcessError: it could not link.
+    """
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler on the PATH; linking a compiled kernel takes cc or gcc")
+    folders = {Path(library).parent for library in find_runtime_libraries(enable_tvm_ffi=False)}
+    runtimes = [path for folder in sorted(folders) for path in folder.glob("libcuda_dialect_runtime_static.a")]
+    if not runtimes:
+        raise FileNotFoundError(f"no libcuda_dialect_runtime_static.a in {', '.join(map(str, folders))}")
+    with tempfile.TemporaryDirectory() as folder:
+        made, source, library = (Path(folder, file) for file in ("kernel.o", "shim.c", "kernel.so"))
+        compiled.export_to_c(str(made), function_name=name)
+        source.write_text(SHIM)
+        subprocess.run(
+            [compiler, "-shared", "-fPIC", "-O1", "-o", library, made, source, runtimes[0]],
+            check=True,
+            capture_output=True,
+        )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        shutil.copyfile(library, partial)
+        partial.replace(target)  # whole or not there, whoever else writes it
