@@ -1,7 +1,7 @@
 """The forward on a GPU, in one go: right against the contract's reference in fp64, then speed beside cuDNN.
 
     python packages/ring-cute/tests/gpu_probe.py compile            # where the DSL is: fills RING_CUTE_CACHE
-    python packages/ring-cute/tests/gpu_probe.py [SECTION…]         # on the GPU: torch, numpy, apache-tvm-ffi, the cache
+    python packages/ring-cute/tests/gpu_probe.py [SECTION…]     # on the GPU: torch, numpy, apache-tvm-ffi, the cache
 
 Sections: smoke, correct, flags, speed, variants, steps, host (all if none but variants); "only=WORD" picks the cases of
 `correct` that WORD is part of. Each case is named before it is launched. Exit status 1 if a check failed; a kernel that
@@ -412,7 +412,9 @@ def speed() -> None:
             print(f"{name}: " + ", ".join(f"{label} {flops / t / 1e9:.0f}" for label, t in best.items()), flush=True)
     for label, of in ratios.items():
         if of:
-            print(f"D 128: x {label}: geometric mean {statistics.geometric_mean(of):.3f}, worst {min(of):.3f}", flush=True)
+            print(
+                f"D 128: x {label}: geometric mean {statistics.geometric_mean(of):.3f}, worst {min(of):.3f}", flush=True
+            )
 
 
 def variants() -> None:

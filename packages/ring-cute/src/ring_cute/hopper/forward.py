@@ -40,7 +40,7 @@ from cutlass.utils import LayoutEnum, hopper_helpers
 
 from ring_cute.hopper import ptx
 from ring_cute.hopper.dsl import SmemAllocator
-from ring_cute.hopper.producer import FAR, Loads, Shared, produce
+from ring_cute.hopper.producer import Loads, Shared, produce
 from ring_cute.hopper.records import (
     BATCH,
     EDGES,
@@ -62,43 +62,14 @@ from ring_cute.hopper.records import (
     WALK_COLUMNS,
     Work,
 )
+from ring_cute.hopper.softmax import mask, multiply, softmax, to_operand
+from ring_cute.hopper.views import flat, ragged_view, rows_view
 from ring_cute.settings import CONSUMERS, ForwardKind
 
-BOUNDLESS = 0x7FFF0000
 WARPS = 4 * CONSUMERS
 THREADS = 128 * (1 + CONSUMERS)
 OUT_BARRIER, TURN_BARRIER = 1, 4
 """Named barriers: OUT_BARRIER + consumer, TURN_BARRIER + consumer."""
-
-
-def ragged_view(address: Any, dtype: Any, head_dim: int, heads: Any, row: Any, head: Any) -> Any:
-    """Keys or values, token after token, as (key, D, Hkv, end, far), all bounds wide open but that of the key.
-
-    A box at (FAR - length + j, 0, h, end, FAR) begins at row end - length + j, and its rows from j = length on are past
-    the bound FAR, so zeros. The last stride takes the address back by FAR rows, in 64-bit wraparound (the ragged view
-    of `triton.tools.ragged_tma`).
-    """
-    row, head = cute.assume(row, divby=8), cute.assume(head, divby=8)
-    back = cute.assume(Int64(1 << 34) - row, divby=8)
-    layout = cute.make_layout(
-        (FAR, head_dim, heads, BOUNDLESS, BOUNDLESS), stride=(row, 1, head, row, back)
-    )
-    return cute.make_tensor(cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=16), layout)
-
-
-def rows_view(address: Any, dtype: Any, head_dim: int, sizes: tuple[Any, ...], strides: tuple[Any, ...]) -> Any:
-    """A tensor (B, S, H, D) of sizes (B, S, H) and such strides as (S, D, H, B)."""
-    batch, rows, heads = sizes
-    batch_stride, row, head = (cute.assume(stride, divby=16 // (dtype.width // 8)) for stride in strides)
-    layout = cute.make_layout((rows, head_dim, heads, batch), stride=(row, 1, head, batch_stride))
-    return cute.make_tensor(cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=16), layout)
-
-
-def flat(address: Any, dtype: Any, align: int = 4) -> Any:
-    """Memory as numbers one after the other."""
-    return cute.make_tensor(
-        cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align), cute.make_layout(1 << 30)
-    )
 
 
 class HopperForward:
@@ -159,7 +130,7 @@ class HopperForward:
         polls: Int32,
         grid: Int32,
         stream: Any,
-    ):  # type: ignore[no-untyped-def]
+    ):
         """Addresses, sizes and strides in elements; q, out, state (B, Sq, Hq, D), lse (B, Hq, Sq), k, v (…, Hkv, D)."""
         sizes = (batch, q_len, num_heads)
         q_layout = hopper_helpers.make_smem_layout_a(
@@ -229,7 +200,7 @@ class HopperForward:
         self.storage = Storage
         self.kernel(
             q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, out_atom, out_tma, q_layout, k_layout, scores, sums,
-            flat(out, self.dtype, 16), flat(lse, Float32), flat(state, Float32, 8), flat(sinks, Float32),
+            flat(out, Int32), flat(lse, Float32), flat(state, Int64), flat(sinks, Float32),
             flat(items, Int32), flat(walk, Int32), flat(counter, Int32), flat(flags, cutlass.Uint32),
             flat(epoch, cutlass.Uint32), scale, num_heads, num_kv_heads, out_b, out_s, out_h, lse_b, lse_h,
             state_b, state_s, state_h, num_items, section, head_batches, total, k_batch_rows, polls,
@@ -276,7 +247,7 @@ class HopperForward:
         total: Int32,
         k_batch_rows: Int32,
         polls: Int32,
-    ):  # type: ignore[no-untyped-def]
+    ):
         storage = SmemAllocator().allocate(self.storage)
         shared = Shared(
             q=storage.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
@@ -334,7 +305,7 @@ class HopperForward:
     def consume(
         self, shared, walk, out_atom, out_tma, scores, sums, out, lse, state, sinks, scale, out_b, out_s, out_h,
         lse_b, lse_h, state_b, state_s, state_h,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):  # fmt: skip
         """A consumer warpgroup, for all of the CTA's tiles."""
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4
         cid = warp >> 2
@@ -357,7 +328,7 @@ class HopperForward:
         decay = cute.make_rmem_tensor(2, Float32)
 
         blocks, tiles, turn = Int32(0), Int32(0), Int32(0)
-        if cutlass.const_expr(self.kind.settings.ping_pong):
+        if cutlass.const_expr(self.kind.settings.ping_pong):  # noqa: SIM102  # a constant, and a value
             if cid == 1:
                 self.your_turn(cid)
         ptx.wait(shared.record_full, 0)
@@ -368,7 +339,7 @@ class HopperForward:
             for half in cutlass.range_constexpr(2):
                 m[half] = -Float32.inf
                 norm[half] = Float32(0.0)
-            if cutlass.const_expr(self.kind.sinks):
+            if cutlass.const_expr(self.kind.sinks):  # noqa: SIM102  # a constant, and a value
                 if (records[ENDS, slot] & 1) != 0:
                     sink = sinks[records[HEAD, slot]] * ptx.LOG2_E
                     for half in cutlass.range_constexpr(2):
@@ -391,18 +362,19 @@ class HopperForward:
                 ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
                 if cutlass.const_expr(self.kind.settings.ping_pong):
                     self.my_turn(cid)
-                self.multiply(scores, query, keys[None, None, None, stage], s, False)
+                multiply(scores, query, keys[None, None, None, stage], s, False)
                 if cutlass.const_expr(self.kind.settings.ping_pong):
                     self.your_turn(cid)
                 warpgroup.wait_group(0)
                 ptx.arrive(shared.k_empty + stage, leader)
-                self.mask(s, cid * 64 + row, column, j, k_len, lower, upper)
-                self.softmax(s, m, norm, decay, scale, True)
+                mask(s, cid * 64 + row, column, j, k_len, lower, upper)
+                softmax(s, m, norm, decay, scale, True)
                 if cutlass.const_expr(self.queries > 1):
                     if cutlass.const_expr(self.kind.out_tma):
                         cute.arch.cp_async_bulk_wait_group(0, read=True)  # what the tile before left there
+                        cute.arch.sync_warp()  # whichever lane sent it
                     ptx.arrive(shared.q_empty + cid * self.queries + ((tiles + 1) & (self.queries - 1)), leader)
-                self.round(s, p)
+                to_operand(s, p)
                 blocks += 1
                 done = Int32(1)
                 for w in cutlass.range(start, stop, unroll=1):
@@ -431,7 +403,7 @@ class HopperForward:
                     ptx.arrive(shared.q_empty + cid, leader)  # all scores are computed
                 before = (blocks - 1) & (self.stages - 1)
                 ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
-                self.multiply(sums, p, values[None, None, None, before], o, True)
+                multiply(sums, p, values[None, None, None, before], o, True)
                 warpgroup.wait_group(0)
                 ptx.arrive(shared.v_empty + before, leader)
                 tiles += 1
@@ -452,22 +424,22 @@ class HopperForward:
     def attend(
         self, shared, scores, sums, query, keys, values, s, p, o, m, norm, decay, scale, cid, leader, row, column,
         blocks, j, k_len, lower, upper, masked: cutlass.Constexpr,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
-        """Scores of this block, then the sum over the values of the block before, whose probabilities `p` are at hand."""
+    ):  # fmt: skip
+        """Scores of this block, then the sum over the values of the block before, whose P is at hand."""
         stage, before = blocks & (self.stages - 1), (blocks - 1) & (self.stages - 1)
         ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
         if cutlass.const_expr(self.kind.settings.ping_pong):
             self.my_turn(cid)
-        self.multiply(scores, query, keys[None, None, None, stage], s, False)
+        multiply(scores, query, keys[None, None, None, stage], s, False)
         ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
-        self.multiply(sums, p, values[None, None, None, before], o, True)
+        multiply(sums, p, values[None, None, None, before], o, True)
         if cutlass.const_expr(self.kind.settings.ping_pong):
             self.your_turn(cid)
         warpgroup.wait_group(1)
         ptx.arrive(shared.k_empty + stage, leader)
         if cutlass.const_expr(masked):
-            self.mask(s, row, column, j, k_len, lower, upper)
-        self.softmax(s, m, norm, decay, scale, masked)
+            mask(s, row, column, j, k_len, lower, upper)
+        softmax(s, m, norm, decay, scale, masked)
         if cutlass.const_expr(self.kind.settings.overlap):
             # over already, but a branch: ptxas would otherwise wait for the sums before the exponentials they overlap
             ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
@@ -475,65 +447,13 @@ class HopperForward:
         ptx.arrive(shared.v_empty + before, leader)
         for e in cutlass.range_constexpr(cute.size(o)):
             o[e] = o[e] * decay[(e // 2) % 2]
-        self.round(s, p)
-
-    @cute.jit
-    def multiply(self, product, a, b, c, add: cutlass.Constexpr):  # type: ignore[no-untyped-def]
-        """c = a b, or c += a b: issued, one group."""
-        atom = cute.make_mma_atom(product.op)  # an own one: what is set on an argument would escape from loops
-        warpgroup.fence()
-        for part in cutlass.range_constexpr(cute.size(b, mode=[2])):
-            atom.set(warpgroup.Field.ACCUMULATE, add or part > 0)
-            cute.gemm(atom, c, a[None, None, part], b[None, None, part], c)
-        warpgroup.commit_group()
-
-    @cute.jit
-    def mask(self, s, row, column, j, k_len, lower, upper):  # type: ignore[no-untyped-def]
-        """-inf where a row does not see key j + column."""
-        for half in cutlass.range_constexpr(2):
-            own = row + 8 * half
-            first = own + lower - j - column
-            last = cute.math.min(own + upper, k_len - 1) - j - column
-            for e in cutlass.range_constexpr(0, cute.size(s), 4):
-                for c in cutlass.range_constexpr(2):
-                    here = 2 * e + c
-                    seen = (first <= here) & (last >= here)
-                    s[e + 2 * half + c] = cutlass.select_(seen, s[e + 2 * half + c], -Float32.inf)
-
-    @cute.jit
-    def softmax(self, s, m, norm, decay, scale, masked: cutlass.Constexpr):  # type: ignore[no-untyped-def]
-        """One step of the online softmax in base 2: s becomes probabilities, `decay` the factor for earlier sums."""
-        for half in cutlass.range_constexpr(2):
-            top = [s[2 * half], s[2 * half + 1]]
-            for e in cutlass.range_constexpr(4, cute.size(s), 4):
-                for c in cutlass.range_constexpr(2):
-                    top[c] = cute.arch.fmax(top[c], s[e + 2 * half + c])
-            new = cute.arch.fmax(m[half], ptx.quad_max(cute.arch.fmax(top[0], top[1])) * scale)
-            base = new
-            if cutlass.const_expr(masked):
-                base = cutlass.select_(new == -Float32.inf, Float32(0.0), new)  # a row that has seen nothing yet
-            decay[half] = ptx.exp2(m[half] - base)
-            m[half] = new
-            total = [norm[half] * decay[half], Float32(0.0)]
-            for e in cutlass.range_constexpr(0, cute.size(s), 4):
-                for c in cutlass.range_constexpr(2):
-                    x = ptx.exp2(ptx.fma(s[e + 2 * half + c], scale, -base))
-                    s[e + 2 * half + c] = x
-                    total[c] = total[c] + x
-            norm[half] = total[0] + total[1]
-
-    @cute.jit
-    def round(self, s, p):  # type: ignore[no-untyped-def]
-        """fp32 to the inputs' dtype, two numbers a register."""
-        words = cute.recast_tensor(p, Int32)
-        for e in cutlass.range_constexpr(cute.size(words)):
-            words[e] = ptx.pack(s[2 * e], s[2 * e + 1], self.dtype)
+        to_operand(s, p)
 
     @cute.jit
     def finish(
         self, shared, slot, cid, row, column, tiles, o, m, norm, sums, out_atom, out_tma, out, lse, state,
         out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):  # fmt: skip
         """A tile's end: what earlier steps have left is added, and all of it goes where it belongs."""
         records = shared.records
         q_row, count, batch = records[Q_ROW, slot], records[ROWS, slot], records[BATCH, slot]
@@ -545,7 +465,7 @@ class HopperForward:
             own = row + 8 * half
             inside = cid * 64 + own < count
             total = ptx.quad_sum(norm[half])
-            if cutlass.const_expr(self.kind.state):
+            if cutlass.const_expr(self.kind.state):  # noqa: SIM102  # a constant, and a value
                 if (ends & 1) == 0 and inside:
                     earlier = lse[lse_at + own] * ptx.LOG2_E
                     if earlier > -Float32.inf:  # otherwise state may hold anything
@@ -553,14 +473,16 @@ class HopperForward:
                         weight, kept = ptx.exp2(earlier - both), ptx.exp2(m[half] - both)
                         m[half] = both
                         total = total * kept + weight
-                        source = cute.make_tensor(
-                            state.iterator + (state_at + own * state_s), cute.make_layout((2, self.head_dim // 8), stride=(1, 8))
-                        )
+                        pairs = self.pairs_of_a_row(state, state_at + own * state_s)
+                        loaded = cute.make_rmem_tensor(self.head_dim // 8, Int64)
+                        for n in cutlass.range_constexpr(self.head_dim // 8):
+                            loaded[n] = pairs[n]
+                        added = cute.recast_tensor(loaded, Float32)
                         for e in cutlass.range_constexpr(0, cute.size(o), 4):
                             for c in cutlass.range_constexpr(2):
                                 x = o[e + 2 * half + c] * kept
                                 if cutlass.const_expr(2 * e < self.head_dim):
-                                    x = ptx.fma(source[c, e // 4], weight, x)
+                                    x = ptx.fma(added[e // 2 + c], weight, x)
                                 o[e + 2 * half + c] = x
             factor[half] = Float32(0.0)
             value = -Float32.inf
@@ -580,26 +502,24 @@ class HopperForward:
                 for half in cutlass.range_constexpr(2):
                     own = row + 8 * half
                     if cid * 64 + own < count:
-                        target = cute.make_tensor(
-                            state.iterator + (state_at + own * state_s), cute.make_layout((2, self.head_dim // 8), stride=(1, 8))
-                        )
-                        for e in cutlass.range_constexpr(0, self.head_dim // 2, 4):
-                            for c in cutlass.range_constexpr(2):
-                                target[c, e // 4] = o[e + 2 * half + c]
+                        pairs = self.pairs_of_a_row(state, state_at + own * state_s)
+                        sums_in_pairs = cute.recast_tensor(o, Int64)
+                        for n in cutlass.range_constexpr(self.head_dim // 8):
+                            pairs[n] = sums_in_pairs[2 * n + half]
         else:
             self.write_out(shared, slot, cid, row, column, tiles, o, sums, out_atom, out_tma, out, out_b, out_s, out_h)
 
     @cute.jit
     def write_out(
         self, shared, slot, cid, row, column, tiles, o, sums, out_atom, out_tma, out, out_b, out_s, out_h
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):  # fmt: skip
         """A tile's final rows, by TMA where all 64 are inside, else from registers."""
         records = shared.records
         q_row, count, batch, head = records[Q_ROW, slot], records[ROWS, slot], records[BATCH, slot], records[HEAD, slot]
         rounded = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), self.dtype)
-        self.round(o, rounded)
+        to_operand(o, rounded)
         from_registers = count > cid * 64
-        if cutlass.const_expr(self.kind.out_tma):
+        if cutlass.const_expr(self.kind.out_tma):  # noqa: SIM102  # a constant, and a value
             # otherwise a box would reach into the next tile's rows, or there are no queries whose buffer is free
             if count >= cid * 64 + 64 and records[STOP, slot] > records[START, slot]:
                 from_registers = False
@@ -622,7 +542,7 @@ class HopperForward:
                     cute.group_modes(buffer, 0, 2),
                     cute.group_modes(cute.local_tile(rows, (64, self.dim), (0, 0)), 0, 2),
                 )
-                if cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3 == 0:
+                if (cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3) == 0:
                     cute.copy(out_atom, source, target)
                     cute.arch.cp_async_bulk_commit_group()
         if from_registers:
@@ -631,20 +551,18 @@ class HopperForward:
             for half in cutlass.range_constexpr(2):
                 own = row + 8 * half
                 if cid * 64 + own < count:
-                    target = cute.recast_tensor(
-                        cute.make_tensor(
-                            out.iterator + (out_at + own * out_s),
-                            cute.make_layout((2, self.head_dim // 8), stride=(1, 8)),
-                        ),
-                        Int32,
-                    )
+                    pairs = self.pairs_of_a_row(out, out_at + own * out_s)
                     for n in cutlass.range_constexpr(self.head_dim // 8):
-                        target[0, n] = words[2 * n + half]
+                        pairs[n] = words[2 * n + half]
+
+    def pairs_of_a_row(self, memory, offset):
+        """A thread's share of a row that begins at `offset` elements, in words of two: every fourth."""
+        return cute.make_tensor(memory.iterator + (offset >> 1), cute.make_layout(self.head_dim // 8, stride=4))
 
     @cute.jit
-    def my_turn(self, cid):  # type: ignore[no-untyped-def]
+    def my_turn(self, cid):
         cute.arch.barrier(barrier_id=TURN_BARRIER + cid, number_of_threads=256)
 
     @cute.jit
-    def your_turn(self, cid):  # type: ignore[no-untyped-def]
+    def your_turn(self, cid):
         cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + 1 - cid, number_of_threads=256)

@@ -11,10 +11,8 @@ from cutlass.cute.nvgpu import cpasync
 
 from ring_cute.hopper import ptx
 from ring_cute.hopper.records import BATCH, HEAD, Q_ROW, RECORDS, START, STOP, WALK_COLUMNS, ask, publish
+from ring_cute.hopper.views import FAR
 from ring_cute.settings import CONSUMERS
-
-FAR = 1 << 30
-"""Rows that a ragged view counts back from; see `forward.ragged_view`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def _sizes(buffers: Any) -> tuple[int, int]:
 
 
 @cute.jit
-def _copy(atom, tile, buffer, barrier):  # type: ignore[no-untyped-def]
+def _copy(atom, tile, buffer, barrier):
     """A tile of global memory (rows, D), whole, to a buffer, by TMA; the barrier expects its bytes from then on."""
     target, source = cpasync.tma_partition(
         atom, 0, cute.make_layout(1), cute.group_modes(buffer, 0, 2), cute.group_modes(tile, 0, 2)
@@ -64,7 +62,7 @@ def _copy(atom, tile, buffer, barrier):  # type: ignore[no-untyped-def]
 
 
 @cute.jit
-def _load_q(loads, shared, q_row, head, batch, tiles, queries: cutlass.Constexpr):  # type: ignore[no-untyped-def]
+def _load_q(loads, shared, q_row, head, batch, tiles, queries: cutlass.Constexpr):
     """A tile's queries, for each consumer its 64 rows."""
     buffer = tiles & (queries - 1)
     for c in cutlass.range_constexpr(CONSUMERS):
@@ -80,7 +78,7 @@ def _load_q(loads, shared, q_row, head, batch, tiles, queries: cutlass.Constexpr
 
 
 @cute.jit
-def _load_keys(atom, tensor, x, head, end, buffers, full, empty, stage, phase):  # type: ignore[no-untyped-def]
+def _load_keys(atom, tensor, x, head, end, buffers, full, empty, stage, phase):
     """A block of K or V into its ring; rows beyond the segment's end are zeros."""
     ptx.wait(empty + stage, phase ^ 1)
     rows = cute.domain_offset((x, 0), tensor[None, None, head, end, FAR])
@@ -89,7 +87,7 @@ def _load_keys(atom, tensor, x, head, end, buffers, full, empty, stage, phase): 
 
 
 @cute.jit
-def await_piece(flags, epoch, piece, polls):  # type: ignore[no-untyped-def]
+def await_piece(flags, epoch, piece, polls):
     """Returns once piece has arrived, is poisoned (the largest value) or `polls` looks were in vain."""
     want = cutlass.Uint32(epoch[0])
     seen = ptx.load_acquire_sys(flags.iterator + piece)
@@ -102,7 +100,7 @@ def await_piece(flags, epoch, piece, polls):  # type: ignore[no-untyped-def]
 
 
 @cute.jit
-def produce(  # type: ignore[no-untyped-def]
+def produce(
     work,
     loads,
     shared,
@@ -153,7 +151,7 @@ def produce(  # type: ignore[no-untyped-def]
                     _load_keys(
                         loads.k_atom, loads.k, x, kv_head, end, shared.k, shared.k_full, shared.k_empty, stage, phase
                     )
-                    if cutlass.const_expr(queries == 1):
+                    if cutlass.const_expr(queries == 1):  # noqa: SIM102  # a constant, and a value
                         if blocks == first:  # the last tile's scores free a stage of K before they free Q
                             _load_q(loads, shared, q_row, head, batch, tiles, queries)
                     _load_keys(

@@ -38,7 +38,7 @@ class Work:
 
 
 @cute.jit
-def publish(number: Int32, turn: Int32, lane: Int32, work, records, full, empty):  # type: ignore[no-untyped-def]
+def publish(number: Int32, turn: Int32, lane: Int32, work, records, full, empty):
     """Tile number `number` as the record of the CTA's tile `turn`. By one warp."""
     nth = number // (work.num_items * work.section)
     rest = number - nth * (work.num_items * work.section)
@@ -63,7 +63,7 @@ def publish(number: Int32, turn: Int32, lane: Int32, work, records, full, empty)
 
 
 @cute.jit
-def ask(lane: Int32, work):  # type: ignore[no-untyped-def]
+def ask(lane: Int32, work):
     """The number of the next tile that nobody has, less the grid's first ones. By one warp."""
     asked = Int32(0)
     if lane == 0:
