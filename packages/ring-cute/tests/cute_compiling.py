@@ -72,8 +72,8 @@ def kind_of(
     return ForwardKind(dtype, head_dim, state, sinks, flags, True, chosen)
 
 
-def compile_kind(kind: ForwardKind) -> Compiled:
-    """A forward for sm_90a, taken apart. The environment must not have imported the DSL for another architecture."""
+def compiled_and_ptx(kind: ForwardKind, cubin_to: Path | None = None) -> tuple[Any, str]:
+    """What the DSL makes of a kind for sm_90a. The environment must not have imported it for another architecture."""
     os.environ["CUTE_DSL_ARCH"] = "sm_90a"
     os.environ["CUTE_DSL_KEEP"] = "ptx,cubin"
     with tempfile.TemporaryDirectory() as folder:
@@ -83,11 +83,20 @@ def compile_kind(kind: ForwardKind) -> Compiled:
         CuTeDSL._get_dsl().envar.dump_dir = folder  # read once, at import
         from ring_cute.hopper.compiling import compile_forward
 
-        begin = time.monotonic()
-        compile_forward(kind)
-        seconds = time.monotonic() - begin
+        compiled = compile_forward(kind)
         (ptx,), (cubin,) = Path(folder).glob("*.ptx"), Path(folder).glob("*.cubin")
-        text = ptx.read_text()
+        if cubin_to is not None:
+            shutil.copyfile(cubin, cubin_to)
+        return compiled, ptx.read_text()
+
+
+def compile_kind(kind: ForwardKind) -> Compiled:
+    """A forward for sm_90a, taken apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        begin = time.monotonic()
+        _, text = compiled_and_ptx(kind, cubin)
+        seconds = time.monotonic() - begin
         usage, sass = (
             subprocess.run([cuobjdump(), flag, cubin], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")

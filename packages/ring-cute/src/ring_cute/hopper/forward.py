@@ -543,8 +543,9 @@ class HopperForward:
                     cute.group_modes(cute.local_tile(rows, (64, self.dim), (0, 0)), 0, 2),
                 )
                 if (cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3) == 0:
-                    cute.copy(out_atom, source, target)
-                    cute.arch.cp_async_bulk_commit_group()
+                    with cute.arch.elect_one():  # of loads the DSL elects a lane by itself, of stores not
+                        cute.copy(out_atom, source, target)
+                        cute.arch.cp_async_bulk_commit_group()
         if from_registers:
             out_at = Int64(batch) * out_b + Int64(head) * out_h + Int64(q_row + cid * 64) * out_s + column
             words = cute.recast_tensor(rounded, Int32)
