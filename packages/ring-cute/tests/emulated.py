@@ -51,6 +51,7 @@ int _cudaLaunchKernelEx(void *config, void *kernel, void **arguments) {
 }
 """
 _regions: list[tuple[int, np.ndarray]] = []
+_schedules: list[Any] = []  # of all tables so far: a call that was made before does not prepare again
 
 
 @cache
@@ -96,10 +97,12 @@ def on_cpu(*tensors: Tensor | None, processors: int = 2) -> Iterator[None]:
 
     def prepared(*arguments: Any) -> launching.Prepared:
         made = prepare(*arguments)
+        _schedules.append(made)
         _regions.extend((region(made.items), region(made.walk)))
         return made
 
-    _regions[:] = [region(x) for x in (*tensors, zero) if x is not None]
+    schedules = [x for made in _schedules for x in (made.items, made.walk)]
+    _regions[:] = [region(x) for x in (*tensors, zero, *schedules) if x is not None]
     os.environ["CUTE_DSL_ARCH"] = "sm_90a"
     with (
         patch.object(library, "load", emulated),

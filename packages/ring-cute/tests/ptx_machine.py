@@ -188,7 +188,9 @@ class Warp:
 class Block:
     """A CTA while it runs."""
 
-    def __init__(self, program: Program, memory: Memory, params: list[bytes], number: int, grid: int, seed: int) -> None:
+    def __init__(
+        self, program: Program, memory: Memory, params: list[bytes], number: int, grid: int, seed: int
+    ) -> None:
         self.program, self.memory, self.params, self.number, self.grid = program, memory, params, number, grid
         self.shared = np.full(SHARED_BYTES, 0xFF, dtype=np.uint8)
         self.barriers: dict[int, Barrier] = {}
@@ -313,7 +315,9 @@ class Program:
             return Instruction("branch", line, None, guard, -1), operands[0]
         if operation == "ret":
             return Instruction("end", line), ""
-        if name.startswith(("prefetch", "setmaxnreg", "fence", "wgmma.fence", "wgmma.commit", "wgmma.wait", "bar.warp")):
+        if name.startswith(
+            ("prefetch", "setmaxnreg", "fence", "wgmma.fence", "wgmma.commit", "wgmma.wait", "bar.warp")
+        ):
             return Instruction("skip", line), ""
         if name.startswith("cp.async.bulk.commit"):
             return Instruction("skip", line), ""
@@ -625,7 +629,7 @@ class Program:
             at, count = self.address(operands[0]), self.source(operands[1], np.uint32)
 
             def init(w: Warp, mask: np.ndarray | None) -> None:
-                assert mask is not None and mask.sum() == 1, "by one lane"  # noqa: PT018
+                assert mask is not None and mask.sum() == 1, "by one lane"
                 lane = int(np.flatnonzero(mask)[0])
                 number = int(count(w)[lane])
                 assert int(at(w)[lane]) not in w.block.barriers, "two barriers at one address"
@@ -688,7 +692,7 @@ class Program:
         bar = None if storing else self.address(operands[2])
 
         def run(w: Warp, mask: np.ndarray | None) -> None:
-            assert mask is not None and mask.sum() == 1, "TMA by one lane"  # noqa: PT018
+            assert mask is not None and mask.sum() == 1, "TMA by one lane"
             lane, block = int(np.flatnonzero(mask)[0]), w.block
             number = (int(descriptor(w)[lane]) - PARAMS_AT) // 4096
             view = TensorMap.of(block.params[number], rank)
@@ -779,7 +783,7 @@ class Program:
 
 
 def fields(descriptor: int) -> tuple[int, int, int]:
-    """(start address, leading byte offset, stride byte offset) of an operand in shared memory, swizzled by 128 bytes."""
+    """(start address, leading byte offset, stride byte offset) of an operand in shared memory, 128-byte swizzled."""
     assert descriptor >> 62 == 1, "128-byte swizzle"
     return (descriptor & 0x3FFF) << 4, (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
 

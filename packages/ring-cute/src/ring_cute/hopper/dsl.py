@@ -4,7 +4,8 @@ from __future__ import annotations
 
 try:
     from cutlass.memory import SmemAllocator
+    from cutlass.tensor_utils import LayoutEnum
 except ImportError:  # 4.7
-    from cutlass.utils import SmemAllocator
+    from cutlass.utils import LayoutEnum, SmemAllocator
 
-__all__ = ["SmemAllocator"]
+__all__ = ["LayoutEnum", "SmemAllocator"]

@@ -36,10 +36,10 @@ from typing import Any
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.utils import LayoutEnum, hopper_helpers
+from cutlass.utils import hopper_helpers
 
 from ring_cute.hopper import ptx
-from ring_cute.hopper.dsl import SmemAllocator
+from ring_cute.hopper.dsl import LayoutEnum, SmemAllocator
 from ring_cute.hopper.producer import Loads, Shared, produce
 from ring_cute.hopper.records import (
     BATCH,
@@ -445,8 +445,9 @@ class HopperForward:
             ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
         warpgroup.wait_group(0)
         ptx.arrive(shared.v_empty + before, leader)
-        for e in cutlass.range_constexpr(cute.size(o)):
-            o[e] = o[e] * decay[(e // 2) % 2]
+        for j in cutlass.range_constexpr(0, cute.size(o), 4):
+            for e in cutlass.range_constexpr(4):
+                o[j + e] = o[j + e] * decay[e // 2]
         to_operand(s, p)
 
     @cute.jit
@@ -491,8 +492,9 @@ class HopperForward:
                 value = (m[half] + ptx.log2(total)) * ptx.LN_2
             if column == 0 and inside:
                 lse[lse_at + own] = value
-        for e in cutlass.range_constexpr(cute.size(o)):
-            o[e] = o[e] * factor[(e // 2) % 2]
+        for j in cutlass.range_constexpr(0, cute.size(o), 4):
+            for e in cutlass.range_constexpr(4):
+                o[j + e] = o[j + e] * factor[e // 2]
         if cutlass.const_expr(self.kind.state):
             if (ends & 2) != 0:
                 self.write_out(
