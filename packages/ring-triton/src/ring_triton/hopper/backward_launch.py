@@ -109,7 +109,7 @@ def prepare(
         memory = torch.empty(q.shape, dtype=torch.float32, device=q.device)
         ordered = portable.BackwardState(delta, scaled_lse, memory, q.dtype)
     else:
-        sums = torch.zeros((*shape, head_dim), dtype=torch.float32, device=q.device)
+        sums = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)  # zeroed by the kernel below
     state = BackwardState(
         copies, delta, scaled_lse, sums, q.dtype, dout.contiguous() if _unreadable(dout[None]) else None, ordered
     )
@@ -118,8 +118,8 @@ def prepare(
     width = triton.next_power_of_2(head_dim)
     rows = ELEMENTS // width
     given = lse if dlse is None else dlse
-    tensors = (out, dout, lse, given, delta, scaled_lse)
-    key = shaped(*tensors), dlse is None, q.get_device()
+    tensors = (out, dout, lse, given, delta, scaled_lse, delta if sums is None else sums)
+    key = shaped(*tensors), dlse is None, sums is None, q.get_device()
     if _prepared.again(key, q.get_device(), addresses(*tensors), ()):
         return state
     grid = (triton.cdiv(length, rows), num_heads, batch)
@@ -133,7 +133,9 @@ def prepare(
         count,
         copies.shape[-1],
     )
-    kernel = prepare_kernel[grid](*arguments, ROWS=rows, D=head_dim, WIDTH=width, DLSE=dlse is not None, num_warps=4)
+    kernel = prepare_kernel[grid](
+        *arguments, ROWS=rows, D=head_dim, WIDTH=width, DLSE=dlse is not None, SUMS=sums is not None, num_warps=4
+    )
     if aligned(*addresses(*tensors)):
         _prepared.add(key, kernel, grid, arguments, ())
     return state
