@@ -211,3 +211,11 @@ def test_the_sum_kernel_adds_what_was_computed_at_home(rank: int, seed: int) -> 
     sum_in_rank_order(plan, *contributions, *plain)
     sum_in_rank_order(plan, *(x.cuda() for x in contributions), *kernel)
     assert torch.equal(kernel.cpu(), plain) and plain.isfinite().all()
+    parts, at_home, arrived = contributions
+    places = [torch.full(plain.shape, torch.nan).bfloat16() for _ in range(2)]
+    for place in places:  # as the home step leaves them
+        place[:, :, slice(*plan.home)] = torch.stack(at_home.unbind(2)).bfloat16()
+    kernel = places[1].cuda()
+    sum_in_rank_order(plan, parts, None, arrived, *places[0], home_in_place=True)
+    sum_in_rank_order(plan, parts.cuda(), None, arrived.cuda(), *kernel, home_in_place=True)
+    assert torch.equal(kernel.cpu(), places[0]) and places[0].isfinite().all()
