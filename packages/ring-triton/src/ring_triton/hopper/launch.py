@@ -13,9 +13,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from ring_core.backend import DeviceTable, Flags
+from ring_core.direct import aligned, current_stream, launches_of
 from ring_core.segment import FIRST, LAST
 from ring_triton import tuned
-from ring_triton.direct import aligned, current_stream, launches_of
 from ring_triton.hopper.compat import TensorDescriptor
 from ring_triton.hopper.kernel import forward_kernel
 from ring_triton.hopper.schedule import make_schedule, with_first_walk
