@@ -1,11 +1,11 @@
 """Launches compiled kernels again without Triton's binder: a repeated launch differs in pointers only.
 
 Only imported where triton is. Triton's `kernel[grid](...)` looks at every argument and encodes every tensor descriptor,
-every time: some 40 µs for the Hopper forward of ring-triton. A `Launch` remembers the compiled kernel and every number it was launched with, and calls
-the driver's cuLaunchKernel with the pointers of the call. What a kernel takes follows from its signature as Triton
-compiled it: constants and arguments that were specialised to 1 are none of its parameters, a tensor descriptor is a
-128-byte map, then its shape and strides, and two pointers to scratch memory come last (`triton.backends.nvidia.driver`
-generates C for the same).
+every time: some 40 µs for the Hopper forward of ring-triton. A `Launch` remembers the compiled kernel and every number
+it was launched with, and calls the driver's cuLaunchKernel with the pointers of the call. What a kernel takes follows
+from its signature as Triton compiled it: constants and arguments that were specialised to 1 are none of its parameters,
+a tensor descriptor is a 128-byte map, then its shape and strides, and two pointers to scratch memory come last
+(`triton.backends.nvidia.driver` generates C for the same).
 
     first call     kernel = forward_kernel[grid](...)      compiled and launched by Triton
                    Launch.of(kernel, grid, arguments)
