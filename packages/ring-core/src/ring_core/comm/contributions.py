@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ring_core.comm.packing import Places
 from ring_core.merge import triton_is_importable
 from ring_core.plan import GatherPlan
-from ring_core.ranges import Ranges, count
+from ring_core.ranges import count
 
 
 def stretches(plan: GatherPlan, source: int) -> tuple[tuple[int, int, int], ...]:
@@ -55,15 +56,15 @@ def arrivals(plan: GatherPlan) -> int:
 
 
 @lru_cache(maxsize=1024)
-def published(plan: GatherPlan) -> Ranges:
-    """What of this rank's chunk some other rank takes."""
+def published(plan: GatherPlan) -> Places:
+    """What of this rank's chunk some other rank takes; it lies in a slot as in the chunk."""
     joined: list[tuple[int, int]] = []
     for start, stop in sorted(taken for wanted in plan.send.values() for taken in wanted):
         if joined and start <= joined[-1][1]:
             joined[-1] = joined[-1][0], max(stop, joined[-1][1])
         else:
             joined.append((start, stop))
-    return tuple(joined)
+    return tuple((start, start, stop - start) for start, stop in joined)
 
 
 def sum_in_rank_order(
