@@ -141,7 +141,7 @@ def install(simulated: Simulated) -> None:
     launch.forward_kernel = simulated
     launch._processors = lambda _: PROCESSORS
     zero = counters.setdefault(0, torch.zeros(1, dtype=torch.int32))
-    launch._counter = lambda device, stream: (zero, zero.data_ptr())
+    launch._counter = lambda q, stream: (zero, zero.data_ptr())
     launch.current_stream = lambda: lambda device: 0
     gpu_probe.forward = forward
     gpu_probe.DEVICE = torch.device("cpu")
