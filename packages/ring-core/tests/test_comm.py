@@ -28,7 +28,7 @@ from ring_core import (
 )
 from ring_core.comm import channel as channels
 from ring_core.comm import gather_through
-from ring_core.comm.contributions import sum_in_rank_order
+from ring_core.comm.contributions import arrivals, sum_in_rank_order
 from ring_core.comm.peer import GENERATIONS, PUBLISHED, READ
 from ring_core.comm.shared_memory import SharedMemory, shared_memory
 from ring_core.group import rank_and_size
@@ -307,6 +307,21 @@ def test_contributions_are_summed_in_rank_order(rank: int) -> None:
     dk, dv = torch.ones(2, 1, 2, 1, 4)
     sum_in_rank_order(plan, parts, None, arrived, dk, dv)
     assert not dk.any() and not dv.any()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_what_the_home_step_left_in_place_is_summed_as_elsewhere(rank: int, seed: int) -> None:
+    dealt = plan_packed([0, 50, 170, 230, 400], layout="balanced", causal=True, rank=rank, world_size=3)
+    plan = make_plan(dealt.problem, rank, "gather")
+    assert isinstance(plan, GatherPlan) and plan.home is not None
+    generator = torch.Generator().manual_seed(seed)
+    lengths = plan.piece_length, plan.home[1] - plan.home[0], arrivals(plan)
+    parts, at_home, arrived = (torch.randn(1, n, 2, 3, 8, generator=generator).bfloat16().float() for n in lengths)
+    apart, in_place = torch.full((2, 2, 1, dealt.local_length, 3, 8), torch.nan).bfloat16()
+    in_place[:, :, slice(*plan.home)] = torch.stack(at_home.unbind(2)).bfloat16()
+    sum_in_rank_order(plan, parts, at_home, arrived, *apart)
+    sum_in_rank_order(plan, parts, None, arrived, *in_place, home_in_place=True)
+    assert torch.equal(in_place, apart) and apart.isfinite().all()
 
 
 # --- head groups

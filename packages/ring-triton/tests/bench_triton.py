@@ -54,7 +54,7 @@ def test_hopper_forward_by_triton_before_its_launcher(benchmark: Any) -> None:
     """For comparison: what Triton's binder takes to find the compiled kernel."""
     from fake_driver import inputs, no_gpu, silent
 
-    from ring_triton import direct
+    from ring_core import direct
     from ring_triton.hopper import launch
 
     table, _ = tables(torch.device("cpu"))

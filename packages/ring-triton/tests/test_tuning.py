@@ -118,12 +118,12 @@ def test_a_file_that_is_no_such_file() -> None:
 
 def test_kernels_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_no_hopper", lambda device: "")
-    backend._hopper_refuses.cache_clear()
+    backend._fastest.cache_clear()
     found = {}
     for head_dim in (64, 192):
         q = torch.zeros(1, 8, 2, head_dim, dtype=torch.bfloat16)
         found[head_dim] = [place for place, _ in tuning._places(TritonBackend("hopper"), q, Params(0.1), "full")]
-    backend._hopper_refuses.cache_clear()
+    backend._fastest.cache_clear()
     assert [(place.kernel, place.width) for place in found[64]] == [("hopper forward", 64), ("hopper backward", 64)]
     kernels = ["hopper forward", "portable gradients_kv", "portable gradients_q"]
     assert [(place.kernel, place.width) for place in found[192]] == [(kernel, 256) for kernel in kernels]

@@ -323,6 +323,7 @@ def _backward(
             call.heads_at_once,
             staged=staged,
             final_gradients=way.can.final_gradients,
+            rounds_gradients=way.can.rounds_gradients,
         )
         return orchestration_backward.backward(
             dout,

@@ -79,6 +79,9 @@ class Capabilities:
     """Its `backward` also takes dk and dv in k's dtype where sums have a wider one, without flags and departures, in
     the only call about these keys: it then writes every element of the pieces, summed as ever and rounded once, 0 for
     keys that the table does not name. ring-core gives it such buffers, as they come, where nothing travels."""
+    rounds_gradients: bool = False
+    """Its kernels give dk and dv in k's dtype, whatever the buffers have: nothing is lost where they lie in that dtype
+    until the parts of others are added to them. ring-core then has those of own keys written to where they stay."""
     flags: bool = False
     """Waits in the kernel for pieces that are still arriving and counts departures, at least in some calls: see
     `StagedBackend`."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from ring_core import RingCommError, plan_packed, ring_attention, shard_sequence
 from ring_core.comm import arena_bytes, gather_through
 from ring_core.comm.contributions import arrivals, sum_in_rank_order
+from ring_core.comm.packing import side_by_side
 from ring_core.interface import attend
 from ring_core.merge import merge_
 from ring_core.plan import GatherPlan, Problem, make_plan
@@ -211,3 +212,28 @@ def test_the_sum_kernel_adds_what_was_computed_at_home(rank: int, seed: int) -> 
     sum_in_rank_order(plan, *contributions, *plain)
     sum_in_rank_order(plan, *(x.cuda() for x in contributions), *kernel)
     assert torch.equal(kernel.cpu(), plain) and plain.isfinite().all()
+    parts, at_home, arrived = contributions
+    places = [torch.full(plain.shape, torch.nan).bfloat16() for _ in range(2)]
+    for place in places:  # as the home step leaves them
+        place[:, :, slice(*plan.home)] = torch.stack(at_home.unbind(2)).bfloat16()
+    kernel = places[1].cuda()
+    sum_in_rank_order(plan, parts, None, arrived, *places[0], home_in_place=True)
+    again = kernel.clone()
+    for place in (kernel, again):  # the second time by the driver
+        sum_in_rank_order(plan, parts.cuda(), None, arrived.cuda(), *place, home_in_place=True)
+    assert torch.equal(again, kernel) and torch.equal(kernel.cpu(), places[0]) and places[0].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_packing_kernel_copies_as_torch_operations_do(dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(2, 90, 6, 24, generator=generator).to(dtype) for _ in range(2))
+    for heads in (slice(0, 6), slice(1, 4)):
+        plain = torch.zeros(2, 70, 2, heads.stop - heads.start, 24, dtype=dtype)
+        kernel, again = plain.cuda(), plain.cuda()
+        places = ((3, 0, 1), (10, 5, 33), (60, 40, 30))
+        side_by_side(k[:, :, heads], v[:, :, heads], plain, places)
+        for target in (kernel, again):  # the second time by the driver
+            side_by_side(k.cuda()[:, :, heads], v.cuda()[:, :, heads], target, places)
+        assert torch.equal(kernel.cpu(), plain) and torch.equal(again, kernel)

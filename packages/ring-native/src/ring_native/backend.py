@@ -77,7 +77,8 @@ class NativeBackend:
 
     def capabilities(self, device: torch.device) -> Capabilities:
         can = self.provider(device).capabilities(device)
-        return replace(can, accumulate=True, writes_gradients=True, final_gradients=True, flags=False)
+        written: dict[str, Any] = {"writes_gradients": True, "final_gradients": True, "rounds_gradients": True}
+        return replace(can, accumulate=True, flags=False, **written)
 
     def forward(
         self,

@@ -13,7 +13,7 @@ import torch
 import triton
 from hopper_compiling import NoGpu
 
-from ring_triton import direct
+from ring_core import direct
 from ring_triton.hopper import backward_launch, launch
 from ring_triton.portable import launch as portable
 from ring_triton.portable.settings import listed, width_of

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
-from hopper_plans import table_of
+from hopper_plans import PROBED, table_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -150,14 +150,7 @@ def check(
 def plans() -> Iterator[tuple[str, list[Table], int, int]]:
     """(name, the tables of a rank's steps, its queries, piece length)."""
     made: list[tuple[str, Problem | PackedProblem, int]] = []
-    for layout, world, left, right, total in (
-        ("contiguous", 1, None, 0, 1024),
-        ("contiguous", 1, 200, 100, 1024),
-        ("contiguous", 2, None, None, 1000),
-        ("zigzag", 4, None, 0, 1024),
-        ("zigzag", 2, 150, 0, 900),
-        ("stripe", 4, None, 0, 1024),
-    ):
+    for layout, world, left, right, total in PROBED:
         made.append(
             (f"{layout} x{world} window {left},{right} of {total}",
              Problem(1024, 1024, total, total, left, right, layout, world), 1024 // world)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from hopper_plans import table_of
+from hopper_plans import PROBED, table_of
 from torch import Tensor
 
 from ring_core.backend import Params, on_device
@@ -209,15 +209,7 @@ def check(case: Case) -> bool:
 
 
 def plans(dim: int) -> Iterator[Case]:
-    for layout, world, left, right, total in (
-        ("contiguous", 1, None, 0, 1024),
-        ("contiguous", 1, 200, 100, 1024),
-        ("contiguous", 2, None, None, 1000),
-        ("zigzag", 4, None, 0, 1024),
-        ("zigzag", 2, 150, 0, 900),
-        ("stripe", 4, None, 0, 1024),
-        ("stripe", 2, 200, 0, 1024),
-    ):
+    for layout, world, left, right, total in (*PROBED, ("stripe", 2, 200, 0, 1024)):
         for schedule in ("gather", "ring"):
             problem = Problem(1024, 1024, total, total, left, right, layout, world)  # type: ignore[arg-type]
             plan = make_plan(problem, world - 1, schedule)  # type: ignore[arg-type]

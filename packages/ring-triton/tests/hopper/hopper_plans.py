@@ -20,6 +20,16 @@ PLANS: list[tuple[str, int, int | None, int | None, int]] = [
     ("stripe", 4, 200, 0, 1024),
 ]
 
+PROBED: list[tuple[str, int, int | None, int | None, int]] = [
+    # layout, world size, left, right, true length of 1024 tokens: what the probes run on a GPU
+    ("contiguous", 1, None, 0, 1024),
+    ("contiguous", 1, 200, 100, 1024),
+    ("contiguous", 2, None, None, 1000),
+    ("zigzag", 4, None, 0, 1024),
+    ("zigzag", 2, 150, 0, 900),
+    ("stripe", 4, None, 0, 1024),
+]
+
 
 def problem(length: int, layout: str, world_size: int, left: int | None, right: int | None, total: int) -> Problem:
     return Problem(length, length, total, total, left, right, layout, world_size)

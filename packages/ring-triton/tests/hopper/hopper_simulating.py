@@ -24,6 +24,7 @@ import triton
 import ttgir
 from hopper_compiling import NoGpu
 from torch import Tensor
+from ttgir_machine import Block, Cta, Descriptor, Pointer, Scope, Steps, Thread
 
 from ring_core.backend import Flags, on_device
 from ring_core.plan import Problem, make_plan
@@ -36,7 +37,7 @@ from ring_triton.hopper.settings import settings_for
 PROCESSORS = 3
 WRITTEN = ("out", "lse", "state", "counter")
 counters: dict[int, Tensor] = {}
-modules: dict[int, tuple[list[str], ttgir.Block]] = {}
+modules: dict[int, tuple[list[str], Block]] = {}
 
 
 class Simulated:
@@ -68,7 +69,7 @@ class Simulated:
         if isinstance(given, TensorDescriptor):
             return self.descriptor(given)
         if isinstance(given, Tensor):
-            return ttgir.Pointer(self.array(_storage(given)), given.storage_offset())
+            return Pointer(self.array(_storage(given)), given.storage_offset())
         return np.float32(given) if isinstance(given, float) else given
 
     def array(self, flat: Tensor) -> np.ndarray:
@@ -79,23 +80,23 @@ class Simulated:
             self.arrays[key] = flat.to(kind, copy=True).numpy()
         return self.arrays[key]
 
-    def descriptor(self, given: TensorDescriptor) -> ttgir.Descriptor:
+    def descriptor(self, given: TensorDescriptor) -> Descriptor:
         for flat in self.memory:
             offset = given.base.data_ptr() - flat.data_ptr()
             if 0 <= offset < flat.numel() * flat.element_size():
                 size = flat.element_size()
                 shape, strides, box = (list(map(int, x)) for x in (given.shape, given.strides, given.block_shape))
-                return ttgir.Descriptor(self.array(flat), offset // size, shape, strides, box, size)
+                return Descriptor(self.array(flat), offset // size, shape, strides, box, size)
         raise LookupError("a descriptor of memory that is not q, k, v, out or state")
 
-    def run(self, body: ttgir.Block, scope: ttgir.Scope, grid: int) -> None:
+    def run(self, body: Block, scope: Scope, grid: int) -> None:
         copies: list[Callable[[], None]] = []
-        waiting: list[tuple[ttgir.Steps, Callable[[], bool]]] = []
+        waiting: list[tuple[Steps, Callable[[], bool]]] = []
         threads = []
         for program in range(grid):
-            cta = ttgir.Cta(program, grid, copies)
+            cta = Cta(program, grid, copies)
             shared = dict(scope)
-            for _ in ttgir.run(body, shared, ttgir.Thread(cta)):
+            for _ in ttgir.run(body, shared, Thread(cta)):
                 raise AssertionError("a wait outside the partitions")
             (captured,) = body.find("ttg.warp_specialize")
             for part in (o for o in body.operations if o.regions):
@@ -103,7 +104,7 @@ class Simulated:
                 if part.name != "default":  # cut off from above: arguments stand for what is captured
                     names = ttgir.declared(part.text)
                     own = dict(zip(names, (shared[name] for name in captured.operands), strict=True))
-                threads.append(ttgir.Thread(cta))
+                threads.append(Thread(cta))
                 waiting.append((ttgir.run(part.regions[0], own, threads[-1]), lambda: True))
         while waiting or copies:
             ready = [n for n, (_, may_go) in enumerate(waiting) if may_go()]
@@ -140,7 +141,7 @@ def install(simulated: Simulated) -> None:
     launch.forward_kernel = simulated
     launch._processors = lambda _: PROCESSORS
     zero = counters.setdefault(0, torch.zeros(1, dtype=torch.int32))
-    launch._counter = lambda device, stream: (zero, zero.data_ptr())
+    launch._counter = lambda q, stream: (zero, zero.data_ptr())
     launch.current_stream = lambda: lambda device: 0
     gpu_probe.forward = forward
     gpu_probe.DEVICE = torch.device("cpu")

@@ -37,7 +37,7 @@ def test_direct_launch(check: str) -> None:
 
 
 def test_alignment() -> None:
-    from ring_triton.direct import aligned
+    from ring_core.direct import aligned
 
     assert aligned(16, 32, 0) and not aligned(16, 24)
     assert ctypes.sizeof(ctypes.c_void_p) == 8

@@ -71,6 +71,7 @@ def transport(
     *,
     staged: bool = False,
     final_gradients: bool = False,
+    rounds_gradients: bool = False,
 ) -> Transport:
     """What moves keys and gradients for a plan.
 
@@ -82,6 +83,7 @@ def transport(
             `ring_core.comm.heads` has it.
         staged: the backend takes arrival flags and departure counters, where the transport has them.
         final_gradients: it gives dk and dv in k's dtype where nobody adds to them: where nothing travels.
+        rounds_gradients: with them, also where others add to them: those of a gather's home step.
     """
     if group is None or not plan.problem.travels:
         return LocalTransport(final_gradients and has_wider_sums(k.dtype))
@@ -93,7 +95,8 @@ def transport(
     groups = head_groups(plan.problem, num_heads, k, direction, heads_at_once)
     if staged and len(groups) == 1 and isinstance(courier, PeerCourier) and courier.pieces is not None:
         return StagedGather(plan, courier)
-    return GatherTransport(plan, courier, groups)
+    in_place = final_gradients and rounds_gradients and has_wider_sums(k.dtype)
+    return GatherTransport(plan, courier, groups, home_in_place=in_place)
 
 
 def _courier(plan: GatherPlan, group: ProcessGroup, k: Tensor) -> Courier:

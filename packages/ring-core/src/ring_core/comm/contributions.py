@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ring_core.comm.packing import Places
 from ring_core.merge import triton_is_importable
 from ring_core.plan import GatherPlan
-from ring_core.ranges import Ranges, count
+from ring_core.ranges import count
 
 
 def stretches(plan: GatherPlan, source: int) -> tuple[tuple[int, int, int], ...]:
@@ -55,19 +56,26 @@ def arrivals(plan: GatherPlan) -> int:
 
 
 @lru_cache(maxsize=1024)
-def published(plan: GatherPlan) -> Ranges:
-    """What of this rank's chunk some other rank takes."""
+def published(plan: GatherPlan) -> Places:
+    """What of this rank's chunk some other rank takes; it lies in a slot as in the chunk."""
     joined: list[tuple[int, int]] = []
     for start, stop in sorted(taken for wanted in plan.send.values() for taken in wanted):
         if joined and start <= joined[-1][1]:
             joined[-1] = joined[-1][0], max(stop, joined[-1][1])
         else:
             joined.append((start, stop))
-    return tuple(joined)
+    return tuple((start, start, stop - start) for start, stop in joined)
 
 
 def sum_in_rank_order(
-    plan: GatherPlan, parts: Tensor, at_home: Tensor | None, arrived: Tensor, dk: Tensor, dv: Tensor
+    plan: GatherPlan,
+    parts: Tensor,
+    at_home: Tensor | None,
+    arrived: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    home_in_place: bool = False,
 ) -> None:
     """Writes the sums of all contributions to this rank's keys.
 
@@ -76,16 +84,17 @@ def sum_in_rank_order(
         at_home: (B, home[1] - home[0], 2, h, D): those of its home step to own keys, if the plan has one.
         arrived: (B, m, 2, h, D): those of others to its keys, one after the other by rank.
         dk, dv: (B, S, h, D), any dtype.
+        home_in_place: dk and dv hold the contributions of the home step; at_home is None.
     """
     if parts.is_cuda and parts.dtype == torch.float32 and dk.stride(2) == dk.shape[3] and triton_is_importable():
         from ring_core.comm.sum_triton import sum_contributions
 
-        cells = _cells(plan)
+        cells = _cells(plan, home_in_place)
         longest = int(cells[:, 1].max(initial=0))
         if longest:
-            table = _on_device(plan, parts.device)
-            at_home = parts[:, :0] if at_home is None else at_home
-            sum_contributions(parts, at_home, arrived, table, longest, plan.rank, plan.problem.world_size, dk, dv)
+            table = _on_device(plan, home_in_place, parts.device)
+            world = plan.rank, plan.problem.world_size
+            sum_contributions(parts, at_home, arrived, table, longest, *world, dk, dv, home_in_place=home_in_place)
         return
     total = parts.new_zeros(dk.shape[0], dk.shape[1], *parts.shape[2:])
     begins = arrival_places(plan)
@@ -93,8 +102,13 @@ def sum_in_rank_order(
         if rank == plan.rank:
             for start, at, length in stretches(plan, rank):
                 total[:, start : start + length].add_(parts[:, at : at + length])
-            if at_home is not None and plan.home is not None:
-                total[:, slice(*plan.home)].add_(at_home)
+            if plan.home is not None:
+                own = slice(*plan.home)
+                if home_in_place:
+                    total[:, own, 0].add_(dk[:, own])
+                    total[:, own, 1].add_(dv[:, own])
+                elif at_home is not None:
+                    total[:, own].add_(at_home)
         elif rank in plan.send:
             offset = begins[rank]
             for start, stop in plan.send[rank]:
@@ -105,9 +119,10 @@ def sum_in_rank_order(
 
 
 @lru_cache(maxsize=256)
-def _cells(plan: GatherPlan) -> NDArray[np.int32]:
+def _cells(plan: GatherPlan, home_in_place: bool) -> NDArray[np.int32]:
     """int32 (cells, 3 + W): the chunk cut where contributors change. Start, length, then for each rank the token in its
-    buffer (for others: in that of all arrivals) at which the cell lies, or -1; last in that of the home step."""
+    buffer (for others: in that of all arrivals) at which the cell lies, or -1; last in that of the home step. Without
+    cells that are the home step's alone where it writes in place."""
     rank, tokens = plan.rank, plan.problem.key_chunk(plan.rank)
     given: dict[int, list[tuple[int, int, int]]] = {rank: list(stretches(plan, rank))}
     for peer, ranges in plan.send.items():
@@ -128,10 +143,11 @@ def _cells(plan: GatherPlan) -> NDArray[np.int32]:
             for first, at, length in places:
                 if first <= start < first + length:
                     row[2 + contributor] = at + start - first
-        rows.append(row)
+        if not (home_in_place and row[-1] >= 0 and max(row[2:-1]) < 0):
+            rows.append(row)
     return np.array(rows, np.int32).reshape(-1, 3 + plan.problem.world_size)
 
 
 @lru_cache(maxsize=256)
-def _on_device(plan: GatherPlan, device: torch.device) -> Tensor:
-    return torch.from_numpy(_cells(plan)).to(device)
+def _on_device(plan: GatherPlan, home_in_place: bool, device: torch.device) -> Tensor:
+    return torch.from_numpy(_cells(plan, home_in_place)).to(device)

@@ -71,16 +71,21 @@ class Courier(Protocol):
 
 
 class GatherTransport:
-    """Moves what a `GatherPlan` says, head group by head group."""
+    """Moves what a `GatherPlan` says, head group by head group.
+
+    home_in_place: the gradients of the home step are in the keys' dtype anyway (`ring_core.backend.Capabilities.
+    rounds_gradients`): they are put where the result will be, and only keys that others contribute to are summed.
+    """
 
     final_gradients = False
 
-    def __init__(self, plan: GatherPlan, courier: Courier, groups: Heads) -> None:
+    def __init__(self, plan: GatherPlan, courier: Courier, groups: Heads, *, home_in_place: bool = False) -> None:
         self.plan = plan
         self.courier = courier
         self.groups = groups
         self.head_groups = len(groups)
         self.side_by_side = len(groups) > 1 or plan.home is not None
+        self._home_in_place = home_in_place and plan.home is not None
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
         plan, courier, lane = self.plan, self.courier, self.courier.lane
@@ -123,14 +128,17 @@ class GatherTransport:
         return self.courier.fetch(following, buffers[following])
 
     def gradients(self, k: Tensor, *, zeroed: bool) -> Gradients:
-        return GatherGradients(self.plan, self.courier, self.groups, k, zeroed)
+        return GatherGradients(self.plan, self.courier, self.groups, k, zeroed, self._home_in_place)
 
 
 class GatherGradients:
     """Contributions to the keys of all ranks, and those of all ranks to own keys."""
 
-    def __init__(self, plan: GatherPlan, courier: Courier, groups: Heads, k: Tensor, zeroed: bool) -> None:
+    def __init__(
+        self, plan: GatherPlan, courier: Courier, groups: Heads, k: Tensor, zeroed: bool, home_in_place: bool
+    ) -> None:
         self._plan = plan
+        self._home_in_place = home_in_place
         self._courier = courier
         self._groups = groups
         self._k = k
@@ -138,7 +146,7 @@ class GatherGradients:
         self._dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         self._dv = torch.empty_like(self._dk)
         self._parts: list[Tensor] = []
-        self._at_home: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._at_home: list[tuple[Tensor | None, torch.cuda.Event | None]] = []
         self._homecomings: dict[int, Callable[[], Tensor]] = {}
         self._home: list[torch.cuda.Event | None] = []
 
@@ -146,6 +154,10 @@ class GatherGradients:
         plan, k = self._plan, self._k
         if keys.step == HOME:
             assert plan.home is not None
+            if self._home_in_place:
+                self._at_home.append((None, None))
+                at = slice(*plan.home)
+                return Buffers(self._dk[None, :, at, keys.heads], self._dv[None, :, at, keys.heads])
             shape = (k.shape[0], plan.home[1] - plan.home[0], 2, keys.k.shape[3], k.shape[3])
             make = torch.zeros if self._zeroed else torch.empty
             own = make(shape, dtype=accumulation_dtype(k.dtype), device=k.device)
@@ -188,7 +200,8 @@ class GatherGradients:
         if self._at_home:
             at_home, mark = self._at_home[number]
             self._courier.home_lane.after(mark)
-        sum_in_rank_order(self._plan, parts, at_home, arrived, self._dk[:, :, heads], self._dv[:, :, heads])
+        to = self._dk[:, :, heads], self._dv[:, :, heads]
+        sum_in_rank_order(self._plan, parts, at_home, arrived, *to, home_in_place=self._home_in_place)
 
 
 def pieces_shape(plan: GatherPlan, k: Tensor, heads: slice) -> torch.Size:

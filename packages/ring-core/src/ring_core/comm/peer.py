@@ -28,6 +28,7 @@ from ring_core.backend import Flags, accumulation_dtype
 from ring_core.comm.contributions import arrival_places, arrivals, pieces_of, published, stretches
 from ring_core.comm.gather import Heads
 from ring_core.comm.lane import Lane, compute_now
+from ring_core.comm.packing import side_by_side
 from ring_core.comm.traffic import count_sent
 from ring_core.comm.transport import nothing
 from ring_core.plan import GatherPlan, make_plan
@@ -146,9 +147,7 @@ class PeerCourier:
             for heads in groups:
                 shape = torch.Size((batch, tokens, 2, heads.stop - heads.start, head_dim))
                 mine = _typed(slot[batch * tokens * heads.start * self._row :], k.dtype, shape)
-                for start, stop in published(plan):
-                    for side, x in enumerate((k, v)):
-                        mine[:, start:stop, side].copy_(x[:, start:stop, heads])
+                side_by_side(k[:, :, heads], v[:, :, heads], mine, published(plan))
             self.offered = self.lane.now()
             memory.exchange(PUBLISHED, self._epoch, tuple(plan.receive))
         for peer, wanted in plan.send.items():
@@ -165,9 +164,8 @@ class PeerCourier:
         plan, batch, heads = self._plan, self._batch, self._groups[number]
         if source == plan.rank:
             assert self._own is not None
-            for start, at, n in stretches(plan, source):
-                for side, x in enumerate(self._own):
-                    pieces[:, at : at + n, side].copy_(x[:, start : start + n, heads])
+            k, v = self._own
+            side_by_side(k[:, :, heads], v[:, :, heads], pieces, stretches(plan, source))
             return
         token = (heads.stop - heads.start) * self._row
         chunk, span = plan.problem.key_chunk(source), plan.piece_count * plan.piece_length

@@ -12,6 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ring_core.direct import Launches, addresses, aligned, shaped
+
+_launches = Launches()
+
 
 @triton.jit
 def _sum(
@@ -31,6 +35,7 @@ def _sum(
     RANK: tl.constexpr,
     TOKENS: tl.constexpr,
     ROW: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
     cell = cells + tl.program_id(1) * (3 + WORLD)
     start, length = tl.load(cell), tl.load(cell + 1)
@@ -38,7 +43,10 @@ def _sum(
     batch = tl.program_id(2).to(tl.int64)
     column = tl.arange(0, ROW)
     inside = (tokens < length)[:, None] & (column < row)[None, :]
+    target = batch * target_b + (start + tokens).to(tl.int64)[:, None] * target_s
+    target += column[None, :]
     for side in tl.static_range(2):
+        out = dk if side == 0 else dv
         total = tl.zeros([TOKENS, ROW], tl.float32)
         for rank in tl.static_range(WORLD):
             place = tl.load(cell + 2 + rank)  # token in the rank's buffer, -1: it did not contribute here
@@ -51,16 +59,17 @@ def _sum(
             if rank == RANK:
                 place = tl.load(cell + 2 + WORLD)
                 if place >= 0:
-                    at = ((place + tokens).to(tl.int64) * 2 + side)[:, None] * row + column[None, :]
-                    total += tl.load(at_home + batch * at_home_b + at, mask=inside, other=0.0)
-        target = batch * target_b + (start + tokens).to(tl.int64)[:, None] * target_s + column[None, :]
-        out = dk if side == 0 else dv
+                    if IN_PLACE:
+                        total += tl.load(out + target, mask=inside, other=0.0).to(tl.float32)
+                    else:
+                        at = ((place + tokens).to(tl.int64) * 2 + side)[:, None] * row + column[None, :]
+                        total += tl.load(at_home + batch * at_home_b + at, mask=inside, other=0.0)
         tl.store(out + target, total.to(out.dtype.element_ty), mask=inside)
 
 
 def sum_contributions(
     own: Tensor,
-    at_home: Tensor,
+    at_home: Tensor | None,
     arrived: Tensor,
     cells: Tensor,
     longest: int,
@@ -68,31 +77,32 @@ def sum_contributions(
     world_size: int,
     dk: Tensor,
     dv: Tensor,
+    *,
+    home_in_place: bool,
 ) -> None:
     """own (B, n, 2, h, D), at_home (B, l, 2, h, D), arrived (B, m, 2, h, D): contiguous, fp32; cells: int32
     (cells, 3 + W): start, length, and for each rank, then for the home step, the token in its buffer at which the cell
-    lies; dk, dv (B, S, h, D): alike in strides, heads dense."""
+    lies; dk, dv (B, S, h, D): alike in strides, heads dense; home_in_place: they hold what the home step gave."""
     batch, _, _, heads, head_dim = own.shape
     row = heads * head_dim
     width = triton.next_power_of_2(row)
     tokens = max(1, 4096 // width)
     grid = (triton.cdiv(longest, tokens), cells.shape[0], batch)
+    at_home = own[:, :0] if at_home is None else at_home
+    tensors = own, at_home, arrived, cells, dk, dv
+    key = shaped(*tensors), longest, rank, home_in_place, own.get_device()
     with torch.cuda.device(own.device):
-        _sum[grid](
-            own,
-            at_home,
-            arrived,
-            cells,
-            dk,
-            dv,
+        if _launches.again(key, own.get_device(), addresses(*tensors), ()):
+            return
+        arguments = (
+            *tensors,
             own.stride(0),
             at_home.stride(0),
             arrived.stride(0),
             dk.stride(0),
             dk.stride(1),
             row,
-            WORLD=world_size,
-            RANK=rank,
-            TOKENS=tokens,
-            ROW=width,
         )
+        kernel = _sum[grid](*arguments, WORLD=world_size, RANK=rank, TOKENS=tokens, ROW=width, IN_PLACE=home_in_place)
+        if aligned(*addresses(*tensors)):
+            _launches.add(key, kernel, grid, arguments)

@@ -2,6 +2,7 @@
 
   out, dout (ROWS, D) ──▶ delta = rowsum(dout * out) - dlse      0 where that is no number; four copies
   lse       (ROWS,)   ──▶ scaled_lse = lse * log2(e)             +inf where a row has seen nothing: P is then 0; four
+                          sums (ROWS, D) fp32 = 0                while the loads above are on their way
   sums (ROWS, D) fp32 ──▶ dq = sums * scale
 
 A block of the backward may begin in a segment and reach beyond its end, into rows that may hold anything; there P = 0,
@@ -30,10 +31,10 @@ def _store_copies(copies, row, x, mask, count, pitch, ends, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "count", "pitch"])
 def prepare_kernel(
-    out, dout, lse, dlse, delta, scaled_lse,
+    out, dout, lse, dlse, delta, scaled_lse, sums,
     out_b, out_s, out_h, dout_b, dout_s, dout_h, lse_b, lse_h, dlse_b, dlse_h, dlse_s, length,
     count, pitch,
-    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, DLSE: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, DLSE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1).to(tl.int64)
@@ -44,11 +45,13 @@ def prepare_kernel(
     at = rows.to(tl.int64)[:, None]
     a = tl.load(out + batch * out_b + head * out_h + at * out_s + columns[None, :], mask=mask, other=0.0)
     b = tl.load(dout + batch * dout_b + head * dout_h + at * dout_s + columns[None, :], mask=mask, other=0.0)
+    row = (batch * tl.num_programs(1) + head) * length + rows
+    if SUMS:
+        tl.store(sums + row[:, None] * D + columns[None, :], tl.zeros([ROWS, WIDTH], tl.float32), mask=mask)
     total = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
     if DLSE:
         dlse_at = dlse + batch * dlse_b + head * dlse_h + rows.to(tl.int64) * dlse_s
         total -= tl.load(dlse_at, mask=there, other=0.0).to(tl.float32)
-    row = (batch * tl.num_programs(1) + head) * length + rows
     ends = (tl.program_id(0) + tl.program_id(1) + tl.program_id(2)) == 0
     total = tl.where(tl.abs(total) < float("inf"), total, 0.0)
     _store_copies(delta, row, total, there, count, pitch, ends, ROWS)

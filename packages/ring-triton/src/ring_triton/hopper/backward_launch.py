@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from ring_core.backend import DeviceTable, Flags, Params, departures_of
+from ring_core.direct import Launches, addresses, aligned, current_stream, launches_of, shaped
 from ring_triton import tuned
-from ring_triton.direct import Launches, addresses, aligned, current_stream, launches_of, shaped
 from ring_triton.hopper.backward import backward_kernel
 from ring_triton.hopper.backward_ends import finish_kernel, prepare_kernel
 from ring_triton.hopper.backward_schedule import make_schedule
@@ -53,6 +53,22 @@ class BackwardState:
         default_factory=dict
     )
     """For blocks of so many queries: of scaled_lse, delta, sums."""
+
+
+class _Call(NamedTuple):
+    """What one launch is about: the arguments of `backward`, dout as TMA can read it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    dk: Tensor
+    dv: Tensor
+    table: DeviceTable
+    params: Params
+    flags: Flags | None
+    departures: Tensor | None
+    settings: BackwardSettings | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +125,7 @@ def prepare(
         memory = torch.empty(q.shape, dtype=torch.float32, device=q.device)
         ordered = portable.BackwardState(delta, scaled_lse, memory, q.dtype)
     else:
-        sums = torch.zeros((*shape, head_dim), dtype=torch.float32, device=q.device)
+        sums = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)  # zeroed by the kernel below
     state = BackwardState(
         copies, delta, scaled_lse, sums, q.dtype, dout.contiguous() if _unreadable(dout[None]) else None, ordered
     )
@@ -118,8 +134,8 @@ def prepare(
     width = triton.next_power_of_2(head_dim)
     rows = ELEMENTS // width
     given = lse if dlse is None else dlse
-    tensors = (out, dout, lse, given, delta, scaled_lse)
-    key = shaped(*tensors), dlse is None, q.get_device()
+    tensors = (out, dout, lse, given, delta, scaled_lse, delta if sums is None else sums)
+    key = shaped(*tensors), dlse is None, sums is None, q.get_device()
     if _prepared.again(key, q.get_device(), addresses(*tensors), ()):
         return state
     grid = (triton.cdiv(length, rows), num_heads, batch)
@@ -133,7 +149,9 @@ def prepare(
         count,
         copies.shape[-1],
     )
-    kernel = prepare_kernel[grid](*arguments, ROWS=rows, D=head_dim, WIDTH=width, DLSE=dlse is not None, num_warps=4)
+    kernel = prepare_kernel[grid](
+        *arguments, ROWS=rows, D=head_dim, WIDTH=width, DLSE=dlse is not None, SUMS=sums is not None, num_warps=4
+    )
     if aligned(*addresses(*tensors)):
         _prepared.add(key, kernel, grid, arguments, ())
     return state
@@ -171,7 +189,8 @@ def backward(
         assert flags is None and departures is None, "final gradients are those of keys that stay"
         dk, dv = _where_final(state, q, dk, dv, table, settings)
     if q.numel() and len(table.host):
-        _launch(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
+        dout = dout if state.dout is None else state.dout
+        _launch(state, _Call(q, k, v, dout, dk, dv, table, params, flags, departures, settings))
     if final is not None and dk is not final[0]:
         final[0].copy_(dk)
         final[1].copy_(dv)
@@ -208,23 +227,10 @@ def _where_final(
     return dk, dv
 
 
-def _launch(
-    state: BackwardState,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    table: DeviceTable,
-    params: Params,
-    flags: Flags | None,
-    departures: Tensor | None,
-    settings: BackwardSettings | None,
-) -> None:
+def _launch(state: BackwardState, call: _Call) -> None:
     """By the driver alone where the same has been launched before."""
-    dout = dout if state.dout is None else state.dout
-    tensors = (q, k, v, dout, dk, dv)
+    *tensors, table, params, flags, departures, settings = call
+    q, k, v, dout, dk, dv = tensors
     kind = flags is None, departures is None, state.ordered is None, tuned.serial()
     key = shaped(*tensors), params.scale, kind, settings, q.get_device()
     launches = launches_of(table, "hopper backward")
@@ -232,7 +238,7 @@ def _launch(
     read = addresses(q, k, v, dout, state.scaled_lse, state.delta, sums)
     known = launches.get(key)
     if known is None or not aligned(*read, *addresses(dk, dv)):
-        _backward(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings, key)
+        _launch_by_triton(state, call, key)
     else:
         waits = (0, 0) if flags is None else addresses(flags.values, flags.epoch)
         counts = 0 if departures is None else departures.data_ptr()
@@ -242,22 +248,9 @@ def _launch(
         portable.launch_gradients_q(state.ordered, q, k, v, dout, table, params, portable.scores_of(params, q))
 
 
-def _backward(
-    state: BackwardState,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    table: DeviceTable,
-    params: Params,
-    flags: Flags | None,
-    departures: Tensor | None,
-    settings: BackwardSettings | None,
-    key: Any,
-) -> None:
+def _launch_by_triton(state: BackwardState, call: _Call, key: Any) -> None:
     """The same by way of Triton, which compiles what it has not seen."""
+    q, k, v, dout, dk, dv, table, params, flags, departures, settings = call
     dense = not backward_supports(q, k, v, dk, dv)
     if not dense:
         q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)

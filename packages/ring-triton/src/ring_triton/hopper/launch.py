@@ -13,10 +13,10 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from ring_core.backend import DeviceTable, Flags
+from ring_core.direct import aligned, current_stream, launches_of
 from ring_core.segment import FIRST, LAST
 from ring_core.tiles import make_schedule, with_first_walk
 from ring_triton import tuned
-from ring_triton.direct import aligned, current_stream, launches_of
 from ring_triton.hopper.compat import TensorDescriptor
 from ring_triton.hopper.kernel import forward_kernel
 from ring_triton.hopper.settings import CONSUMERS, TILE_ROWS, Settings, padded_head_dim, settings_for
@@ -125,11 +125,13 @@ def forward(
     q_at, k_at, v_at, out_at, lse_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
     state_at = 0 if state is None else state.data_ptr()
     sinks_at = 0 if sinks is None else sinks.data_ptr()
-    if known is None or (q_at | k_at | v_at | out_at | lse_at | state_at | sinks_at) & 15:  # as `direct.aligned`
+    if (
+        known is None or (q_at | k_at | v_at | out_at | lse_at | state_at | sinks_at) & 15
+    ):  # `aligned`, but for its call
         _forward(q, k, v, out, lse, state, table, scale, sinks, flags, settings, key)
         return
     stream = current_stream()(device)
-    counter = _counter(device, stream)[1]
+    counter = _counter(q, stream)[1]
     flags_at, epoch_at = (0, 0) if flags is None else (flags.values.data_ptr(), flags.epoch.data_ptr())
     known(
         stream,
@@ -195,7 +197,7 @@ def _forward(
         dummy if sinks is None else sinks,
         prepared.items,
         prepared.walk,
-        _counter(q.get_device(), current_stream()(q.get_device()))[0],
+        _counter(q, current_stream()(q.get_device()))[0],
         dummy if flags is None else flags.values,
         dummy if flags is None else flags.epoch,
         scale * math.log2(math.e),
@@ -327,11 +329,11 @@ def _processors(device: torch.device) -> int:
 _counters: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
 
-def _counter(device: int, stream: int) -> tuple[Tensor, int]:
-    """A zero that kernels of one stream of a GPU share (each leaves it zero), and its address."""
-    found = _counters.get((device, stream))
+def _counter(q: Tensor, stream: int) -> tuple[Tensor, int]:
+    """A zero that kernels of one stream of q's GPU share (each leaves it zero), and its address."""
+    key = q.get_device(), stream
+    found = _counters.get(key)
     if found is None:
-        where = torch.device("cpu") if device < 0 else torch.device("cuda", device)  # the CPU: in tests
-        zero = torch.zeros(1, dtype=torch.int32, device=where)
-        found = _counters[device, stream] = zero, zero.data_ptr()
+        zero = torch.zeros(1, dtype=torch.int32, device=q.device)
+        found = _counters[key] = zero, zero.data_ptr()
     return found

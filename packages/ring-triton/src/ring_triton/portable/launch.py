@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ring_core.backend import DeviceTable, Params, accumulation_dtype, names_every_key
+from ring_core.direct import Launches, addresses, aligned, launches_of, shaped
 from ring_triton import tuned
-from ring_triton.direct import Launches, addresses, aligned, launches_of, shaped
 from ring_triton.portable.forward import forward_kernel
 from ring_triton.portable.gradient_sinks import gradient_sinks_kernel
 from ring_triton.portable.gradients_kv import gradients_kv_kernel

@@ -1,11 +1,11 @@
 """Launches compiled kernels again without Triton's binder: a repeated launch differs in pointers only.
 
-Triton's `kernel[grid](...)` looks at every argument and encodes every tensor descriptor, every time: some 40 µs for the
-Hopper forward. A `Launch` remembers the compiled kernel and every number it was launched with, and calls
-the driver's cuLaunchKernel with the pointers of the call. What a kernel takes follows from its signature as Triton
-compiled it: constants and arguments that were specialised to 1 are none of its parameters, a tensor descriptor is a
-128-byte map, then its shape and strides, and two pointers to scratch memory come last (`triton.backends.nvidia.driver`
-generates C for the same).
+Only imported where triton is. Triton's `kernel[grid](...)` looks at every argument and encodes every tensor descriptor,
+every time: some 40 µs for the Hopper forward of ring-triton. A `Launch` remembers the compiled kernel and every number
+it was launched with, and calls the driver's cuLaunchKernel with the pointers of the call. What a kernel takes follows
+from its signature as Triton compiled it: constants and arguments that were specialised to 1 are none of its parameters,
+a tensor descriptor is a 128-byte map, then its shape and strides, and two pointers to scratch memory come last
+(`triton.backends.nvidia.driver` generates C for the same).
 
     first call     kernel = forward_kernel[grid](...)      compiled and launched by Triton
                    Launch.of(kernel, grid, arguments)
@@ -20,10 +20,10 @@ from functools import cache
 from threading import get_ident
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton import knobs
-from triton.backends.nvidia.driver import make_tensordesc_arg
 
 from ring_core.backend import DeviceTable
 
@@ -136,7 +136,7 @@ class Launch:
 
 def launchable(kernel: Any, arguments: Sequence[Any]) -> bool:
     """Whether `Launch` knows all that this kernel needs."""
-    if not hasattr(kernel, "packed_metadata"):
+    if torch.version.hip is not None or not hasattr(kernel, "packed_metadata"):
         return False
     metadata = kernel.metadata
     plain = metadata.num_ctas == 1 and not (metadata.launch_cooperative_grid or metadata.launch_pdl)
@@ -219,6 +219,13 @@ def _watched() -> bool:
     enter: Any = knobs.runtime.launch_enter_hook  # a chain, or what somebody has put in its place
     leave: Any = knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def make_tensordesc_arg(descriptor: Any, metadata: Any) -> Any:
+    """Triton's own, which the Triton of other GPUs need not have."""
+    from triton.backends.nvidia.driver import make_tensordesc_arg as make
+
+    return make(descriptor, metadata)
 
 
 class _At:
