@@ -19,6 +19,7 @@ LAYERS: dict[str, int] = {
     "group": 0,
     "agreement": 0,
     "layout": 1,
+    "key_tiles": 1,
     "tiles": 1,
     "plan": 2,
     "packed": 3,

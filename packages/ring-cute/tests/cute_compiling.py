@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ring_cute.library import Kind
 from ring_cute.settings import SHARED_BYTES, ForwardKind, Settings, settings_for
 
 
@@ -72,7 +73,7 @@ def kind_of(
     return ForwardKind(dtype, head_dim, state, sinks, flags, True, chosen)
 
 
-def compiled_and_ptx(kind: ForwardKind, cubin_to: Path | None = None) -> tuple[Any, str]:
+def compiled_and_ptx(kind: Kind, cubin_to: Path | None = None) -> tuple[Any, str]:
     """What the DSL makes of a kind for sm_90a. The environment must not have imported it for another architecture."""
     os.environ["CUTE_DSL_ARCH"] = "sm_90a"
     os.environ["CUTE_DSL_KEEP"] = "ptx,cubin"
@@ -81,9 +82,9 @@ def compiled_and_ptx(kind: ForwardKind, cubin_to: Path | None = None) -> tuple[A
         from cutlass.cutlass_dsl import CuTeDSL
 
         CuTeDSL._get_dsl().envar.dump_dir = folder  # read once, at import
-        from ring_cute.hopper.compiling import compile_forward
+        from ring_cute.hopper.compiling import compile_kind
 
-        compiled = compile_forward(kind)
+        compiled = compile_kind(kind)
         (ptx,), (cubin,) = Path(folder).glob("*.ptx"), Path(folder).glob("*.cubin")
         if cubin_to is not None:
             shutil.copyfile(cubin, cubin_to)

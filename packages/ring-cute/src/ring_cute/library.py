@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
+from ring_cute.hopper.backward_settings import BackwardKind, EndsKind
 from ring_cute.settings import ForwardKind
+
+Kind = ForwardKind | BackwardKind | EndsKind
 
 _log = logging.getLogger(__name__)
 ARCHITECTURE = "sm_90a"
@@ -50,8 +53,10 @@ def dsl_version() -> str:
         return ""
 
 
-def words(kind: ForwardKind) -> str:
+def words(kind: Kind) -> str:
     """A kind as part of a file's name."""
+    if not isinstance(kind, ForwardKind):
+        return kind.words
     s = kind.settings
     on = [word for word in ("state", "sinks", "flags", "out_tma") if getattr(kind, word)]
     on += [word for word in ("ping_pong", "overlap") if getattr(s, word)]
@@ -59,12 +64,12 @@ def words(kind: ForwardKind) -> str:
     return "-".join(["forward", kind.dtype, f"d{kind.head_dim}", numbers, *on])
 
 
-def path_of(kind: ForwardKind) -> Path:
+def path_of(kind: Kind) -> Path:
     """Where the kernel is kept that this DSL compiles."""
     return cache_folder() / f"{words(kind)}-{ARCHITECTURE}-{fingerprint()}-{dsl_version() or 'none'}.so"
 
 
-def find(kind: ForwardKind) -> Path | None:
+def find(kind: Kind) -> Path | None:
     """The kernel's file; without a DSL to compare with, that of any version."""
     if dsl_version():
         path = path_of(kind)
@@ -85,8 +90,8 @@ def missing() -> str:
 
 
 @cache
-def load(kind: ForwardKind) -> Any:
-    """The kernel as a function of numbers: those of `hopper.forward.HopperForward.__call__`, then a stream.
+def load(kind: Kind) -> Any:
+    """The kernel as a function of numbers: those of its class's `__call__` (`hopper.compiling`), with a stream.
 
     Raises:
         ImportError: it is not in the cache, and there is no DSL to compile it.
@@ -102,11 +107,11 @@ def load(kind: ForwardKind) -> Any:
     return _open(path)
 
 
-def build(kind: ForwardKind) -> Any:
+def build(kind: Kind) -> Any:
     """Compiles a kernel and, where there is a linker, keeps it; returns what the DSL made."""
-    from ring_cute.hopper.compiling import compile_forward, link
+    from ring_cute.hopper.compiling import compile_kind, link
 
-    compiled = compile_forward(kind)
+    compiled = compile_kind(kind)
     try:
         link(compiled, SYMBOL, path_of(kind))
     except FileNotFoundError as error:

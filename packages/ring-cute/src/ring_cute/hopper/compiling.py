@@ -11,10 +11,14 @@ from typing import Any
 from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import find_runtime_libraries, make_fake_stream
 
+from ring_cute.hopper.backward import HopperBackward
+from ring_cute.hopper.backward_ends import Finish, Prepare
+from ring_cute.hopper.backward_settings import BackwardKind, EndsKind
 from ring_cute.hopper.forward import HopperForward
 from ring_cute.settings import ForwardKind
 
 ADDRESSES, SIZES, STRIDES, COUNTS = 12, 4, 15, 7
+BACKWARD_ADDRESSES, BACKWARD_SIZES, BACKWARD_STRIDES, BACKWARD_COUNTS = 15, 3, 16, 12
 
 SHIM = """
 #include <stdio.h>
@@ -40,6 +44,39 @@ def compile_forward(kind: ForwardKind, options: str = "--enable-tvm-ffi") -> Any
         make_fake_stream(),
         options=options,
     )
+
+
+def compile_backward(kind: BackwardKind, options: str = "--enable-tvm-ffi") -> Any:
+    """The kernel for that kind: a callable that takes the numbers of `HopperBackward.__call__` and a stream."""
+    return cute.compile(
+        HopperBackward(kind),
+        *(Int64(0) for _ in range(BACKWARD_ADDRESSES)),
+        Float32(0.0),
+        Float32(0.0),
+        *(Int32(0) for _ in range(BACKWARD_SIZES)),
+        *(Int64(0) for _ in range(BACKWARD_STRIDES)),
+        *(Int32(0) for _ in range(BACKWARD_COUNTS)),
+        make_fake_stream(),
+        options=options,
+    )
+
+
+def compile_ends(kind: EndsKind, options: str = "--enable-tvm-ffi") -> Any:
+    """The kernel for that kind: a callable that takes the numbers of `Prepare.__call__` or `Finish.__call__`."""
+    sizes = (Int32(0) for _ in range(3))
+    if kind.step == "prepare":
+        numbers = (Int64(0) for _ in range(7 + 11))
+        return cute.compile(Prepare(kind), *numbers, *sizes, make_fake_stream(), options=options)
+    strides = (Int64(0) for _ in range(3))
+    numbers = (Int64(0), Int64(0), Float32(0.0))
+    return cute.compile(Finish(kind), *numbers, *strides, *sizes, make_fake_stream(), options=options)
+
+
+def compile_kind(kind: ForwardKind | BackwardKind | EndsKind) -> Any:
+    """A kernel of any kind."""
+    if isinstance(kind, BackwardKind):
+        return compile_backward(kind)
+    return compile_ends(kind) if isinstance(kind, EndsKind) else compile_forward(kind)
 
 
 def link(compiled: Any, name: str, target: Path) -> None:

@@ -17,7 +17,7 @@ from ring_core.direct import Launches, addresses, aligned, current_stream, launc
 from ring_triton import tuned
 from ring_triton.hopper.backward import backward_kernel
 from ring_triton.hopper.backward_ends import finish_kernel, prepare_kernel
-from ring_triton.hopper.backward_schedule import make_schedule
+from ring_core.key_tiles import make_schedule
 from ring_triton.hopper.backward_settings import (
     BACKWARD,
     TILE_KEYS,
