@@ -66,7 +66,6 @@ def kinds() -> Iterator[ForwardKind]:
 
 
 def compile_all() -> None:
-    os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
     from ring_cute import library
 
     for kind in dict.fromkeys(kinds()):

@@ -23,7 +23,7 @@ def has_cuobjdump() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed")
-@pytest.mark.skipif(not has_cuobjdump(), reason="no cuobjdump: it comes with the CUDA toolkit and with triton")
+@pytest.mark.skipif(not has_cuobjdump(), reason="no cuobjdump: pip install nvidia-cuda-cuobjdump")
 @pytest.mark.parametrize("group", list(cute_compiling.GROUPS))
 def test_compiled_for_sm_90a(group: str) -> None:
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
