@@ -82,9 +82,9 @@ def compiled_and_ptx(kind: ForwardKind, cubin_to: Path | None = None) -> tuple[A
         from cutlass.cutlass_dsl import CuTeDSL
 
         CuTeDSL._get_dsl().envar.dump_dir = folder  # read once, at import
-        from ring_cute.hopper.compiling import compile_kernel
+        from ring_cute.hopper.compiling import compile_kind
 
-        compiled = compile_kernel(kind)
+        compiled = compile_kind(kind)
         (ptx,), (cubin,) = Path(folder).glob("*.ptx"), Path(folder).glob("*.cubin")
         if cubin_to is not None:
             shutil.copyfile(cubin, cubin_to)

@@ -170,11 +170,11 @@ class Built:
 
 def build(kind: Any) -> Built:
     """Compiles a kernel and, where it can, keeps it."""
-    from ring_cute.hopper.compiling import compile_kernel
+    from ring_cute.hopper.compiling import compile_kind
     from ring_cute.hopper.linking import link
 
     begin = time.monotonic()
-    compiled = compile_kernel(kind)
+    compiled = compile_kind(kind)
     path = path_of(kind)
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -33,6 +33,6 @@ COMPILERS: dict[type, Callable[[Any], Any]] = {ForwardKind: compile_forward}
 """By kind of kernel."""
 
 
-def compile_kernel(kind: Any) -> Any:
+def compile_kind(kind: Any) -> Any:
     """A kernel of any kind: a callable that takes the numbers of its class's `__call__` and a stream."""
     return COMPILERS[type(kind)](kind)
