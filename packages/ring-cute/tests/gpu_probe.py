@@ -3,10 +3,10 @@
     python packages/ring-cute/tests/gpu_probe.py compile            # where the DSL is: fills RING_CUTE_CACHE
     python packages/ring-cute/tests/gpu_probe.py [SECTION…]     # on the GPU: torch, numpy, apache-tvm-ffi, the cache
 
-Sections: smoke, correct, flags, speed, variants, steps, host (all if none but variants); "only=WORD" picks the cases of
-`correct` that WORD is part of. Each case is named before it is launched. Exit status 1 if a check failed; a kernel that
-does not end in HANG seconds ends the probe there with 2, since nothing more can run beside it. Where ring-triton is
-importable, its Hopper forward is timed as well.
+Sections: smoke, correct, flags, speed, variants, steps, host, clocks (all if none but variants and clocks);
+"only=WORD" picks the cases of `correct` that WORD is part of. Each case is named before it is launched. Exit status 1
+if a check failed; a kernel that does not end in HANG seconds ends the probe there with 2, since nothing more can run
+beside it. Where ring-triton is importable, its Hopper forward is timed as well.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import faulthandler
 import math
 import os
 import statistics
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import util
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ from ring_core.plan import PackedProblem, Problem, make_plan
 from ring_core.reference import ReferenceBackend
 from ring_core.segment import COLUMNS, FIRST, LAST, Segment, Table
 from ring_cute.hopper.launch import forward, supports
-from ring_cute.settings import ForwardKind, Settings, settings_for
+from ring_cute.settings import ForwardKind, Settings, query_buffers, settings_for
 
 DEVICE = torch.device("cuda", 0)
 SENTINEL = 12345.0
@@ -41,38 +43,83 @@ HANG, SLOW = 10.0, 60.0
 failures: list[str] = []
 only = ""
 
+TRIED: dict[int, list[dict[str, Any]]] = {
+    128: [
+        {},
+        {"rescale": "lazy"},
+        {"rescale": "before"},
+        {"overlap": 1},
+        {"rescale": "lazy", "overlap": 1},
+        {"rescale": "lazy", "overlap": 1, "ping_pong": True},
+        {"query_registers": True},
+        {"query_registers": True, "rescale": "lazy"},
+        {"query_registers": True, "rescale": "lazy", "overlap": 1},
+        {"query_registers": True, "rescale": "lazy", "ping_pong": True},
+        {"block": 144, "rescale": "lazy"},
+        {"block": 160, "rescale": "lazy"},
+        {"block": 160, "rescale": "lazy", "overlap": 1},
+        {"block": 160, "rescale": "lazy", "query_registers": True},
+        {"block": 176, "rescale": "lazy"},
+        {"block": 176, "rescale": "lazy", "overlap": 1},
+        {"rescale": "lazy", "polynomial": 1},
+    ],
+    64: [
+        {},
+        {"rescale": "lazy"},
+        {"overlap": 1, "rescale": "lazy"},
+        {"polynomial": 1, "rescale": "lazy"},
+        {"polynomial": 2, "rescale": "lazy"},
+        {"polynomial": 2, "rescale": "lazy", "overlap": 1},
+        {"query_registers": True, "rescale": "lazy", "polynomial": 1},
+        {"block": 192, "rescale": "lazy"},
+        {"block": 192, "rescale": "lazy", "polynomial": 1},
+        {"consumers": 3, "consumer_registers": 160, "rescale": "lazy"},
+        {"consumers": 3, "consumer_registers": 160, "rescale": "lazy", "polynomial": 1},
+        {"consumers": 3, "consumer_registers": 160, "rescale": "lazy", "polynomial": 2, "query_registers": True},
+    ],
+}
 VARIANTS: dict[int, dict[str, Settings]] = {
     dim: {
-        "as shipped": settings_for(dim),
-        "overlap": replace(settings_for(dim), overlap=True),
-        "ping-pong": replace(settings_for(dim), ping_pong=True),
-        "ping-pong, overlap": replace(settings_for(dim), ping_pong=True, overlap=True),
+        ", ".join(f"{name} {value}" for name, value in changed.items()) or "as shipped": replace(
+            settings_for(dim), **changed
+        )
+        for changed in tried
     }
-    for dim in (64, 128)
+    for dim, tried in TRIED.items()
 }
+
+
+def kind(dim: int, dtype: str = "bfloat16", settings: Settings | None = None, **on: bool) -> ForwardKind:
+    """What a call on contiguous tensors asks for."""
+    chosen = settings or settings_for(dim)
+    state, sinks, flagged = (on.get(name, False) for name in ("state", "sinks", "flags"))
+    return ForwardKind(dtype, dim, state, sinks, flagged, query_buffers(dim, chosen) > 1, chosen)
 
 
 def kinds() -> Iterator[ForwardKind]:
     """Every kernel that the probe launches."""
     for dim in (128, 64):
-        for state, sinks, flagged in ((0, 0, 0), (1, 0, 0), (0, 0, 1), (0, 1, 0), (1, 1, 0)):
-            yield ForwardKind("bfloat16", dim, bool(state), bool(sinks), bool(flagged), True, settings_for(dim))
-        yield ForwardKind("float16", dim, False, False, False, True, settings_for(dim))
+        yield kind(dim)
+        yield kind(dim, state=True)
+        yield kind(dim, flags=True)
+        yield kind(dim, sinks=True)
+        yield kind(dim, state=True, sinks=True)
+        yield kind(dim, "float16")
         for chosen in VARIANTS[dim].values():
-            yield ForwardKind("bfloat16", dim, False, False, False, True, chosen)
+            yield kind(dim, settings=chosen)
     for dim in (96, 40):
         for state in (False, True):
-            yield ForwardKind("bfloat16", dim, state, False, False, True, settings_for(dim))
+            yield kind(dim, state=state)
 
 
 def compile_all() -> None:
     os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
     from ring_cute import library
 
-    for kind in dict.fromkeys(kinds()):
-        if library.find(kind) is None:
-            library.build(kind)
-            print(library.path_of(kind), flush=True)
+    for each in dict.fromkeys(kinds()):
+        if library.find(each) is None:
+            library.build(each)
+            print(library.path_of(each), flush=True)
 
 
 def begin(name: str) -> None:
@@ -481,17 +528,50 @@ def host() -> None:
     print(f"host: {statistics.median(times):.1f} us a launch", flush=True)
 
 
+def clocks() -> None:
+    """What clock and power a second of each leaves the GPU, and what share of the tensor cores' products that is."""
+    x = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    made, flops = call(1, 16384, (16, 16), 128, False)
+    work: dict[str, tuple[Callable[[], object], float]] = {label: (fn, flops) for label, fn in made.items()}
+    for changed in TRIED[128][1:]:
+        label = ", ".join(f"{name} {value}" for name, value in changed.items())
+        work[label] = (call(1, 16384, (16, 16), 128, False, replace(settings_for(128), **changed))[0]["ours"], flops)
+    work["matrix product"] = (lambda: x @ x, 2.0 * 8192**3)
+    ask = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+    for label, (fn, each) in work.items():
+        begin(label)
+        fn()
+        torch.cuda.synchronize()
+        start, rounds, seen = time.monotonic(), 0, []
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        while time.monotonic() - start < 1.2:
+            for _ in range(40):
+                fn()
+            rounds += 40
+            if time.monotonic() - start > 0.4:
+                rows = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.splitlines()
+                seen.append(max((tuple(map(float, row.split(","))) for row in rows), key=lambda pair: pair[1]))
+            torch.cuda.synchronize()
+        last.record()
+        torch.cuda.synchronize()
+        clock, power = (statistics.median(column) for column in zip(*seen, strict=True))
+        rate = each * rounds / first.elapsed_time(last) / 1e9
+        print(f"{label}: {rate:.0f} TFLOP/s, {clock:.0f} MHz, {power:.0f} W, "
+              f"{rate / (132 * 4096 * clock * 1e-6):.1%} of what that clock allows", flush=True)  # fmt: skip
+
+
 def main() -> int:
     if sys.argv[1:] == ["compile"]:
         compile_all()
         return 0
-    sections = {f.__name__: f for f in (smoke, correct, flags, speed, variants, steps, host)}
+    sections = {f.__name__: f for f in (smoke, correct, flags, speed, variants, steps, host, clocks)}
     print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
     global only
     picked = [word for word in sys.argv[1:] if word.startswith("only=")]
     only = picked[-1].removeprefix("only=") if picked else ""
     names = [word for word in sys.argv[1:] if word not in picked]
-    for name in names or [name for name in sections if name != "variants"]:
+    for name in names or [name for name in sections if name not in ("variants", "clocks")]:
         print(f"== {name}", flush=True)
         begin_time = time.monotonic()
         try:

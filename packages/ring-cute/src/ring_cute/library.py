@@ -52,11 +52,8 @@ def dsl_version() -> str:
 
 def words(kind: ForwardKind) -> str:
     """A kind as part of a file's name."""
-    s = kind.settings
     on = [word for word in ("state", "sinks", "flags", "out_tma") if getattr(kind, word)]
-    on += [word for word in ("ping_pong", "overlap") if getattr(s, word)]
-    numbers = f"b{s.block}x{s.stages}-r{s.consumer_registers}.{s.producer_registers}"
-    return "-".join(["forward", kind.dtype, f"d{kind.head_dim}", numbers, *on])
+    return "-".join(["forward", kind.dtype, f"d{kind.head_dim}", *kind.settings.words, *on])
 
 
 def path_of(kind: ForwardKind) -> Path:
