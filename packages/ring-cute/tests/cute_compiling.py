@@ -119,6 +119,7 @@ def compile_kind(kind: ForwardKind) -> Compiled:
 GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "128": [(128, {}), (128, {"state": True}), (128, {"state": True, "flags": True, "sinks": True})],
     "64": [(64, {}), (64, {"state": True}), (64, {"state": True, "flags": True, "sinks": True})],
+    "wide": [(192, {}), (256, {}), (192, {"state": True}), (256, {"state": True, "dtype": "float16"})],
     "padded": [(40, {}), (96, {"state": True})],
     "fp16": [(64, {"dtype": "float16"}), (128, {"dtype": "float16"})],
     "variants": [

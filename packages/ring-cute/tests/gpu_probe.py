@@ -77,6 +77,8 @@ TRIED: dict[int, list[dict[str, Any]]] = {
         {"consumers": 3, "consumer_registers": 160, "rescale": "lazy", "polynomial": 1},
         {"consumers": 3, "consumer_registers": 160, "rescale": "lazy", "polynomial": 2, "query_registers": True},
     ],
+    192: [{}, {"overlap": 1}, {"rescale": "after"}, {"block": 96}],
+    256: [{}, {"overlap": 1}, {"rescale": "after"}, {"block": 64}],
 }
 VARIANTS: dict[int, dict[str, Settings]] = {
     dim: {
@@ -98,7 +100,7 @@ def kind(dim: int, dtype: str = "bfloat16", settings: Settings | None = None, **
 
 def kinds() -> Iterator[ForwardKind]:
     """Every kernel that the probe launches."""
-    for dim in (128, 64):
+    for dim in (128, 64, 192, 256):
         yield kind(dim)
         yield kind(dim, state=True)
         yield kind(dim, flags=True)
@@ -107,7 +109,7 @@ def kinds() -> Iterator[ForwardKind]:
         yield kind(dim, "float16")
         for chosen in VARIANTS[dim].values():
             yield kind(dim, settings=chosen)
-    for dim in (96, 40):
+    for dim in (96, 40, 160, 200):
         for state in (False, True):
             yield kind(dim, state=state)
 
@@ -312,7 +314,7 @@ def correct() -> None:
             check(f"full, D {dim}, {label}", [full], q_len=512, dim=dim, settings=chosen)
             check(f"causal, D {dim}, {label}", [causal], q_len=512, dim=dim, settings=chosen)
     check("causal 8192", [causal_table(8192, 8192, causal=True)], q_len=8192, heads=(8, 8))
-    for dim in (96, 40, 64, 128):
+    for dim in (96, 40, 64, 128, 160, 192, 200, 256):
         check(f"tail, D {dim}", [causal_table(300, 333, causal=True, k_position=-33)], q_len=300, dim=dim)
     for dtype in (torch.float16, torch.bfloat16):
         check(f"batch 3, {dtype}", [causal], q_len=512, batch=3, heads=(6, 2), dtype=dtype)
@@ -324,7 +326,14 @@ def correct() -> None:
     )
     check("batch entries of their own", [own], q_len=256, batch=2)
     check("four accumulating steps", causal_steps(1000, (0, 1, 2, 3)), q_len=1000, batch=2)
-    for dim in (64, 96, 128):  # rows that see nothing in the first steps; whole tiles, a half and a part of one
+    for dim in (
+        64,
+        96,
+        128,
+        192,
+        200,
+        256,
+    ):  # rows that see nothing in the first steps; whole tiles, a half and a part of one
         check(f"four steps, last keys first, D {dim}", causal_steps(1000, (3, 2, 1, 0)), q_len=1000, dim=dim)
     check("steps of short strips", short_strips(), q_len=700, heads=(8, 2))
     check("sinks", [causal], q_len=512, with_sinks=True)
@@ -441,7 +450,8 @@ CELLS = [(16384 // s if s < 16384 else 1, s, h, 128) for s in (4096, 8192, 16384
 
 def speed() -> None:
     ratios: dict[str, list[float]] = {"cuDNN": [], "triton": []}
-    for batch, length, heads, dim in [*CELLS, (4, 4096, (32, 32), 64), (1, 16384, (32, 32), 64)]:
+    wide = [(b, s, (16, 16), d) for d in (192, 256) for b, s in ((4, 4096), (1, 16384))]
+    for batch, length, heads, dim in [*CELLS, (4, 4096, (32, 32), 64), (1, 16384, (32, 32), 64), *wide]:
         for causal in (True, False):
             mask = "causal" if causal else "full"
             name = f"B {batch} S {length} H {heads} D {dim} {mask}"
@@ -466,7 +476,8 @@ def speed() -> None:
 
 def variants() -> None:
     """Settings beside each other, rounds interleaved so that clocks drift for all alike."""
-    for batch, length, heads, dim in ((4, 4096, (16, 16), 128), (1, 16384, (16, 16), 128), (1, 16384, (32, 32), 64)):
+    cells = [(4, 4096, (16, 16), 128), (1, 16384, (16, 16), 128), (1, 16384, (32, 32), 64)]
+    for batch, length, heads, dim in [*cells, (1, 16384, (16, 16), 192), (1, 16384, (16, 16), 256)]:
         for causal in (True, False):
             fns, flops = {}, 1.0
             for label, chosen in VARIANTS[dim].items():

@@ -12,7 +12,7 @@ from ring_core.backend import FEATURES, Capabilities, DeviceTable, Flags, HeadDi
 
 HOPPER = (9, 0)
 DTYPES = frozenset({torch.float16, torch.bfloat16})
-HEAD_DIMS = HeadDims(smallest=8, largest=128, multiple=8)
+HEAD_DIMS = HeadDims(smallest=8, largest=256, multiple=8)
 LACKS = frozenset({"alibi", "deterministic", "dropout", "lse_grad", "ring_alibi", "softcap"})
 """Features that it does not have; "deterministic" and "lse_grad" are about backwards."""
 NO_BACKWARD = "backend 'cute' computes no gradients yet; backends 'triton' and 'native' do"

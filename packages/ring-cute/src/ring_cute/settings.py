@@ -62,6 +62,8 @@ FORWARD: dict[int, Settings] = {
     # padded head dim: S, P of 64 x block and O of 64 x head dim live in registers, two rings and Q in 227 KiB
     64: Settings(reason="not measured yet; ring-triton's best"),
     128: Settings(reason="not measured yet; ring-triton's best"),
+    192: Settings(block=112, rescale="lazy", reason="not measured yet; the largest block that fits"),
+    256: Settings(block=80, rescale="lazy", reason="not measured yet; the largest block that fits"),
 }
 """By head dim, rounded up to the next key."""
 

@@ -23,7 +23,7 @@ POLLS = (1 << 31) - 1
 """Looks at an arrival flag before a wait ends by itself: some twenty minutes. The transport's watchdog ends it before,
 by poison, and raises; ending by itself would be silent."""
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-LARGEST = 128
+LARGEST = 256
 
 
 @dataclass(frozen=True, slots=True)

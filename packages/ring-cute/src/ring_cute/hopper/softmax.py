@@ -87,5 +87,6 @@ def rescale(o, factor):
 def to_operand(s, p):
     """fp32 to the inputs' dtype, two numbers a register."""
     words = cute.recast_tensor(p, Int32)
-    for e in cutlass.range_constexpr(cute.size(words)):
-        words[e] = ptx.pack(s[2 * e], s[2 * e + 1], p.element_type)
+    for e in cutlass.range_constexpr(0, cute.size(words), 4):
+        for c in cutlass.range_constexpr(e, e + 4):
+            words[c] = ptx.pack(s[2 * c], s[2 * c + 1], p.element_type)
