@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ring_cute.settings import SHARED_BYTES, ForwardKind, Settings, settings_for
+from ring_cute.settings import SHARED_BYTES, ForwardKind, Settings, query_buffers, settings_for
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def kind_of(
 ) -> ForwardKind:
     """The kind that `launch` would ask for."""
     chosen = replace(settings or settings_for(head_dim), **changed)
-    return ForwardKind(dtype, head_dim, state, sinks, flags, True, chosen)
+    return ForwardKind(dtype, head_dim, state, sinks, flags, query_buffers(head_dim, chosen) > 1, chosen)
 
 
 def compiled_and_ptx(kind: ForwardKind, cubin_to: Path | None = None) -> tuple[Any, str]:
@@ -124,9 +124,17 @@ def compile_kind(kind: ForwardKind) -> Compiled:
 GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "128": [(128, {}), (128, {"state": True}), (128, {"state": True, "flags": True, "sinks": True})],
     "64": [(64, {}), (64, {"state": True}), (64, {"state": True, "flags": True, "sinks": True})],
+    "wide": [(192, {}), (256, {}), (192, {"state": True}), (256, {"state": True, "dtype": "float16"})],
     "padded": [(40, {}), (96, {"state": True})],
     "fp16": [(64, {"dtype": "float16"}), (128, {"dtype": "float16"})],
-    "variants": [(128, {"ping_pong": True}), (128, {"overlap": True}), (64, {"overlap": True})],
+    "variants": [
+        (128, {"ping_pong": True, "overlap": 1}),
+        (128, {"rescale": "lazy", "query_registers": True}),
+        (128, {"rescale": "before", "block": 160}),
+        (128, {"rescale": "lazy", "block": 176}),
+        (64, {"overlap": 1, "polynomial": 2}),
+        (64, {"consumers": 3, "consumer_registers": 160}),
+    ],
 }
 
 
@@ -148,7 +156,7 @@ def problems(compiled: Compiled, kind: ForwardKind) -> list[str]:
     # scores before, in and between the two loops; sums in them and at the end
     products = 3 * (kind.padded // 16) + 3 * (block // 16)
     # boxes are 64 columns wide: queries for each consumer, keys and values
-    loads = (2 + 1 + 1) * (kind.padded // 64)
+    loads = (kind.settings.consumers + 1 + 1) * (kind.padded // 64)
     wrong = {
         f"{compiled.hgmma} wgmma instructions, not {products}": compiled.hgmma != products,
         f"{compiled.loads} TMA loads, fewer than {loads}": compiled.loads < loads,

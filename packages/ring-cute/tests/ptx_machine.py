@@ -535,6 +535,15 @@ class Program:
 
         return run
 
+    def op_vote(self, name: str, kinds: list[str], operands: list[str]) -> Any:
+        assert kinds[:2] == ["sync", "any"], name
+
+        def run(w: Warp, mask: np.ndarray | None) -> None:
+            assert mask is None, "a vote of lanes that have parted"
+            w.put(operands[0], np.full(LANES, w.registers[operands[1]].any()), mask)
+
+        return run
+
     def op_elect(self, name: str, kinds: list[str], operands: list[str]) -> Any:
         target = operands[0].split("|")[1]
 
@@ -620,6 +629,20 @@ class Program:
                 rows = at(w)[8 * n : 8 * n + 8].astype(np.int64) - SHARED_BASE
                 raw = source(w).copy().view(np.uint8).reshape(8, 16)
                 w.block.shared[rows[:, None] + np.arange(16)] = raw
+
+        return run
+
+    def op_ldmatrix(self, name: str, kinds: list[str], operands: list[str]) -> Any:
+        at = self.address(operands[1])
+        targets = operands[0].strip("{} ").replace(" ", "").split(",")
+        assert "trans" not in kinds, name
+
+        def run(w: Warp, mask: np.ndarray | None) -> None:
+            assert mask is None
+            where = at(w).astype(np.int64) - SHARED_BASE
+            for n, target in enumerate(targets):
+                raw = w.block.shared[where[8 * n : 8 * n + 8, None] + np.arange(16)]
+                w.put(target, np.ascontiguousarray(raw).view(np.uint32).reshape(LANES), mask)
 
         return run
 

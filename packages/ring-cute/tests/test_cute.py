@@ -191,7 +191,7 @@ def test_settings_fit(head_dim: int) -> None:
     s = settings_for(head_dim)
     assert s.stages & (s.stages - 1) == 0
     assert s.consumer_registers % 8 == 0 and s.producer_registers % 8 == 0
-    assert 128 * (2 * s.consumer_registers + s.producer_registers) <= 65536
+    assert 128 * (s.consumers * s.consumer_registers + s.producer_registers) <= 65536
     assert all(kind.shared_bytes <= SHARED_BYTES for kind in shipped((head_dim,), directions=("forward",)))
 
 

@@ -15,7 +15,7 @@ from ring_core.backend import DeviceTable, Flags
 from ring_core.segment import FIRST, LAST
 from ring_core.tiles import make_schedule, with_first_walk
 from ring_cute import library
-from ring_cute.settings import TILE_ROWS, ForwardKind, Settings, query_buffers, settings_for
+from ring_cute.settings import ForwardKind, Settings, query_buffers, settings_for
 
 L2_BYTES = 32 << 20
 """Keys and values that concurrent tiles should share in L2 (50 MB on an H100 or H200, also used by everything else)."""
@@ -23,7 +23,7 @@ POLLS = (1 << 31) - 1
 """Looks at an arrival flag before a wait ends by itself: some twenty minutes. The transport's watchdog ends it before,
 by poison, and raises; ending by itself would be silent."""
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-LARGEST = 128
+LARGEST = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ def _prepare_call(
     batch, q_len, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
     chosen = settings or settings_for(head_dim)
-    prepared = prepare(table, batch, k.shape[2], chosen.block)
+    prepared = prepare(table, batch, k.shape[2], chosen.block, chosen.tile_rows)
     if not prepared.whole and state is None:
         raise ValueError("strips begin or end outside this table, but there is no state")
     if state is not None and (state.stride(-1) != 1 or state.data_ptr() % 8 or any(s % 2 for s in state.stride()[:-1])):
@@ -209,12 +209,12 @@ def dense_keys(x: Tensor) -> Tensor:
     return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
 
 
-def prepare(table: DeviceTable, batch: int, piece_length: int, block: int) -> Prepared:
+def prepare(table: DeviceTable, batch: int, piece_length: int, block: int, tile_rows: int) -> Prepared:
     """The table's schedule on its device, made once and kept with the table."""
-    key = ("cute", str(table.device), batch, piece_length, block)
+    key = ("cute", str(table.device), batch, piece_length, block, tile_rows)
     known = table.host.cache.get(key)
     if known is None:
-        schedule = make_schedule(table.host, tile_rows=TILE_ROWS, block=block, piece_length=piece_length)
+        schedule = make_schedule(table.host, tile_rows=tile_rows, block=block, piece_length=piece_length)
         repeats = batch if schedule.every_batch else 1
         items = schedule.items if schedule.every_batch else schedule.for_batch(batch)
         walk = schedule.walk if len(schedule.walk) else np.zeros((1, schedule.walk.shape[1]), dtype=np.int32)

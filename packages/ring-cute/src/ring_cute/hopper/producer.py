@@ -12,7 +12,6 @@ from cutlass.cute.nvgpu import cpasync
 from ring_cute.hopper import ptx
 from ring_cute.hopper.records import BATCH, HEAD, Q_ROW, RECORDS, START, STOP, WALK_COLUMNS, ask, publish
 from ring_cute.hopper.views import FAR
-from ring_cute.settings import CONSUMERS
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,12 @@ def _copy(atom, tile, buffer, barrier):
 
 
 @cute.jit
-def _load_q(loads, shared, q_row, head, batch, tiles, queries: cutlass.Constexpr):
+def _load_q(
+    loads, shared, q_row, head, batch, tiles, queries: cutlass.Constexpr, consumers: cutlass.Constexpr
+):  # fmt: skip
     """A tile's queries, for each consumer its 64 rows."""
     buffer = tiles & (queries - 1)
-    for c in cutlass.range_constexpr(CONSUMERS):
+    for c in cutlass.range_constexpr(consumers):
         at = c * queries + buffer
         if cutlass.const_expr(queries == 1):
             ptx.wait(shared.q_empty + at, (tiles & 1) ^ 1)
@@ -110,6 +111,7 @@ def produce(
     block: cutlass.Constexpr,
     stages: cutlass.Constexpr,
     queries: cutlass.Constexpr,
+    consumers: cutlass.Constexpr,
     flagged: cutlass.Constexpr,
 ):
     """One warp, for all of the CTA's tiles."""
@@ -130,7 +132,7 @@ def produce(
         asked = Int32(0)
         if stop > start:
             if cutlass.const_expr(queries > 1):
-                _load_q(loads, shared, q_row, head, batch, tiles, queries)
+                _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers)
             for w in cutlass.range(start, stop, unroll=1):
                 entry = w * WALK_COLUMNS
                 k_row, k_len, j_lo = work.walk[entry], work.walk[entry + 1], work.walk[entry + 2]
@@ -153,7 +155,7 @@ def produce(
                     )
                     if cutlass.const_expr(queries == 1):  # noqa: SIM102  # a constant, and a value
                         if blocks == first:  # the last tile's scores free a stage of K before they free Q
-                            _load_q(loads, shared, q_row, head, batch, tiles, queries)
+                            _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers)
                     _load_keys(
                         loads.v_atom, loads.v, x, kv_head, end, shared.v, shared.v_full, shared.v_empty, stage, phase
                     )

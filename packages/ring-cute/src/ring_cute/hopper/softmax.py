@@ -34,32 +34,59 @@ def mask(s, row, column, j, k_len, lower, upper):
                 s[e + 2 * half + c] = cutlass.select_(seen, s[e + 2 * half + c], -Float32.inf)
 
 
+LAZY = 8.0
+"""log2 of the factor by which a row's maximum may grow before its sums are multiplied, where `lazy`."""
+
+
 @cute.jit
-def softmax(s, m, norm, decay, scale, masked: cutlass.Constexpr):
-    """One step of the online softmax in base 2: s becomes probabilities, `decay` the factor for earlier sums."""
+def softmax(
+    s, m, norm, decay, scale, masked: cutlass.Constexpr, lazy: cutlass.Constexpr, polynomial: cutlass.Constexpr
+):  # fmt: skip
+    """One step of the online softmax in base 2: s becomes probabilities, `decay` the factor for earlier sums, which is
+    1 for the whole warp where it returns false."""
+    new = []
     for half in cutlass.range_constexpr(2):
         top = [s[2 * half], s[2 * half + 1]]
         for e in cutlass.range_constexpr(4, cute.size(s), 4):
             for c in cutlass.range_constexpr(2):
                 top[c] = cute.arch.fmax(top[c], s[e + 2 * half + c])
-        new = cute.arch.fmax(m[half], ptx.quad_max(cute.arch.fmax(top[0], top[1])) * scale)
-        base = new
+        new.append(cute.arch.fmax(m[half], ptx.quad_max(cute.arch.fmax(top[0], top[1])) * scale))
+    grown = cutlass.Boolean(True)
+    if cutlass.const_expr(lazy):
+        grown = cute.arch.vote_any_sync((new[0] > m[0] + LAZY) | (new[1] > m[1] + LAZY))
+        new = [cutlass.select_(grown, new[half], m[half]) for half in range(2)]
+    for half in cutlass.range_constexpr(2):
+        base = new[half]
         if cutlass.const_expr(masked):
-            base = cutlass.select_(new == -Float32.inf, Float32(0.0), new)  # a row that has seen nothing yet
+            base = cutlass.select_(base == -Float32.inf, Float32(0.0), base)  # a row that has seen nothing yet
         decay[half] = ptx.exp2(m[half] - base)
-        m[half] = new
+        m[half] = new[half]
         total = [norm[half] * decay[half], Float32(0.0)]
         for e in cutlass.range_constexpr(0, cute.size(s), 4):
             for c in cutlass.range_constexpr(2):
-                x = ptx.exp2(ptx.fma(s[e + 2 * half + c], scale, -base))
+                x = ptx.fma(s[e + 2 * half + c], scale, -base)
+                if cutlass.const_expr(e // 4 % 8 < polynomial and not masked):  # which has no 0 for what is masked
+                    x = ptx.exp2_polynomial(x)
+                else:
+                    x = ptx.exp2(x)
                 s[e + 2 * half + c] = x
                 total[c] = total[c] + x
         norm[half] = total[0] + total[1]
+    return grown
+
+
+@cute.jit
+def rescale(o, factor):
+    """Each of a thread's two rows of sums times its factor."""
+    for e in cutlass.range_constexpr(0, cute.size(o), 4):
+        for c in cutlass.range_constexpr(4):
+            o[e + c] = o[e + c] * factor[c // 2]
 
 
 @cute.jit
 def to_operand(s, p):
     """fp32 to the inputs' dtype, two numbers a register."""
     words = cute.recast_tensor(p, Int32)
-    for e in cutlass.range_constexpr(cute.size(words)):
-        words[e] = ptx.pack(s[2 * e], s[2 * e + 1], p.element_type)
+    for e in cutlass.range_constexpr(0, cute.size(words), 4):
+        for c in cutlass.range_constexpr(e, e + 4):
+            words[c] = ptx.pack(s[2 * c], s[2 * c + 1], p.element_type)
