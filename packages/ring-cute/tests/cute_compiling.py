@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ring_cute.library import Kind
 from ring_cute.settings import SHARED_BYTES, ForwardKind, Settings, query_buffers, settings_for
 
 
@@ -74,7 +75,7 @@ def kind_of(
     return ForwardKind(dtype, head_dim, state, sinks, flags, query_buffers(head_dim, chosen) > 1, chosen)
 
 
-def compiled_and_ptx(kind: ForwardKind, cubin_to: Path | None = None) -> tuple[Any, str]:
+def compiled_and_ptx(kind: Kind, cubin_to: Path | None = None) -> tuple[Any, str]:
     """What the DSL makes of a kind, whatever GPU is here."""
     os.environ["CUTE_DSL_KEEP"] = "ptx,cubin"
     with tempfile.TemporaryDirectory() as folder:

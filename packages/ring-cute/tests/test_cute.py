@@ -16,6 +16,7 @@ import torch
 import ring_cute
 from ring_core.backend import (
     ENTRY_POINTS,
+    NO_HEAD_DIMS,
     Capabilities,
     HeadDims,
     Params,
@@ -28,7 +29,8 @@ from ring_core.backend import (
 from ring_core.functions import AttentionFunctions
 from ring_core.segment import FIRST, LAST
 from ring_cute import CuteBackend, backend, library
-from ring_cute.compile import shipped
+from ring_cute.compile import backwards, shipped
+from ring_cute.hopper.backward_settings import BACKWARD, TILE_KEYS, BackwardKind, backward_settings_for
 from ring_cute.settings import FORWARD, SHARED_BYTES, settings_for
 
 
@@ -154,19 +156,20 @@ def test_gradients_are_those_that_there_are_kernels_for(
     on_hopper: CuteBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table follows `BACKWARD_HEAD_DIMS`, whatever that says now."""
-    monkeypatch.setattr(backend, "BACKWARD_HEAD_DIMS", backend.NO_HEAD_DIMS)
+    monkeypatch.setattr(backend, "BACKWARD_HEAD_DIMS", NO_HEAD_DIMS)
     register_backend("cute", on_hopper)
     assert "it computes no gradients, and an input requires them" in refusal(64, gradients=True)
-    assert not {"deterministic", "lse_grad"} & on_hopper.capabilities(CUDA).features
     assert choose_backend(CUDA, torch.bfloat16, 64, frozenset(), False) == "cute"
     assert choose_backend(CUDA, torch.bfloat16, 64, frozenset(), True) != "cute"
     q = torch.empty(1, 1, 1, 64)
-    with pytest.raises(UnsupportedError, match="no gradients; backend 'triton' can"):
+    with pytest.raises(
+        UnsupportedError, match="the head dim is 64, it takes none with gradients; backend 'triton' can"
+    ):
         on_hopper.prepare(q, q.shape, q, q, q, None, params=Params(1.0))
 
     monkeypatch.setattr(backend, "BACKWARD_HEAD_DIMS", HeadDims(64, 128, 64))
     register_backend("cute", on_hopper)
-    check_supported("cute", CUDA, torch.bfloat16, 64, frozenset({"deterministic", "lse_grad"}), True)
+    check_supported("cute", CUDA, torch.bfloat16, 64, frozenset({"lse_grad"}), True)
     assert "requires gradients, which it computes for 64-128 (multiples of 64)" in refusal(40, gradients=True)
     check_supported("cute", CUDA, torch.bfloat16, 40, frozenset(), False)
 
@@ -193,6 +196,16 @@ def test_settings_fit(head_dim: int) -> None:
     assert s.consumer_registers % 8 == 0 and s.producer_registers % 8 == 0
     assert 128 * (s.consumers * s.consumer_registers + s.producer_registers) <= 65536
     assert all(kind.shared_bytes <= SHARED_BYTES for kind in shipped((head_dim,), directions=("forward",)))
+
+
+@pytest.mark.parametrize("head_dim", BACKWARD)
+def test_backward_settings_fit(head_dim: int) -> None:
+    s = backward_settings_for(head_dim)
+    assert s.block % 16 == 0 and s.consumer_registers % 8 == 0 and s.producer_registers % 8 == 0
+    assert 128 * (TILE_KEYS // 64 * s.consumer_registers + s.producer_registers) <= 65536
+    kinds = [kind for kind in backwards(head_dim, "bfloat16") if isinstance(kind, BackwardKind)]
+    assert {kind.gradients for kind in kinds} == {"final", "added", "shared"}
+    assert all(kind.shared_bytes <= SHARED_BYTES for kind in kinds)
 
 
 def test_kinds_have_files_of_their_own() -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ring_core.backend import (
     FEATURES,
-    NO_HEAD_DIMS,
     Capabilities,
     DeviceTable,
     Flags,
@@ -22,19 +21,16 @@ from ring_core.backend import (
     UnsupportedError,
 )
 from ring_cute import library
+from ring_cute.hopper.backward_settings import BACKWARD
 from ring_cute.settings import FORWARD
 
 HOPPER = (9, 0)
 DTYPES = frozenset({torch.float16, torch.bfloat16})
 HEAD_DIMS = HeadDims(smallest=8, largest=max(FORWARD), multiple=8)
-BACKWARD_HEAD_DIMS = NO_HEAD_DIMS
-"""What there are backward kernels for. A first one sets this, and gives `hopper/backward_launch.py` the functions
-`prepare`, `backward` and `finish` that are called below; nothing else here changes."""
-
-LACKS = frozenset({"alibi", "dropout", "ring_alibi", "softcap"})
+BACKWARD_HEAD_DIMS = HeadDims(smallest=8, largest=max(BACKWARD), multiple=8)
+"""What there are backward kernels for: calls of other head dims that need gradients are refused."""
+LACKS = frozenset({"alibi", "deterministic", "dropout", "ring_alibi", "softcap"})
 """Features that its kernels do not have."""
-LACKS_WITHOUT_BACKWARD = frozenset({"deterministic", "lse_grad"})
-"""Features that are about backwards alone."""
 
 
 class CuteBackend:
@@ -45,15 +41,14 @@ class CuteBackend:
     def capabilities(self, device: torch.device) -> Capabilities:
         if reason := _missing(device):
             return Capabilities(available=False, reason=reason)
-        backward = BACKWARD_HEAD_DIMS != NO_HEAD_DIMS
         return Capabilities(
             available=True,
             dtypes=DTYPES,
             head_dims=HEAD_DIMS,
             gradient_head_dims=BACKWARD_HEAD_DIMS,
-            features=frozenset(FEATURES) - LACKS - (frozenset() if backward else LACKS_WITHOUT_BACKWARD),
+            features=frozenset(FEATURES) - LACKS,
             accumulate=True,
-            final_gradients=backward,
+            final_gradients=True,
             flags=True,
         )
 
@@ -92,7 +87,7 @@ class CuteBackend:
     ) -> Any:
         _check(q, BACKWARD_HEAD_DIMS, params)
         with _on(q):
-            return _backward().prepare(q, out, dout, lse, dlse, deterministic=params.deterministic)
+            return _backward().prepare(q, out, dout, lse, dlse)
 
     def backward(
         self,
@@ -134,9 +129,9 @@ def _forward() -> Any:
 
 @cache
 def _backward() -> Any:
-    from importlib import import_module
+    from ring_cute.hopper import backward_launch
 
-    return import_module("ring_cute.hopper.backward_launch")
+    return backward_launch
 
 
 _HERE = nullcontext()
@@ -167,10 +162,8 @@ def _check(q: Tensor, head_dims: HeadDims, params: Params) -> None:
 
 
 def _refuses(head_dim: int, head_dims: HeadDims, params: Params) -> str:
-    if head_dims == NO_HEAD_DIMS:
-        return "it computes no gradients"
     if head_dim not in head_dims:
-        return f"the head dim is {head_dim}, it takes {head_dims}"
+        return f"the head dim is {head_dim}, it takes {head_dims}{'' if head_dims == HEAD_DIMS else ' with gradients'}"
     if params.softcap:
         return "it knows no softcap"
     if params.alibi_slopes is not None:

@@ -19,8 +19,9 @@ from multiprocessing import get_context
 from typing import Any
 
 from ring_cute import library
-from ring_cute.backend import HEAD_DIMS
-from ring_cute.settings import FORWARD, ForwardKind, settings_for
+from ring_cute.backend import BACKWARD_HEAD_DIMS, HEAD_DIMS
+from ring_cute.hopper.backward_settings import BackwardKind, EndsKind, backward_settings_for
+from ring_cute.settings import FORWARD, ForwardKind, query_buffers, settings_for
 
 DTYPES = ("bfloat16", "float16")
 MOST_JOBS = 8
@@ -36,10 +37,24 @@ def forwards(head_dim: int, dtype: str) -> Iterator[ForwardKind]:
         (False, True, False),
         (True, True, False),
     ):
-        yield ForwardKind(dtype, head_dim, state, sinks, flags, True, settings_for(head_dim))
+        settings = settings_for(head_dim)
+        out_tma = query_buffers(head_dim, settings) > 1
+        yield ForwardKind(dtype, head_dim, state, sinks, flags, out_tma, settings)
 
 
-DIRECTIONS: dict[str, Callable[[int, str], Iterator[Any]]] = {"forward": forwards}
+def backwards(head_dim: int, dtype: str) -> Iterator[BackwardKind | EndsKind]:
+    """Final gradients of a call of one GPU; those that are added to, also by several CTAs where there are few tiles;
+    and those that leave as they are completed, of keys that are still arriving."""
+    if head_dim not in BACKWARD_HEAD_DIMS:
+        return
+    for dlse in (False, True):
+        yield EndsKind("prepare", dtype, head_dim, dlse)
+    yield EndsKind("finish", dtype, head_dim)
+    for gradients, staged in (("final", False), ("added", False), ("shared", False), ("added", True)):
+        yield BackwardKind(dtype, head_dim, gradients, staged, staged, backward_settings_for(head_dim))
+
+
+DIRECTIONS: dict[str, Callable[[int, str], Iterator[Any]]] = {"forward": forwards, "backward": backwards}
 """The kinds of kernel that a head dim and a dtype come to."""
 
 

@@ -31,6 +31,9 @@ from typing import Any
 import torch
 
 _log = logging.getLogger(__name__)
+Kind = Any
+"""Of a kernel: a frozen dataclass that says all that is compiled into it (`settings.ForwardKind` is one). Its class
+decides how it is compiled (`hopper.compiling.COMPILERS`)."""
 DSL = "nvidia-cutlass-dsl"
 GET_DSL = "pip install 'nvidia-cutlass-dsl[cu13]>=4.7,<4.9' (without [cu13] where torch is built for CUDA 12)"
 GET_TVM_FFI = "pip install 'apache-tvm-ffi>=0.1.11,<0.2'"
@@ -75,9 +78,9 @@ def dsl_version() -> str:
     return f"{version}+cu13"
 
 
-def words(kind: Any) -> str:
-    """A kind (a frozen dataclass: of a kernel, all that is compiled into it) as part of a file's name: what it says of
-    itself in words and numbers, then a digest of everything, settings too."""
+def words(kind: Kind) -> str:
+    """A kind as part of a file's name: what it says of itself in words and numbers, then a digest of everything,
+    settings too."""
     parts = [type(kind).__name__.removesuffix("Kind").lower()]
     for field in fields(kind):
         value = getattr(kind, field.name)
@@ -99,21 +102,21 @@ def _content(x: Any) -> Any:
     return x
 
 
-def path_of(kind: Any) -> Path:
+def path_of(kind: Kind) -> Path:
     """Where the kernel is kept that this DSL compiles."""
     return cache_folder() / f"{_stem(kind)}-{dsl_version() or 'none'}.so"
 
 
-def _stem(kind: Any) -> str:
+def _stem(kind: Kind) -> str:
     return f"{words(kind)}-{ARCHITECTURE}-{platform.machine()}-{fingerprint()}"
 
 
-def find(kind: Any) -> Path | None:
+def find(kind: Kind) -> Path | None:
     """The kernel's file; without a DSL to compare with, that of any version."""
     return next(_files(kind), None)
 
 
-def _files(kind: Any) -> Iterator[Path]:
+def _files(kind: Kind) -> Iterator[Path]:
     if dsl_version():
         path = path_of(kind)
         if path.exists():
@@ -139,7 +142,7 @@ def _tvm_ffi() -> bool:
 
 
 @cache
-def load(kind: Any) -> Any:
+def load(kind: Kind) -> Any:
     """The kernel as a function of numbers: those of its class's `__call__`, then a stream.
 
     Raises:
@@ -168,7 +171,7 @@ class Built:
     reason: str = ""  # why it is not
 
 
-def build(kind: Any) -> Built:
+def build(kind: Kind) -> Built:
     """Compiles a kernel and, where it can, keeps it."""
     from ring_cute.hopper.compiling import compile_kind
     from ring_cute.hopper.linking import link
