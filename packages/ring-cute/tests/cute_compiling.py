@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ring_cute.settings import SHARED_BYTES, ForwardKind, Settings, query_buffers, settings_for
+from ring_cute.settings import SHARED_BYTES, ForwardKind, Settings, kind_for, settings_for
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def kind_of(
 ) -> ForwardKind:
     """The kind that `launch` would ask for."""
     chosen = replace(settings or settings_for(head_dim), **changed)
-    return ForwardKind(dtype, head_dim, state, sinks, flags, query_buffers(head_dim, chosen) > 1, chosen)
+    return kind_for(dtype, head_dim, chosen, state=state, sinks=sinks, flags=flags)
 
 
 def compiled_and_ptx(kind: ForwardKind, cubin_to: Path | None = None) -> tuple[Any, str]:

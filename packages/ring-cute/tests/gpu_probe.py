@@ -35,7 +35,7 @@ from ring_core.plan import PackedProblem, Problem, make_plan
 from ring_core.reference import ReferenceBackend
 from ring_core.segment import COLUMNS, FIRST, LAST, Segment, Table
 from ring_cute.hopper.launch import forward, supports
-from ring_cute.settings import ForwardKind, Settings, query_buffers, settings_for
+from ring_cute.settings import ForwardKind, Settings, kind_for, settings_for
 
 DEVICE = torch.device("cuda", 0)
 SENTINEL = 12345.0
@@ -91,27 +91,20 @@ VARIANTS: dict[int, dict[str, Settings]] = {
 }
 
 
-def kind(dim: int, dtype: str = "bfloat16", settings: Settings | None = None, **on: bool) -> ForwardKind:
-    """What a call on contiguous tensors asks for."""
-    chosen = settings or settings_for(dim)
-    state, sinks, flagged = (on.get(name, False) for name in ("state", "sinks", "flags"))
-    return ForwardKind(dtype, dim, state, sinks, flagged, query_buffers(dim, chosen) > 1, chosen)
-
-
 def kinds() -> Iterator[ForwardKind]:
     """Every kernel that the probe launches."""
     for dim in (128, 64, 192, 256):
-        yield kind(dim)
-        yield kind(dim, state=True)
-        yield kind(dim, flags=True)
-        yield kind(dim, sinks=True)
-        yield kind(dim, state=True, sinks=True)
-        yield kind(dim, "float16")
+        yield kind_for("bfloat16", dim)
+        yield kind_for("bfloat16", dim, state=True)
+        yield kind_for("bfloat16", dim, flags=True)
+        yield kind_for("bfloat16", dim, sinks=True)
+        yield kind_for("bfloat16", dim, state=True, sinks=True)
+        yield kind_for("float16", dim)
         for chosen in VARIANTS[dim].values():
-            yield kind(dim, settings=chosen)
+            yield kind_for("bfloat16", dim, chosen)
     for dim in (96, 40, 160, 200):
         for state in (False, True):
-            yield kind(dim, state=state)
+            yield kind_for("bfloat16", dim, state=state)
 
 
 def compile_all() -> None:

@@ -94,6 +94,11 @@ class TensorMap:
     strides: tuple[int, ...]  # bytes, of all but the first dimension
     box: tuple[int, ...]
 
+    @property
+    def width(self) -> int:
+        """Bytes of an element: rows of a box are 128."""
+        return 128 // self.box[0]
+
     @classmethod
     def of(cls, raw: bytes, rank: int) -> TensorMap:
         word = struct.unpack("<32I", raw)
@@ -112,7 +117,7 @@ class TensorMap:
         inside = all(0 <= c < size for c, size in zip(at[2:], self.sizes[2:], strict=True))
         found = []
         for row in range(at[1], at[1] + self.box[1]):
-            address = self.address + 2 * at[0] + row * self.strides[0]
+            address = self.address + self.width * at[0] + row * self.strides[0]
             address += sum(c * stride for c, stride in zip(at[2:], self.strides[1:], strict=True))
             columns = min(self.box[0], self.sizes[0] - at[0]) if inside and 0 <= row < self.sizes[1] else 0
             found.append((address % (1 << 64), max(0, columns)))
@@ -722,10 +727,10 @@ class Program:
             where = tuple(int(read(w)[lane]) for read in reads)
             start = int(at(w)[lane])
             assert start % 1024 == 0, "the swizzle's pattern begins elsewhere"
-            assert view.box[0] == 64, "a row of 128 bytes"
+            assert view.box[0] in (32, 64), "a row of 128 bytes"
 
             def places(row: int, columns: int) -> np.ndarray:
-                return swizzled(start + 128 * row + np.arange(2 * columns)) - SHARED_BASE
+                return swizzled(start + 128 * row + np.arange(view.width * columns)) - SHARED_BASE
 
             if storing:
 
@@ -741,9 +746,10 @@ class Program:
 
             def land() -> None:
                 for row, (address, columns) in enumerate(view.rows(where)):
-                    block.shared[places(row, 64)] = 0
+                    block.shared[places(row, view.box[0])] = 0
                     if columns:
-                        raw = block.memory.load(np.array([address], dtype=np.uint64), 2 * columns)[0]
+                        size = view.width * columns
+                        raw = block.memory.load(np.array([address], dtype=np.uint64), size)[0]
                         block.shared[places(row, columns)] = raw
                 barrier = block.barriers[barrier_at]
                 barrier.bytes -= 128 * view.box[1]

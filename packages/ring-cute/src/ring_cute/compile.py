@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from ring_cute.settings import FORWARD, ForwardKind, settings_for
+from ring_cute.settings import FORWARD, ForwardKind, kind_for
 
 
 def shipped(head_dims: tuple[int, ...] = tuple(FORWARD)) -> Iterator[ForwardKind]:
@@ -21,7 +21,7 @@ def shipped(head_dims: tuple[int, ...] = tuple(FORWARD)) -> Iterator[ForwardKind
                 (False, True, False),
                 (True, True, False),
             ):
-                yield ForwardKind(dtype, head_dim, state, sinks, flags, True, settings_for(head_dim))
+                yield kind_for(dtype, head_dim, state=state, sinks=sinks, flags=flags)
 
 
 def main() -> None:

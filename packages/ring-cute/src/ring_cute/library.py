@@ -52,7 +52,7 @@ def dsl_version() -> str:
 
 def words(kind: ForwardKind) -> str:
     """A kind as part of a file's name."""
-    on = [word for word in ("state", "sinks", "flags", "out_tma") if getattr(kind, word)]
+    on = [word for word in ("state", "sinks", "flags", "out_tma", "state_tma") if getattr(kind, word)]
     return "-".join(["forward", kind.dtype, f"d{kind.head_dim}", *kind.settings.words, *on])
 
 

@@ -10,7 +10,7 @@ from cutlass import Int32, cute
 from cutlass.cute.nvgpu import cpasync
 
 from ring_cute.hopper import ptx
-from ring_cute.hopper.records import BATCH, HEAD, Q_ROW, RECORDS, START, STOP, WALK_COLUMNS, ask, publish
+from ring_cute.hopper.records import BATCH, ENDS, HEAD, Q_ROW, RECORDS, START, STOP, WALK_COLUMNS, ask, publish
 from ring_cute.hopper.views import FAR
 
 
@@ -24,6 +24,8 @@ class Loads:
     k: Any  # (key, D, Hkv, end, far)
     v_atom: Any
     v: Any
+    state_atom: Any
+    state: Any  # (Sq, D, Hq, B)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Shared:
     v_empty: Any
     record_full: Any
     record_empty: Any
+    o: Any  # (64, D, CONSUMERS) fp32, None without state_tma
+    staged: Any  # (64, D, 2 CONSUMERS), every other one: the same memory for final rows
+    o_full: Any
+    o_empty: Any
 
 
 def _sizes(buffers: Any) -> tuple[int, int]:
@@ -79,6 +85,20 @@ def _load_q(
 
 
 @cute.jit
+def _load_state(loads, shared, ends, q_row, head, batch, turn, consumers: cutlass.Constexpr):
+    """The state of a tile that continues; the buffer alone for one that begins here. After two blocks of the tile, not
+    before: a buffer comes back in the first one."""
+    for c in cutlass.range_constexpr(consumers):
+        ptx.wait(shared.o_empty + c, turn & 1)
+        if (ends & 1) == 0:
+            rows = cute.domain_offset((q_row + c * 64, 0), loads.state[None, None, head, batch])
+            tile = cute.local_tile(rows, _sizes(shared.o), (0, 0))
+            _copy(loads.state_atom, tile, shared.o[None, None, c], shared.o_full + c)
+        else:
+            ptx.arrive(shared.o_full + c, cute.arch.lane_idx() == 0)
+
+
+@cute.jit
 def _load_keys(atom, tensor, x, head, end, buffers, full, empty, stage, phase):
     """A block of K or V into its ring; rows beyond the segment's end are zeros."""
     ptx.wait(empty + stage, phase ^ 1)
@@ -113,6 +133,7 @@ def produce(
     queries: cutlass.Constexpr,
     consumers: cutlass.Constexpr,
     flagged: cutlass.Constexpr,
+    ahead: cutlass.Constexpr,
 ):
     """One warp, for all of the CTA's tiles."""
     lane = cute.arch.lane_idx()
@@ -126,7 +147,7 @@ def produce(
     while going:
         slot = turn & (RECORDS - 1)
         start, stop, q_row = records[START, slot], records[STOP, slot], records[Q_ROW, slot]
-        batch, head = records[BATCH, slot], records[HEAD, slot]
+        batch, head, ends = records[BATCH, slot], records[HEAD, slot], records[ENDS, slot]
         kv_head = head // work.group
         first = blocks
         asked = Int32(0)
@@ -143,6 +164,8 @@ def produce(
                 for t in cutlass.range(count, unroll=1):
                     if blocks - first == 2:  # after two blocks there is time for the next tile
                         asked = ask(lane, work)
+                        if cutlass.const_expr(ahead):
+                            _load_state(loads, shared, ends, q_row, head, batch, turn, consumers)
                     if blocks - first == 3:
                         publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
                     number = t - right  # right edges from the right, then the others from the left
@@ -163,6 +186,8 @@ def produce(
             tiles += 1
         if blocks - first <= 2:
             asked = ask(lane, work)
+            if cutlass.const_expr(ahead):
+                _load_state(loads, shared, ends, q_row, head, batch, turn, consumers)
         if blocks - first <= 3:
             publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
         going = asked + grid < work.total
