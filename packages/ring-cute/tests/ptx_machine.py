@@ -497,6 +497,17 @@ class Program:
         to, of = TYPES[kinds[-2]], TYPES[kinds[-1]]
         return self._map(operands, of, lambda x: x.astype(to), to)
 
+    def op_bmsk(self, name: str, kinds: list[str], operands: list[str]) -> Any:
+        assert kinds[0] == "clamp", name
+        start, count = (self.source(x, np.uint32) for x in operands[1:])
+
+        def run(w: Warp, mask: np.ndarray | None) -> None:
+            first, number = (np.minimum(x(w), 32).astype(np.uint64) for x in (start, count))
+            ones = ((np.uint64(1) << number) - np.uint64(1)) << first
+            w.put(operands[0], (ones & np.uint64(0xFFFFFFFF)).astype(np.uint32), mask)
+
+        return run
+
     def op_cvta(self, name: str, kinds: list[str], operands: list[str]) -> Any:
         return self._map(operands, np.uint64, lambda x: x.copy())
 

@@ -176,7 +176,8 @@ class Consumer:
                     self.your_turn(cid)
                 warpgroup.wait_group(0)
                 ptx.arrive(shared.k_empty + stage, leader)
-                mask(s, cid * 64 + row, column, j, k_len, lower, upper)
+                if edges > 0:
+                    mask(s, cid * 64 + row, column, j, k_len, lower, upper)
                 softmax(s, m, norm, decay, scale, True, False, self.settings.polynomial)
                 self.free_buffers(shared, cid, tiles, leader)
                 to_operand(s, p)
