@@ -39,6 +39,8 @@ class Settings:
     polynomial: int = 0
     """Of eight exponentials, so many are computed by a polynomial instead of the special function unit, which makes 16
     a clock and processor, the time of two products at head dim 64."""
+    cache_hints: bool = False
+    """L2 is told to keep keys and values rather than queries."""
     reason: str = field(default="", compare=False)
     """Why these: what was measured."""
 

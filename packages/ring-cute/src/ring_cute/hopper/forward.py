@@ -314,7 +314,7 @@ class HopperForward:
                 loads = Loads(q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, state_in, state_tma)
                 produce(
                     work, loads, shared, flags, epoch, polls, self.block, self.stages, self.queries,
-                    self.consumers, self.kind.flags, self.kind.state_tma,
+                    self.consumers, self.kind.flags, self.kind.state_tma, self.kind.settings.cache_hints,
                 )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.kind.settings.consumer_registers)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import cutlass
-from cutlass import Int32, cute
+from cutlass import Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync
 
 from ring_cute.hopper import ptx
@@ -55,20 +55,28 @@ def _sizes(buffers: Any) -> tuple[int, int]:
     return cute.size(buffers, mode=[0]), cute.size(buffers, mode=[1])
 
 
+KEEP, DROP = 0x14F0000000000000, 0x12F0000000000000
+"""Descriptors of L2 policies: evict last, evict first."""
+
+
 @cute.jit
-def _copy(atom, tile, buffer, barrier):
+def _copy(atom, tile, buffer, barrier, policy: cutlass.Constexpr = None):
     """A tile of global memory (rows, D), whole, to a buffer, by TMA; the barrier expects its bytes from then on."""
     target, source = cpasync.tma_partition(
         atom, 0, cute.make_layout(1), cute.group_modes(buffer, 0, 2), cute.group_modes(tile, 0, 2)
     )
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive_and_expect_tx(barrier, cute.size(buffer) * buffer.element_type.width // 8)
-    cute.copy(atom, source, target, tma_bar_ptr=barrier)
+    if cutlass.const_expr(policy is None):
+        cute.copy(atom, source, target, tma_bar_ptr=barrier)
+    else:
+        cute.copy(atom, source, target, tma_bar_ptr=barrier, cache_policy=Int64(policy))
 
 
 @cute.jit
 def _load_q(
-    loads, shared, q_row, head, batch, tiles, queries: cutlass.Constexpr, consumers: cutlass.Constexpr
+    loads, shared, q_row, head, batch, tiles, queries: cutlass.Constexpr, consumers: cutlass.Constexpr,
+    hints: cutlass.Constexpr,
 ):  # fmt: skip
     """A tile's queries, for each consumer its 64 rows."""
     buffer = tiles & (queries - 1)
@@ -81,7 +89,7 @@ def _load_q(
                 ptx.wait(shared.q_empty + at, ((tiles - 1) >> (queries - 1)) & 1)
         rows = cute.domain_offset((q_row + c * 64, 0), loads.q[None, None, head, batch])
         tile = cute.local_tile(rows, _sizes(shared.q), (0, 0))
-        _copy(loads.q_atom, tile, shared.q[None, None, at], shared.q_full + at)
+        _copy(loads.q_atom, tile, shared.q[None, None, at], shared.q_full + at, DROP if hints else None)
 
 
 @cute.jit
@@ -99,12 +107,12 @@ def _load_state(loads, shared, ends, q_row, head, batch, turn, consumers: cutlas
 
 
 @cute.jit
-def _load_keys(atom, tensor, x, head, end, buffers, full, empty, stage, phase):
+def _load_keys(atom, tensor, x, head, end, buffers, full, empty, stage, phase, hints: cutlass.Constexpr):
     """A block of K or V into its ring; rows beyond the segment's end are zeros."""
     ptx.wait(empty + stage, phase ^ 1)
     rows = cute.domain_offset((x, 0), tensor[None, None, head, end, FAR])
     tile = cute.local_tile(rows, _sizes(buffers), (0, 0))
-    _copy(atom, tile, buffers[None, None, stage], full + stage)
+    _copy(atom, tile, buffers[None, None, stage], full + stage, KEEP if hints else None)
 
 
 @cute.jit
@@ -134,6 +142,7 @@ def produce(
     consumers: cutlass.Constexpr,
     flagged: cutlass.Constexpr,
     ahead: cutlass.Constexpr,
+    hints: cutlass.Constexpr,
 ):
     """One warp, for all of the CTA's tiles."""
     lane = cute.arch.lane_idx()
@@ -153,7 +162,7 @@ def produce(
         asked = Int32(0)
         if stop > start:
             if cutlass.const_expr(queries > 1):
-                _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers)
+                _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers, hints)
             for w in cutlass.range(start, stop, unroll=1):
                 entry = w * WALK_COLUMNS
                 k_row, k_len, j_lo = work.walk[entry], work.walk[entry + 1], work.walk[entry + 2]
@@ -174,13 +183,33 @@ def produce(
                     x = FAR - k_len + j_lo + number * block
                     stage, phase = blocks & (stages - 1), (blocks >> stage_bits) & 1
                     _load_keys(
-                        loads.k_atom, loads.k, x, kv_head, end, shared.k, shared.k_full, shared.k_empty, stage, phase
+                        loads.k_atom,
+                        loads.k,
+                        x,
+                        kv_head,
+                        end,
+                        shared.k,
+                        shared.k_full,
+                        shared.k_empty,
+                        stage,
+                        phase,
+                        hints,
                     )
                     if cutlass.const_expr(queries == 1):  # noqa: SIM102  # a constant, and a value
                         if blocks == first:  # the last tile's scores free a stage of K before they free Q
-                            _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers)
+                            _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers, hints)
                     _load_keys(
-                        loads.v_atom, loads.v, x, kv_head, end, shared.v, shared.v_full, shared.v_empty, stage, phase
+                        loads.v_atom,
+                        loads.v,
+                        x,
+                        kv_head,
+                        end,
+                        shared.v,
+                        shared.v_full,
+                        shared.v_empty,
+                        stage,
+                        phase,
+                        hints,
                     )
                     blocks += 1
             tiles += 1
