@@ -21,7 +21,7 @@ from typing import Any
 from ring_cute import library
 from ring_cute.backend import BACKWARD_HEAD_DIMS, HEAD_DIMS
 from ring_cute.hopper.backward_settings import BackwardKind, EndsKind, backward_settings_for
-from ring_cute.settings import FORWARD, ForwardKind, query_buffers, settings_for
+from ring_cute.settings import FORWARD, ForwardKind, kind_for
 
 DTYPES = ("bfloat16", "float16")
 MOST_JOBS = 8
@@ -37,9 +37,7 @@ def forwards(head_dim: int, dtype: str) -> Iterator[ForwardKind]:
         (False, True, False),
         (True, True, False),
     ):
-        settings = settings_for(head_dim)
-        out_tma = query_buffers(head_dim, settings) > 1
-        yield ForwardKind(dtype, head_dim, state, sinks, flags, out_tma, settings)
+        yield kind_for(dtype, head_dim, state=state, sinks=sinks, flags=flags)
 
 
 def backwards(head_dim: int, dtype: str) -> Iterator[BackwardKind | EndsKind]:
