@@ -104,15 +104,10 @@ class Parts:
     douts_turned: Any
     keys_turned: Any  # its 64 columns of D by each consumer's keys
     ds_read: Any  # its share of a block's rows by all keys, of each buffer
-    s: Any
-    dp: Any
-    p16: Any
-    ds16: Any
-    dq: Any
     dk: Any
     dv: Any
     ds_at: Any  # where this thread writes, in bytes
-    dq_at: Any  # in words
+    dq_at: Any
 
 
 class HopperBackward:
@@ -425,29 +420,16 @@ class HopperBackward:
         )
         ds_read = turned.make_fragment_B(one.partition_B(mine))
 
-        s = cute.make_rmem_tensor(scores.partition_shape_C((64, self.block)), Float32)
-        dp = cute.make_rmem_tensor(scores.partition_shape_C((64, self.block)), Float32)
-        p16 = cute.make_rmem_tensor(sums.partition_shape_A((64, self.block)), self.dtype)
-        ds16 = cute.make_rmem_tensor(sums.partition_shape_A((64, self.block)), self.dtype)
-        dq = cute.make_rmem_tensor(turned.partition_shape_C((64, self.dq_rows)), Float32)
         dk = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), Float32)
         dv = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), Float32)
 
-        # where a thread writes: bytes of ds (its row of a matrix of stmatrix), words of dq
+        # where a thread writes: ds (its row of a matrix of stmatrix), dq (the first number); both in bytes
         query = lane & 7
         chunk = 2 * (warp & 3) + ((lane >> 3) & 1)
         ds_at = cid * self.block * 128 + (query + 8 * (lane >> 4)) * 128 + ((chunk ^ query) << 4)
-        dq_at = cute.make_rmem_tensor(4, Int32)
-        for half in cutlass.range_constexpr(2):
-            for c in cutlass.range_constexpr(2):
-                query = column + c
-                chunk = 4 * (warp & 1) + (lane >> 4) + 2 * half
-                dq_at[2 * half + c] = (
-                    (cid * 2 + ((warp & 3) >> 1)) * self.dq_rows * 32
-                    + query * 32
-                    + ((chunk ^ query) << 2)
-                    + ((lane >> 2) & 3)
-                )
+        chunk = 4 * (warp & 1) + (lane >> 4)
+        dq_at = (cid * 2 + ((warp & 3) >> 1)) * self.dq_rows * 128 + column * 128
+        dq_at += ((chunk ^ column) << 4) + ((lane >> 2) & 3) * 4
 
         tiles, turn, blocks = Int32(0), Int32(0), Int32(0)
         q_stage, q_phase, do_stage, do_phase = Int32(0), Int32(0), Int32(0), Int32(0)
@@ -462,11 +444,12 @@ class HopperBackward:
                 ptx.wait(shared.k_full, tiles & 1)
                 parts = Parts(
                     scores, sums, turned, keys, values, queries, douts, queries_turned, douts_turned, keys_turned,
-                    ds_read, s, dp, p16, ds16, dq, dk, dv, ds_at, dq_at,
+                    ds_read, dk, dv, ds_at, dq_at,
                 )  # fmt: skip
                 thread = (cid, leader, cid * 64 + row, column)
                 state = (q_stage, q_phase, do_stage, do_phase, blocks)
                 if cutlass.const_expr(self.kind.settings.ahead):
+                    s, dp = self.block_scores(scores), self.block_scores(scores)
                     ptx.wait(shared.q_full + q_stage, q_phase)
                     multiply(scores, keys, queries[None, None, None, q_stage], s, False)
                     ptx.wait(shared.v_full, tiles & 1)
@@ -476,12 +459,18 @@ class HopperBackward:
                     self.probabilities(shared, s, q_stage, score_scale, cid * 64 + row, column, count)
                     warpgroup.wait_group(0)
                     for _ in cutlass.range(total - 1, unroll=1):
-                        state = self.block_and_next(shared, parts, thread, state, score_scale, count, False)
-                    state = self.block_and_next(shared, parts, thread, state, score_scale, count, True)
+                        state = self.block_and_next(shared, parts, s, dp, thread, state, score_scale, count, False)
+                    state = self.block_and_next(shared, parts, s, dp, thread, state, score_scale, count, True)
                 else:
                     ptx.wait(shared.v_full, tiles & 1)
+                    before = Int32(-1)  # the stage that the block before has read
                     for _ in cutlass.range(total, unroll=1):
-                        state = self.block_alone(shared, parts, thread, state, score_scale, count)
+                        then = state[0]
+                        state = self.block_alone(shared, parts, thread, state, before, score_scale, count)
+                        before = then
+                    if cutlass.const_expr(self.kind.settings.rolling):
+                        warpgroup.wait_group(0)
+                        ptx.arrive(shared.q_empty + before, leader)
                 q_stage, q_phase, do_stage, do_phase, blocks = state
                 ptx.arrive(shared.k_empty, leader)
                 ptx.arrive(shared.v_empty, leader)
@@ -511,67 +500,86 @@ class HopperBackward:
             ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
             going = records[EXISTS, slot] != 0
 
+    def block_scores(self, scores):
+        """Registers for scores: new ones, or what they held before a product would stay alive until then."""
+        return cute.make_rmem_tensor(scores.partition_shape_C((64, self.block)), Float32)
+
+    def operand(self, sums):
+        """Registers for P or ds as an operand."""
+        return cute.make_rmem_tensor(sums.partition_shape_A((64, self.block)), self.dtype)
+
     @cute.jit
-    def block_alone(self, shared, parts, thread, state, scale, count):
+    def block_alone(self, shared, parts, thread, state, before, scale, count):
         """A block from beginning to end."""
         cid, leader, row, column = thread
         q_stage, q_phase, do_stage, do_phase, blocks = state
+        s, dp = self.block_scores(parts.scores), self.block_scores(parts.scores)
         ptx.wait(shared.q_full + q_stage, q_phase)
-        multiply(parts.scores, parts.keys, parts.queries[None, None, None, q_stage], parts.s, False)
+        multiply(parts.scores, parts.keys, parts.queries[None, None, None, q_stage], s, False)
         ptx.wait(shared.do_full + do_stage, do_phase)
-        multiply(parts.scores, parts.values, parts.douts[None, None, None, do_stage], parts.dp, False)
+        multiply(parts.scores, parts.values, parts.douts[None, None, None, do_stage], dp, False)
         warpgroup.wait_group(1)
-        self.probabilities(shared, parts.s, q_stage, scale, row, column, count)
-        to_operand(parts.s, parts.p16)
+        if cutlass.const_expr(self.kind.settings.rolling):
+            ptx.arrive(shared.q_empty + cute.math.max(before, 0), leader & (before >= 0))
+        self.probabilities(shared, s, q_stage, scale, row, column, count)
+        p16, ds16 = self.operand(parts.sums), self.operand(parts.sums)
+        to_operand(s, p16)
         warpgroup.wait_group(0)
-        multiply(parts.sums, parts.p16, parts.douts_turned[None, None, None, do_stage], parts.dv, True)
-        self.share_differences(shared, parts, q_stage, column, blocks)
-        self.multiply_dq(parts, blocks & 1)
+        multiply(parts.sums, p16, parts.douts_turned[None, None, None, do_stage], parts.dv, True)
+        self.share_differences(shared, parts, s, dp, ds16, q_stage, column, blocks)
+        dq = self.multiply_dq(parts, blocks & 1)
         warpgroup.wait_group(1)
         ptx.arrive(shared.do_empty + do_stage, leader)
-        multiply(parts.sums, parts.ds16, parts.queries_turned[None, None, None, q_stage], parts.dk, True)
+        multiply(parts.sums, ds16, parts.queries_turned[None, None, None, q_stage], parts.dk, True)
         warpgroup.wait_group(1)
-        self.store_dq(shared, parts, cid, leader, blocks)
-        warpgroup.wait_group(0)
-        ptx.arrive(shared.q_empty + q_stage, leader)
+        self.store_dq(shared, parts, dq, cid, leader, blocks)
+        if cutlass.const_expr(not self.kind.settings.rolling):
+            warpgroup.wait_group(0)
+            ptx.arrive(shared.q_empty + q_stage, leader)
         q_stage, q_phase = next_stage(q_stage, q_phase, self.q_stages)
         do_stage, do_phase = next_stage(do_stage, do_phase, self.do_stages)
         return q_stage, q_phase, do_stage, do_phase, blocks + 1
 
     @cute.jit
-    def block_and_next(self, shared, parts, thread, state, scale, count, last: cutlass.Constexpr):
-        """A block whose P and dP are known, and P and dP of the next one, unless this is the last."""
+    def block_and_next(self, shared, parts, s, dp, thread, state, scale, count, last: cutlass.Constexpr):
+        """A block whose P and dP are in s and dp, and P and dP of the next one, unless this is the last."""
         cid, leader, row, column = thread
         q_stage, q_phase, do_stage, do_phase, blocks = state
         next_q, next_q_phase = next_stage(q_stage, q_phase, self.q_stages)
         next_do, next_do_phase = next_stage(do_stage, do_phase, self.do_stages)
-        to_operand(parts.s, parts.p16)
-        multiply(parts.sums, parts.p16, parts.douts_turned[None, None, None, do_stage], parts.dv, True)
-        self.share_differences(shared, parts, q_stage, column, blocks)
-        self.multiply_dq(parts, blocks & 1)
+        p16, ds16 = self.operand(parts.sums), self.operand(parts.sums)
+        to_operand(s, p16)
+        multiply(parts.sums, p16, parts.douts_turned[None, None, None, do_stage], parts.dv, True)
+        self.share_differences(shared, parts, s, dp, ds16, q_stage, column, blocks)
+        dq = self.multiply_dq(parts, blocks & 1)
         warpgroup.wait_group(1)  # over by now: the registers of P are free again, and so is dO
         ptx.arrive(shared.do_empty + do_stage, leader)
+        next_s, next_dp = self.block_scores(parts.scores), self.block_scores(parts.scores)
         if cutlass.const_expr(not last):
             ptx.wait(shared.q_full + next_q, next_q_phase)
-            multiply(parts.scores, parts.keys, parts.queries[None, None, None, next_q], parts.s, False)
-        multiply(parts.sums, parts.ds16, parts.queries_turned[None, None, None, q_stage], parts.dk, True)
+            multiply(parts.scores, parts.keys, parts.queries[None, None, None, next_q], next_s, False)
+        multiply(parts.sums, ds16, parts.queries_turned[None, None, None, q_stage], parts.dk, True)
         warpgroup.wait_group(1 if cutlass.const_expr(last) else 2)
-        self.store_dq(shared, parts, cid, leader, blocks)
+        self.store_dq(shared, parts, dq, cid, leader, blocks)
         if cutlass.const_expr(not last):
             ptx.wait(shared.do_full + next_do, next_do_phase)
-            multiply(parts.scores, parts.values, parts.douts[None, None, None, next_do], parts.dp, False)
+            multiply(parts.scores, parts.values, parts.douts[None, None, None, next_do], next_dp, False)
             warpgroup.wait_group(2)
-            self.probabilities(shared, parts.s, next_q, scale, row, column, count)
+            self.probabilities(shared, next_s, next_q, scale, row, column, count)
         warpgroup.wait_group(0)
         ptx.arrive(shared.q_empty + q_stage, leader)
+        if cutlass.const_expr(not last):
+            for e in cutlass.range_constexpr(cute.size(s)):
+                s[e] = next_s[e]
+                dp[e] = next_dp[e]
         return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
 
     @cute.jit
-    def share_differences(self, shared, parts, stage, column, blocks):
+    def share_differences(self, shared, parts, s, dp, ds16, stage, column, blocks):
         """ds from P and dP, in registers and in shared memory, where both consumers' are when this returns."""
-        self.differences(shared, parts.s, parts.dp, stage, column)
-        to_operand(parts.dp, parts.ds16)
-        self.store_ds(shared, parts.ds16, parts.ds_at, blocks & 1)
+        self.differences(shared, s, dp, stage, column)
+        to_operand(dp, ds16)
+        self.store_ds(shared, ds16, parts.ds_at, blocks & 1)
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=128 * CONSUMERS)
 
@@ -618,23 +626,26 @@ class HopperBackward:
     def multiply_dq(self, parts, buffer):
         """dqᵀ = Kᵀ ds over both consumers' keys: issued, one group."""
         atom = cute.make_mma_atom(parts.turned.op)
+        dq = cute.make_rmem_tensor(parts.turned.partition_shape_C((64, self.dq_rows)), Float32)
         warpgroup.fence()
         for part in cutlass.range_constexpr(TILE_KEYS // 16):
             atom.set(warpgroup.Field.ACCUMULATE, part > 0)
             k = parts.keys_turned[part // 4][None, None, part % 4]
-            cute.gemm(atom, parts.dq, k, parts.ds_read[None, None, part, buffer], parts.dq)
+            cute.gemm(atom, dq, k, parts.ds_read[None, None, part, buffer], dq)
         warpgroup.commit_group()
+        return dq
 
     @cute.jit
-    def store_dq(self, shared, parts, cid, leader, blocks):
+    def store_dq(self, shared, parts, dq, cid, leader, blocks):
         """A thread's share of dq to shared memory, and word of it to the warp that sends it on."""
         ptx.wait(shared.dq_empty + cid, (blocks & 1) ^ 1)
-        start = ptx.shared_address(shared.dq.iterator)
+        # the swizzle of the other three of four numbers is that of the first but for a bit
+        start = ptx.opaque(parts.dq_at) + ptx.shared_address(shared.dq.iterator)
         for half in cutlass.range_constexpr(2):
             for c in cutlass.range_constexpr(2):
-                here = start + 4 * parts.dq_at[2 * half + c]
+                here = (start ^ (16 * c + 32 * half)) + 128 * c
                 for j in cutlass.range_constexpr(self.dq_rows // 8):
-                    ptx.store_shared(here + 1024 * j, parts.dq[4 * j + 2 * half + c])
+                    ptx.store_shared(here + 1024 * j, dq[4 * j + 2 * half + c])
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
         ptx.arrive(shared.dq_full + cid, leader)
