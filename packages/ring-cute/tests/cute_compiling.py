@@ -4,7 +4,7 @@
 
 No spills, all products on wgmma, the expected number of TMA instructions, shared memory within its limit. Prints a
 table; exit status 1 if a check failed. The DSL reads its settings from the environment when it is imported, so this is
-a process of its own. It needs a `cuobjdump`: on the PATH, in `CUOBJDUMP`, or the one that comes with triton.
+a process of its own. It needs a `cuobjdump`: on the PATH, in `CUOBJDUMP`, or that of nvidia-cuda-cuobjdump or triton.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ring_cute.library import Kind
-from ring_cute.settings import SHARED_BYTES, ForwardKind, Settings, settings_for
+from ring_cute.settings import SHARED_BYTES, ForwardKind, Settings, kind_for, settings_for
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ def cuobjdump() -> str:
         FileNotFoundError: there is none here.
     """
     found = os.environ.get("CUOBJDUMP") or shutil.which("cuobjdump")
-    triton = importlib.util.find_spec("triton")
-    if not found and triton is not None and triton.submodule_search_locations:
-        inside = Path(triton.submodule_search_locations[0], "backends", "nvidia", "bin", "cuobjdump")
-        found = str(inside) if inside.exists() else None
+    for package, inside in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations if spec else None) or []:
+            program = Path(folder, inside, "cuobjdump")
+            if not found and program.exists():
+                found = str(program)
     if not found:
-        raise FileNotFoundError("no cuobjdump: it comes with the CUDA toolkit and with triton")
+        raise FileNotFoundError("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     return found
 
 
@@ -70,12 +72,11 @@ def kind_of(
 ) -> ForwardKind:
     """The kind that `launch` would ask for."""
     chosen = replace(settings or settings_for(head_dim), **changed)
-    return ForwardKind(dtype, head_dim, state, sinks, flags, True, chosen)
+    return kind_for(dtype, head_dim, chosen, state=state, sinks=sinks, flags=flags)
 
 
 def compiled_and_ptx(kind: Kind, cubin_to: Path | None = None) -> tuple[Any, str]:
-    """What the DSL makes of a kind for sm_90a. The environment must not have imported it for another architecture."""
-    os.environ["CUTE_DSL_ARCH"] = "sm_90a"
+    """What the DSL makes of a kind, whatever GPU is here."""
     os.environ["CUTE_DSL_KEEP"] = "ptx,cubin"
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CUTE_DSL_DUMP_DIR"] = folder
@@ -98,8 +99,12 @@ def compile_kind(kind: ForwardKind) -> Compiled:
         begin = time.monotonic()
         _, text = compiled_and_ptx(kind, cubin)
         seconds = time.monotonic() - begin
+        program = cuobjdump()
+        beside = os.pathsep.join((os.environ["PATH"], str(Path(program).parent)))  # it calls nvdisasm
         usage, sass = (
-            subprocess.run([cuobjdump(), flag, cubin], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [program, flag, cubin], capture_output=True, text=True, check=True, env={**os.environ, "PATH": beside}
+            ).stdout
             for flag in ("-res-usage", "-sass")
         )
     number = lambda name: sum(map(int, re.findall(rf"\b{name}:(\d+)", usage)))  # noqa: E731
@@ -120,9 +125,17 @@ def compile_kind(kind: ForwardKind) -> Compiled:
 GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "128": [(128, {}), (128, {"state": True}), (128, {"state": True, "flags": True, "sinks": True})],
     "64": [(64, {}), (64, {"state": True}), (64, {"state": True, "flags": True, "sinks": True})],
+    "wide": [(192, {}), (256, {}), (192, {"state": True}), (256, {"state": True, "dtype": "float16"})],
     "padded": [(40, {}), (96, {"state": True})],
     "fp16": [(64, {"dtype": "float16"}), (128, {"dtype": "float16"})],
-    "variants": [(128, {"ping_pong": True}), (128, {"overlap": True}), (64, {"overlap": True})],
+    "variants": [
+        (128, {"ping_pong": True, "overlap": 1}),
+        (128, {"rescale": "lazy", "query_registers": True}),
+        (128, {"rescale": "before", "block": 160}),
+        (128, {"rescale": "lazy", "block": 176}),
+        (64, {"overlap": 1, "polynomial": 2}),
+        (64, {"consumers": 3, "consumer_registers": 160}),
+    ],
 }
 
 
@@ -144,7 +157,7 @@ def problems(compiled: Compiled, kind: ForwardKind) -> list[str]:
     # scores before, in and between the two loops; sums in them and at the end
     products = 3 * (kind.padded // 16) + 3 * (block // 16)
     # boxes are 64 columns wide: queries for each consumer, keys and values
-    loads = (2 + 1 + 1) * (kind.padded // 64)
+    loads = (kind.settings.consumers + 1 + 1) * (kind.padded // 64)
     wrong = {
         f"{compiled.hgmma} wgmma instructions, not {products}": compiled.hgmma != products,
         f"{compiled.loads} TMA loads, fewer than {loads}": compiled.loads < loads,

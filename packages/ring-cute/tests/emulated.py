@@ -7,7 +7,6 @@ Needs the DSL, apache-tvm-ffi and a C compiler.
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -104,7 +103,6 @@ def backward_on_cpu(*tensors: Tensor | None, processors: int = 2) -> Iterator[li
 
     schedules = [x for made in _schedules for x in (made.items, made.walk)]
     _regions[:] = [region(x) for x in (*tensors, zero, *schedules) if x is not None]
-    os.environ["CUTE_DSL_ARCH"] = "sm_90a"
     with (
         patch.object(library, "load", emulated),
         patch.object(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0)),
@@ -147,7 +145,6 @@ def on_cpu(*tensors: Tensor | None, processors: int = 2) -> Iterator[None]:
 
     schedules = [x for made in _schedules for x in (made.items, made.walk)]
     _regions[:] = [region(x) for x in (*tensors, zero, *schedules) if x is not None]
-    os.environ["CUTE_DSL_ARCH"] = "sm_90a"
     with (
         patch.object(library, "load", emulated),
         patch.object(torch.cuda, "current_stream", lambda device: stream),

@@ -3,10 +3,10 @@
     python packages/ring-cute/tests/gpu_probe.py compile            # where the DSL is: fills RING_CUTE_CACHE
     python packages/ring-cute/tests/gpu_probe.py [SECTION…]     # on the GPU: torch, numpy, apache-tvm-ffi, the cache
 
-Sections: smoke, correct, flags, speed, variants, steps, host (all if none but variants); "only=WORD" picks the cases of
-`correct` that WORD is part of. Each case is named before it is launched. Exit status 1 if a check failed; a kernel that
-does not end in HANG seconds ends the probe there with 2, since nothing more can run beside it. Where ring-triton is
-importable, its Hopper forward is timed as well.
+Sections: smoke, correct, flags, speed, variants, locality, steps, host, clocks (all if none but EXTRA);
+"only=WORD" picks the cases of `correct` that WORD is part of. Each case is named before it is launched. Exit status 1
+if a check failed; a kernel that does not end in HANG seconds ends the probe there with 2, since nothing more can run
+beside it. Where ring-triton is importable, its Hopper forward is timed as well.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import faulthandler
 import math
 import os
 import statistics
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import util
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,47 +34,88 @@ from ring_core.backend import Flags, Params, on_device
 from ring_core.plan import PackedProblem, Problem, make_plan
 from ring_core.reference import ReferenceBackend
 from ring_core.segment import COLUMNS, FIRST, LAST, Segment, Table
+from ring_cute.hopper import launch as launching
 from ring_cute.hopper.launch import forward, supports
-from ring_cute.settings import ForwardKind, Settings, settings_for
+from ring_cute.settings import ForwardKind, Settings, kind_for, settings_for
 
 DEVICE = torch.device("cuda", 0)
 SENTINEL = 12345.0
 HANG, SLOW = 10.0, 60.0
+EXTRA = ("variants", "locality", "clocks")
 failures: list[str] = []
 only = ""
 
+TRIED: dict[int, list[dict[str, Any]]] = {
+    128: [
+        {},
+        {"rescale": "lazy"},
+        {"rescale": "before"},
+        {"overlap": 1},
+        {"rescale": "lazy", "overlap": 1},
+        {"rescale": "lazy", "overlap": 1, "ping_pong": True},
+        {"query_registers": True, "rescale": "lazy"},
+        {"query_registers": True, "rescale": "lazy", "overlap": 1},
+        {"block": 144, "rescale": "lazy"},
+        {"block": 160, "rescale": "lazy"},
+        {"block": 160, "rescale": "lazy", "overlap": 1},
+        {"block": 160, "rescale": "lazy", "query_registers": True},
+        {"block": 176, "rescale": "lazy"},
+        {"block": 176, "rescale": "lazy", "overlap": 1},
+        {"rescale": "lazy", "polynomial": 1},
+        {"cache_hints": True},
+        {"consumers": 3, "consumer_registers": 160, "block": 80, "rescale": "lazy"},
+    ],
+    64: [
+        {},
+        {"rescale": "lazy"},
+        {"overlap": 1, "rescale": "lazy"},
+        {"polynomial": 1, "rescale": "lazy"},
+        {"polynomial": 2, "rescale": "lazy"},
+        {"polynomial": 2, "rescale": "lazy", "overlap": 1},
+        {"query_registers": True, "rescale": "lazy", "polynomial": 1},
+        {"block": 192, "rescale": "lazy"},
+        {"block": 192, "rescale": "lazy", "cache_hints": True},
+        {"consumers": 3, "consumer_registers": 160, "rescale": "lazy"},
+        {"consumers": 3, "consumer_registers": 160, "rescale": "lazy", "polynomial": 1},
+        {"consumers": 3, "consumer_registers": 160, "rescale": "lazy", "polynomial": 2, "query_registers": True},
+    ],
+    192: [{}, {"overlap": 1}, {"rescale": "after"}, {"block": 96}],
+    256: [{}, {"overlap": 1}, {"rescale": "after"}, {"block": 64}],
+}
 VARIANTS: dict[int, dict[str, Settings]] = {
     dim: {
-        "as shipped": settings_for(dim),
-        "overlap": replace(settings_for(dim), overlap=True),
-        "ping-pong": replace(settings_for(dim), ping_pong=True),
-        "ping-pong, overlap": replace(settings_for(dim), ping_pong=True, overlap=True),
+        ", ".join(f"{name} {value}" for name, value in changed.items()) or "as shipped": replace(
+            settings_for(dim), **changed
+        )
+        for changed in tried
     }
-    for dim in (64, 128)
+    for dim, tried in TRIED.items()
 }
 
 
 def kinds() -> Iterator[ForwardKind]:
     """Every kernel that the probe launches."""
-    for dim in (128, 64):
-        for state, sinks, flagged in ((0, 0, 0), (1, 0, 0), (0, 0, 1), (0, 1, 0), (1, 1, 0)):
-            yield ForwardKind("bfloat16", dim, bool(state), bool(sinks), bool(flagged), True, settings_for(dim))
-        yield ForwardKind("float16", dim, False, False, False, True, settings_for(dim))
+    for dim in (128, 64, 192, 256):
+        yield kind_for("bfloat16", dim)
+        yield kind_for("bfloat16", dim, state=True)
+        yield kind_for("bfloat16", dim, flags=True)
+        yield kind_for("bfloat16", dim, sinks=True)
+        yield kind_for("bfloat16", dim, state=True, sinks=True)
+        yield kind_for("float16", dim)
         for chosen in VARIANTS[dim].values():
-            yield ForwardKind("bfloat16", dim, False, False, False, True, chosen)
-    for dim in (96, 40):
+            yield kind_for("bfloat16", dim, chosen)
+    for dim in (96, 40, 160, 200):
         for state in (False, True):
-            yield ForwardKind("bfloat16", dim, state, False, False, True, settings_for(dim))
+            yield kind_for("bfloat16", dim, state=state)
 
 
 def compile_all() -> None:
-    os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
     from ring_cute import library
 
-    for kind in dict.fromkeys(kinds()):
-        if library.find(kind) is None:
-            library.build(kind)
-            print(library.path_of(kind), flush=True)
+    for each in dict.fromkeys(kinds()):
+        if library.find(each) is None:
+            library.build(each)
+            print(library.path_of(each), flush=True)
 
 
 def begin(name: str) -> None:
@@ -265,7 +308,7 @@ def correct() -> None:
             check(f"full, D {dim}, {label}", [full], q_len=512, dim=dim, settings=chosen)
             check(f"causal, D {dim}, {label}", [causal], q_len=512, dim=dim, settings=chosen)
     check("causal 8192", [causal_table(8192, 8192, causal=True)], q_len=8192, heads=(8, 8))
-    for dim in (96, 40, 64, 128):
+    for dim in (96, 40, 64, 128, 160, 192, 200, 256):
         check(f"tail, D {dim}", [causal_table(300, 333, causal=True, k_position=-33)], q_len=300, dim=dim)
     for dtype in (torch.float16, torch.bfloat16):
         check(f"batch 3, {dtype}", [causal], q_len=512, batch=3, heads=(6, 2), dtype=dtype)
@@ -277,7 +320,14 @@ def correct() -> None:
     )
     check("batch entries of their own", [own], q_len=256, batch=2)
     check("four accumulating steps", causal_steps(1000, (0, 1, 2, 3)), q_len=1000, batch=2)
-    for dim in (64, 96, 128):  # rows that see nothing in the first steps; whole tiles, a half and a part of one
+    for dim in (
+        64,
+        96,
+        128,
+        192,
+        200,
+        256,
+    ):  # rows that see nothing in the first steps; whole tiles, a half and a part of one
         check(f"four steps, last keys first, D {dim}", causal_steps(1000, (3, 2, 1, 0)), q_len=1000, dim=dim)
     check("steps of short strips", short_strips(), q_len=700, heads=(8, 2))
     check("sinks", [causal], q_len=512, with_sinks=True)
@@ -394,7 +444,8 @@ CELLS = [(16384 // s if s < 16384 else 1, s, h, 128) for s in (4096, 8192, 16384
 
 def speed() -> None:
     ratios: dict[str, list[float]] = {"cuDNN": [], "triton": []}
-    for batch, length, heads, dim in [*CELLS, (4, 4096, (32, 32), 64), (1, 16384, (32, 32), 64)]:
+    wide = [(b, s, (16, 16), d) for d in (192, 256) for b, s in ((4, 4096), (1, 16384))]
+    for batch, length, heads, dim in [*CELLS, (4, 4096, (32, 32), 64), (1, 16384, (32, 32), 64), *wide]:
         for causal in (True, False):
             mask = "causal" if causal else "full"
             name = f"B {batch} S {length} H {heads} D {dim} {mask}"
@@ -419,7 +470,8 @@ def speed() -> None:
 
 def variants() -> None:
     """Settings beside each other, rounds interleaved so that clocks drift for all alike."""
-    for batch, length, heads, dim in ((4, 4096, (16, 16), 128), (1, 16384, (16, 16), 128), (1, 16384, (32, 32), 64)):
+    cells = [(4, 4096, (16, 16), 128), (1, 16384, (16, 16), 128), (1, 16384, (32, 32), 64)]
+    for batch, length, heads, dim in [*cells, (1, 16384, (16, 16), 192), (1, 16384, (16, 16), 256)]:
         for causal in (True, False):
             fns, flops = {}, 1.0
             for label, chosen in VARIANTS[dim].items():
@@ -434,6 +486,27 @@ def variants() -> None:
                     best[label] = min(best[label], milliseconds(fn))
             print(f"B {batch} S {length} H {heads} D {dim} {'causal' if causal else 'full'}: "
                   + "; ".join(f"{label} {flops / t / 1e9:.0f}" for label, t in best.items()), flush=True)  # fmt: skip
+
+
+def locality() -> None:
+    """How many bytes of keys and values concurrent tiles share: more heads at a time balance, fewer stay in L2."""
+    before = launching.L2_BYTES
+    for length, causal in ((4096, True), (4096, False), (16384, True), (16384, False), (32768, True), (32768, False)):
+        fns, flops = {}, 1.0
+        for size in (1, 8, 16, 24, 32, 48):
+            begin(f"{size} MiB, S {length}, causal {causal}")
+            launching.L2_BYTES = size << 20  # read when a call of a kind is made for the first time
+            made, flops = call(max(1, 16384 // length), length, (16, 16), 128, causal)
+            fns[size] = made["ours"]
+            fns[size]()
+            finish("locality")
+        best = dict.fromkeys(fns, math.inf)
+        for _ in range(3):
+            for size, fn in fns.items():
+                best[size] = min(best[size], milliseconds(fn))
+        print(f"S {length} {'causal' if causal else 'full'}: "
+              + "; ".join(f"{size} MiB {flops / t / 1e9:.0f}" for size, t in best.items()), flush=True)  # fmt: skip
+    launching.L2_BYTES = before
 
 
 def steps() -> None:
@@ -481,17 +554,50 @@ def host() -> None:
     print(f"host: {statistics.median(times):.1f} us a launch", flush=True)
 
 
+def clocks() -> None:
+    """What clock and power a second of each leaves the GPU, and what share of the tensor cores' products that is."""
+    x = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    made, flops = call(1, 16384, (16, 16), 128, False)
+    work: dict[str, tuple[Callable[[], object], float]] = {label: (fn, flops) for label, fn in made.items()}
+    for changed in TRIED[128][1:]:
+        label = ", ".join(f"{name} {value}" for name, value in changed.items())
+        work[label] = (call(1, 16384, (16, 16), 128, False, replace(settings_for(128), **changed))[0]["ours"], flops)
+    work["matrix product"] = (lambda: x @ x, 2.0 * 8192**3)
+    ask = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+    for label, (fn, each) in work.items():
+        begin(label)
+        fn()
+        torch.cuda.synchronize()
+        start, rounds, seen = time.monotonic(), 0, []
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        while time.monotonic() - start < 1.2:
+            for _ in range(40):
+                fn()
+            rounds += 40
+            if time.monotonic() - start > 0.4:
+                rows = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.splitlines()
+                seen.append(max((tuple(map(float, row.split(","))) for row in rows), key=lambda pair: pair[1]))
+            torch.cuda.synchronize()
+        last.record()
+        torch.cuda.synchronize()
+        clock, power = (statistics.median(column) for column in zip(*seen, strict=True))
+        rate = each * rounds / first.elapsed_time(last) / 1e9
+        print(f"{label}: {rate:.0f} TFLOP/s, {clock:.0f} MHz, {power:.0f} W, "
+              f"{rate / (132 * 4096 * clock * 1e-6):.1%} of what that clock allows", flush=True)  # fmt: skip
+
+
 def main() -> int:
     if sys.argv[1:] == ["compile"]:
         compile_all()
         return 0
-    sections = {f.__name__: f for f in (smoke, correct, flags, speed, variants, steps, host)}
+    sections = {f.__name__: f for f in (smoke, correct, flags, speed, variants, locality, steps, host, clocks)}
     print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
     global only
     picked = [word for word in sys.argv[1:] if word.startswith("only=")]
     only = picked[-1].removeprefix("only=") if picked else ""
     names = [word for word in sys.argv[1:] if word not in picked]
-    for name in names or [name for name in sections if name != "variants"]:
+    for name in names or [name for name in sections if name not in EXTRA]:
         print(f"== {name}", flush=True)
         begin_time = time.monotonic()
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from ring_core.backend import DeviceTable, Flags, on_device
 from ring_core.segment import FIRST, LAST, Segment
 from ring_cute.hopper.launch import forward
+from ring_cute.settings import settings_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,6 +38,15 @@ CASES: dict[str, dict[str, Any]] = {
         "q_len": 130,
         "dim": 40,
     },
+    "D 192": {"tables": [causal_table(130, 333, causal=True, k_position=-203)], "q_len": 130, "dim": 192},
+    "D 256, two batches": {
+        "tables": [causal_table(130, 200, causal=True, k_position=-70)],
+        "q_len": 130,
+        "dim": 256,
+        "batch": 2,
+        "dtype": torch.float16,
+    },
+    "D 200, four steps": {"tables": causal_steps(200, (3, 2, 1, 0)), "q_len": 200, "dim": 200},
     "fp16": {"tables": [causal_table(128, 256, causal=False)], "q_len": 128, "dtype": torch.float16},
     "short keys": {"tables": [causal_table(200, 17, causal=False)], "q_len": 200},
     "no key": {"tables": [causal_table(200, 0, causal=False)], "q_len": 200},
@@ -48,6 +59,20 @@ CASES: dict[str, dict[str, Any]] = {
     **{
         f"{name}": {"tables": [causal_table(200, 300, causal=True, k_position=-100)], "q_len": 200, "settings": chosen}
         for name, chosen in VARIANTS[64].items()
+    },
+    **{
+        f"D 128, {changed}": {
+            "tables": [causal_table(200, 500, causal=True, k_position=-300)],
+            "q_len": 200,
+            "dim": 128,
+            "settings": replace(settings_for(128), **changed),
+        }
+        for changed in (
+            {"query_registers": True, "rescale": "lazy", "overlap": 1},
+            {"rescale": "before", "ping_pong": True, "block": 160},
+            {"rescale": "lazy", "block": 176},
+            {"rescale": "lazy", "cache_hints": True, "consumers": 3, "consumer_registers": 160, "block": 80},
+        )
     },
 }
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
-CONSUMERS = 2
-"""Consumer warpgroups of 64 rows each."""
-TILE_ROWS = 64 * CONSUMERS
 SHARED_BYTES = 226 << 10
 """Of buffers in shared memory; a kilobyte is left for barriers and records."""
+
+Rescale = Literal["after", "before", "lazy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +22,50 @@ class Settings:
     consumer_registers: int = 240
     producer_registers: int = 24
     """Per thread, after they are moved: 128 x (2 x consumers' + producer's) are at most 65536."""
+    consumers: int = 2
+    """Consumer warpgroups of 64 rows each."""
     ping_pong: bool = False
     """Consumers issue their products in turns."""
-    overlap: bool = False
-    """Exponentials come before the wait for the sums that they overlap, with a branch in between that holds ptxas to
-    it; otherwise only the maximum of the next scores does."""
+    overlap: int = 0
+    """What is done while O is being summed: 0 the maximum of the next scores, 1 their exponentials too, 2 and the
+    conversion to P, which costs P's registers twice. A branch in between holds ptxas to it."""
+    rescale: Rescale = "after"
+    """When O is multiplied for a larger maximum: right "after" a sum, "before" the next one, while the next scores are
+    computed, or "lazy": after, and only once some row of a warp has grown by a factor of 256, until when its
+    probabilities are of the older maximum and up to 256 (they are rounded relatively, and sums are fp32)."""
+    query_registers: bool = False
+    """A consumer's queries stay in registers, so that products read half of shared memory less: a quarter of what all
+    products of a block of 128 keys read, or 32 of the 128 bytes a clock while scores are computed."""
+    polynomial: int = 0
+    """Of eight exponentials, so many are computed by a polynomial instead of the special function unit, which makes 16
+    a clock and processor, the time of two products at head dim 64."""
+    cache_hints: bool = False
+    """L2 is told to keep keys and values rather than queries."""
     reason: str = field(default="", compare=False)
     """Why these: what was measured."""
+
+    @property
+    def tile_rows(self) -> int:
+        return 64 * self.consumers
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Them as part of a file's name: the numbers, then what differs from the defaults."""
+        changed = [
+            f"{f.name}{getattr(self, f.name)}"
+            for f in fields(self)[4:]
+            if f.compare and getattr(self, f.name) != f.default
+        ]
+        numbers = f"b{self.block}x{self.stages}", f"r{self.consumer_registers}.{self.producer_registers}"
+        return *numbers, *changed
 
 
 FORWARD: dict[int, Settings] = {
     # padded head dim: S, P of 64 x block and O of 64 x head dim live in registers, two rings and Q in 227 KiB
     64: Settings(reason="not measured yet; ring-triton's best"),
     128: Settings(reason="not measured yet; ring-triton's best"),
+    192: Settings(block=112, rescale="lazy", reason="not measured yet; the largest block that fits"),
+    256: Settings(block=80, rescale="lazy", reason="not measured yet; the largest block that fits"),
 }
 """By head dim, rounded up to the next key."""
 
@@ -63,6 +94,9 @@ class ForwardKind:
     out_tma: bool
     """Output of whole tiles leaves by TMA, through the queries' buffer."""
     settings: Settings
+    state_tma: bool = False
+    """A tile's state arrives while it is computed, and leaves while the next one is, by TMA and through shared memory
+    of its own, where final rows leave through as well; otherwise at the tile's end, from and to registers."""
 
     @property
     def padded(self) -> int:
@@ -71,14 +105,42 @@ class ForwardKind:
     @property
     def queries(self) -> int:
         """Buffers for a consumer's queries: two, where shared memory holds them beside the rings."""
-        return query_buffers(self.head_dim, self.settings)
+        return 1 if self.state_tma else query_buffers(self.head_dim, self.settings)
 
     @property
     def shared_bytes(self) -> int:
-        return 2 * self.padded * (2 * self.settings.stages * self.settings.block + self.queries * TILE_ROWS)
+        s = self.settings
+        return 2 * self.padded * (2 * s.stages * s.block + (self.queries + 2 * self.state_tma) * s.tile_rows)
 
 
 def query_buffers(head_dim: int, settings: Settings) -> int:
     """See `ForwardKind.queries`."""
-    rings, rows = 4 * settings.stages * settings.block, 4 * TILE_ROWS
-    return 2 if (rings + rows) * padded_head_dim(head_dim) <= SHARED_BYTES else 1
+    return 2 if _fits(head_dim, settings, 2) else 1
+
+
+def state_fits(head_dim: int, settings: Settings) -> bool:
+    """Whether shared memory holds a tile's state, in fp32, beside rings and queries."""
+    return _fits(head_dim, settings, 3)
+
+
+def _fits(head_dim: int, settings: Settings, tiles: int) -> bool:
+    rows = 2 * settings.stages * settings.block + tiles * settings.tile_rows
+    return 2 * rows * padded_head_dim(head_dim) <= SHARED_BYTES
+
+
+def kind_for(
+    dtype: str,
+    head_dim: int,
+    settings: Settings | None = None,
+    *,
+    state: bool = False,
+    sinks: bool = False,
+    flags: bool = False,
+    out_tma: bool = True,
+    state_tma: bool = True,
+) -> ForwardKind:
+    """The kernel for a call; out_tma and state_tma say whether TMA can address these tensors at all."""
+    chosen = settings or settings_for(head_dim)
+    ahead = state and state_tma and state_fits(head_dim, chosen)
+    staged = ahead or query_buffers(head_dim, chosen) > 1
+    return ForwardKind(dtype, head_dim, state, sinks, flags, out_tma and staged, chosen, ahead)

@@ -38,38 +38,12 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import hopper_helpers
 
-from ring_cute.hopper import ptx
+from ring_cute.hopper.consumer import Consumer, Results
 from ring_cute.hopper.dsl import LayoutEnum, SmemAllocator
 from ring_cute.hopper.producer import Loads, Shared, produce
-from ring_cute.hopper.records import (
-    BATCH,
-    EDGES,
-    ENDS,
-    EXISTS,
-    HEAD,
-    J_LO,
-    K_LEN,
-    LOWER,
-    NUMBER,
-    Q_ROW,
-    RECORD_BITS,
-    RECORDS,
-    RIGHT,
-    ROWS,
-    START,
-    STOP,
-    UPPER,
-    WALK_COLUMNS,
-    Work,
-)
-from ring_cute.hopper.softmax import mask, multiply, softmax, to_operand
+from ring_cute.hopper.records import RECORDS, Work
 from ring_cute.hopper.views import flat, ragged_view, rows_view
-from ring_cute.settings import CONSUMERS, ForwardKind
-
-WARPS = 4 * CONSUMERS
-THREADS = 128 * (1 + CONSUMERS)
-OUT_BARRIER, TURN_BARRIER = 1, 4
-"""Named barriers: OUT_BARRIER + consumer, TURN_BARRIER + consumer."""
+from ring_cute.settings import ForwardKind
 
 
 class HopperForward:
@@ -84,8 +58,10 @@ class HopperForward:
         self.stages = kind.settings.stages
         self.stage_bits = self.stages.bit_length() - 1
         self.queries = kind.queries
+        self.consumers = kind.settings.consumers
+        self.consumer = Consumer(kind)
         assert self.stages == 1 << self.stage_bits, "phases are read off bits of a count"
-        assert not kind.out_tma or self.queries > 1, "output leaves through the other buffer's neighbour"
+        assert not kind.out_tma or self.queries > 1 or kind.state_tma, "output leaves through a buffer of the tile's"
 
     @cute.jit
     def __call__(
@@ -134,7 +110,7 @@ class HopperForward:
         """Addresses, sizes and strides in elements; q, out, state (B, Sq, Hq, D), lse (B, Hq, Sq), k, v (…, Hkv, D)."""
         sizes = (batch, q_len, num_heads)
         q_layout = hopper_helpers.make_smem_layout_a(
-            LayoutEnum.ROW_MAJOR, (64, self.block, self.dim), self.dtype, CONSUMERS * self.queries
+            LayoutEnum.ROW_MAJOR, (64, self.block, self.dim), self.dtype, self.consumers * self.queries
         )
         atom = warpgroup.make_smem_layout_atom(
             hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, self.dim), self.dtype
@@ -166,8 +142,28 @@ class HopperForward:
             )
         else:
             out_atom, out_tma = q_atom, q_tma
+        state_in, state_out, state_tma, o_layout = q_atom, q_atom, q_tma, None
+        if cutlass.const_expr(self.kind.state_tma):
+            o_layout = cute.tile_to_shape(
+                warpgroup.make_smem_layout_atom(
+                    hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, Float32, self.dim), Float32
+                ),
+                (64, self.dim, self.consumers),
+                (0, 1, 2),
+            )
+            states = rows_view(state, Float32, self.head_dim, sizes, (state_b, state_s, state_h))
+            o_rows = cute.select(o_layout, mode=[0, 1])
+            state_in, state_tma = cpasync.make_tiled_tma_atom(load, states, o_rows, box)
+            state_out, _ = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), states, o_rows, box)
         scores = hopper_helpers.make_trivial_tiled_mma(
-            self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, (1, 1, 1), (64, self.block)
+            self.dtype,
+            self.dtype,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+            Float32,
+            (1, 1, 1),
+            (64, self.block),
+            warpgroup.OperandSource.RMEM if self.kind.settings.query_registers else warpgroup.OperandSource.SMEM,
         )
         sums = hopper_helpers.make_trivial_tiled_mma(
             self.dtype,
@@ -180,13 +176,16 @@ class HopperForward:
             warpgroup.OperandSource.RMEM,
         )
 
-        queries, stages = CONSUMERS * self.queries, self.stages
+        queries, stages = self.consumers * self.queries, self.stages
+        sums_ahead = self.consumers * 64 * self.dim if self.kind.state_tma else 0
+        consumers_ahead = self.consumers if self.kind.state_tma else 0
 
         @cute.struct
         class Storage:
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(q_layout)], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(k_layout)], 1024]
             v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(k_layout)], 1024]
+            o: cute.struct.Align[cute.struct.MemRange[Float32, sums_ahead], 1024]
             records: cute.struct.Align[cute.struct.MemRange[Int32, 16 * RECORDS], 64]
             q_full: cute.struct.MemRange[Int64, queries]
             q_empty: cute.struct.MemRange[Int64, queries]
@@ -196,15 +195,19 @@ class HopperForward:
             v_empty: cute.struct.MemRange[Int64, stages]
             record_full: cute.struct.MemRange[Int64, RECORDS]
             record_empty: cute.struct.MemRange[Int64, RECORDS]
+            o_full: cute.struct.MemRange[Int64, consumers_ahead]
+            o_empty: cute.struct.MemRange[Int64, consumers_ahead]
 
         self.storage = Storage
+        threads = 128 * (1 + self.consumers)
         self.kernel(
-            q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, out_atom, out_tma, q_layout, k_layout, scores, sums,
+            q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, out_atom, out_tma, state_in, state_out,
+            state_tma, q_layout, k_layout, o_layout, scores, sums,
             flat(out, Int32), flat(lse, Float32), flat(state, Int64), flat(sinks, Float32),
             flat(items, Int32), flat(walk, Int32), flat(counter, Int32), flat(flags, cutlass.Uint32),
             flat(epoch, cutlass.Uint32), scale, num_heads, num_kv_heads, out_b, out_s, out_h, lse_b, lse_h,
             state_b, state_s, state_h, num_items, section, head_batches, total, k_batch_rows, polls,
-        ).launch(grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
+        ).launch(grid=(grid, 1, 1), block=(threads, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
     @cute.kernel
     def kernel(
@@ -217,8 +220,12 @@ class HopperForward:
         v_tma: cute.Tensor,
         out_atom: cute.CopyAtom,
         out_tma: cute.Tensor,
+        state_in: cute.CopyAtom,
+        state_out: cute.CopyAtom,
+        state_tma: cute.Tensor,
         q_layout: cute.ComposedLayout,
         k_layout: cute.ComposedLayout,
+        o_layout: Any,  # None without state_tma
         scores: cute.TiledMma,
         sums: cute.TiledMma,
         out: cute.Tensor,
@@ -249,6 +256,12 @@ class HopperForward:
         polls: Int32,
     ):
         storage = SmemAllocator().allocate(self.storage)
+        o, staged = None, None
+        if cutlass.const_expr(self.kind.state_tma):
+            o = storage.o.get_tensor(o_layout.outer, swizzle=o_layout.inner)
+            pointer = cute.recast_ptr(storage.o.data_ptr(), q_layout.inner, dtype=self.dtype)
+            rows = cute.tile_to_shape(cute.select(q_layout, mode=[0, 1]), (64, self.dim, 2 * self.consumers), (0, 1, 2))
+            staged = cute.make_tensor(pointer, rows.outer)
         shared = Shared(
             q=storage.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
             k=storage.k.get_tensor(k_layout.outer, swizzle=k_layout.inner),
@@ -262,6 +275,10 @@ class HopperForward:
             v_empty=storage.v_empty.data_ptr(),
             record_full=storage.record_full.data_ptr(),
             record_empty=storage.record_empty.data_ptr(),
+            o=o,
+            staged=staged,
+            o_full=storage.o_full.data_ptr(),
+            o_empty=storage.o_empty.data_ptr(),
         )
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -269,17 +286,21 @@ class HopperForward:
             cpasync.prefetch_descriptor(k_atom)
             cpasync.prefetch_descriptor(v_atom)
             with cute.arch.elect_one():
-                for i in cutlass.range_constexpr(CONSUMERS * self.queries):
+                for i in cutlass.range_constexpr(self.consumers * self.queries):
                     cute.arch.mbarrier_init(shared.q_full + i, 1)
                     cute.arch.mbarrier_init(shared.q_empty + i, 4)
                 for i in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(shared.k_full + i, 1)
-                    cute.arch.mbarrier_init(shared.k_empty + i, WARPS)
+                    cute.arch.mbarrier_init(shared.k_empty + i, 4 * self.consumers)
                     cute.arch.mbarrier_init(shared.v_full + i, 1)
-                    cute.arch.mbarrier_init(shared.v_empty + i, WARPS)
+                    cute.arch.mbarrier_init(shared.v_empty + i, 4 * self.consumers)
+                if cutlass.const_expr(self.kind.state_tma):
+                    for i in cutlass.range_constexpr(self.consumers):
+                        cute.arch.mbarrier_init(shared.o_full + i, 1)
+                        cute.arch.mbarrier_init(shared.o_empty + i, 4)
                 for i in cutlass.range_constexpr(RECORDS):
                     cute.arch.mbarrier_init(shared.record_full + i, 1)
-                    cute.arch.mbarrier_init(shared.record_empty + i, WARPS)
+                    cute.arch.mbarrier_init(shared.record_empty + i, 4 * self.consumers)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -290,282 +311,15 @@ class HopperForward:
                     items, walk, counter, num_items, section, num_heads, head_batches, total,
                     num_heads // num_kv_heads, k_batch_rows,
                 )  # fmt: skip
-                loads = Loads(q_atom, q_tma, k_atom, k_tma, v_atom, v_tma)
+                loads = Loads(q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, state_in, state_tma)
                 produce(
-                    work, loads, shared, flags, epoch, polls, self.block, self.stages, self.queries, self.kind.flags
-                )
+                    work, loads, shared, flags, epoch, polls, self.block, self.stages, self.queries,
+                    self.consumers, self.kind.flags, self.kind.state_tma, self.kind.settings.cache_hints,
+                )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.kind.settings.consumer_registers)
-            self.consume(
-                shared, walk, out_atom, out_tma, scores, sums, out, lse, state, sinks, scale, out_b, out_s, out_h,
-                lse_b, lse_h, state_b, state_s, state_h,
+            results = Results(
+                out_atom, out_tma, out, out_b, out_s, out_h, lse, lse_b, lse_h, state_out, state_tma, state,
+                state_b, state_s, state_h,
             )  # fmt: skip
-
-    @cute.jit
-    def consume(
-        self, shared, walk, out_atom, out_tma, scores, sums, out, lse, state, sinks, scale, out_b, out_s, out_h,
-        lse_b, lse_h, state_b, state_s, state_h,
-    ):  # fmt: skip
-        """A consumer warpgroup, for all of the CTA's tiles."""
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4
-        cid = warp >> 2
-        lane = cute.arch.lane_idx()
-        leader = lane == 0
-        row = (warp & 3) * 16 + (lane >> 2)  # of the consumer's 64, and this + 8
-        column = 2 * (lane & 3)
-        records = shared.records
-
-        # operands in shared memory are the same for all threads
-        queries = scores.make_fragment_A(scores.get_slice(0).partition_A(shared.q))
-        keys = scores.make_fragment_B(scores.get_slice(0).partition_B(shared.k))
-        turned = cute.make_tensor(shared.v.iterator, cute.select(shared.v.layout, mode=[1, 0, 2]))  # (D, BLOCK, STAGES)
-        values = sums.make_fragment_B(sums.get_slice(0).partition_B(turned))
-        s = cute.make_rmem_tensor(scores.partition_shape_C((64, self.block)), Float32)
-        p = cute.make_rmem_tensor(sums.partition_shape_A((64, self.block)), self.dtype)
-        o = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), Float32)
-        m = cute.make_rmem_tensor(2, Float32)
-        norm = cute.make_rmem_tensor(2, Float32)
-        decay = cute.make_rmem_tensor(2, Float32)
-
-        blocks, tiles, turn = Int32(0), Int32(0), Int32(0)
-        if cutlass.const_expr(self.kind.settings.ping_pong):  # noqa: SIM102  # a constant, and a value
-            if cid == 1:
-                self.your_turn(cid)
-        ptx.wait(shared.record_full, 0)
-        going = records[EXISTS, 0] != 0
-        while going:
-            slot = turn & (RECORDS - 1)
-            start, stop = records[START, slot], records[STOP, slot]
-            for half in cutlass.range_constexpr(2):
-                m[half] = -Float32.inf
-                norm[half] = Float32(0.0)
-            if cutlass.const_expr(self.kind.sinks):  # noqa: SIM102  # a constant, and a value
-                if (records[ENDS, slot] & 1) != 0:
-                    sink = sinks[records[HEAD, slot]] * ptx.LOG2_E
-                    for half in cutlass.range_constexpr(2):
-                        m[half] = sink
-                        if column == 0 and sink > -Float32.inf:  # sums are over the quad
-                            norm[half] = Float32(1.0)
-            o.fill(0.0)
-            if stop > start:
-                at = cid * self.queries + (tiles & (self.queries - 1))
-                query = queries[None, None, None, at]
-                ptx.wait(shared.q_full + at, (tiles >> (self.queries - 1)) & 1)
-                # the first block has no values to sum before it
-                number, right, edges = records[NUMBER, slot], records[RIGHT, slot], records[EDGES, slot]
-                k_len, j_lo = records[K_LEN, slot], records[J_LO, slot]
-                lower, upper = records[LOWER, slot], records[UPPER, slot]
-                j = j_lo
-                if right > 0:
-                    j = j_lo + (number - 1) * self.block
-                stage = blocks & (self.stages - 1)
-                ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
-                if cutlass.const_expr(self.kind.settings.ping_pong):
-                    self.my_turn(cid)
-                multiply(scores, query, keys[None, None, None, stage], s, False)
-                if cutlass.const_expr(self.kind.settings.ping_pong):
-                    self.your_turn(cid)
-                warpgroup.wait_group(0)
-                ptx.arrive(shared.k_empty + stage, leader)
-                mask(s, cid * 64 + row, column, j, k_len, lower, upper)
-                softmax(s, m, norm, decay, scale, True)
-                if cutlass.const_expr(self.queries > 1):
-                    if cutlass.const_expr(self.kind.out_tma):
-                        cute.arch.cp_async_bulk_wait_group(0, read=True)  # what the tile before left there
-                        cute.arch.sync_warp()  # whichever lane sent it
-                    ptx.arrive(shared.q_empty + cid * self.queries + ((tiles + 1) & (self.queries - 1)), leader)
-                to_operand(s, p)
-                blocks += 1
-                done = Int32(1)
-                for w in cutlass.range(start, stop, unroll=1):
-                    if w > start:
-                        entry = w * WALK_COLUMNS
-                        k_len, j_lo, number = walk[entry + 1], walk[entry + 2], walk[entry + 3]
-                        right, edges = walk[entry + 4], walk[entry + 5]
-                        lower, upper = walk[entry + 6], walk[entry + 7]
-                    for t in cutlass.range(done, edges, unroll=1):
-                        nth = t - right
-                        if t < right:
-                            nth = number - 1 - t
-                        self.attend(
-                            shared, scores, sums, query, keys, values, s, p, o, m, norm, decay, scale, cid, leader,
-                            cid * 64 + row, column, blocks, j_lo + nth * self.block, k_len, lower, upper, True,
-                        )  # fmt: skip
-                        blocks += 1
-                    for _ in cutlass.range(cute.math.max(done, edges), number, unroll=1):
-                        self.attend(
-                            shared, scores, sums, query, keys, values, s, p, o, m, norm, decay, scale, cid, leader,
-                            cid * 64 + row, column, blocks, Int32(0), k_len, lower, upper, False,
-                        )  # fmt: skip
-                        blocks += 1
-                    done = Int32(0)
-                if cutlass.const_expr(self.queries == 1):
-                    ptx.arrive(shared.q_empty + cid, leader)  # all scores are computed
-                before = (blocks - 1) & (self.stages - 1)
-                ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
-                multiply(sums, p, values[None, None, None, before], o, True)
-                warpgroup.wait_group(0)
-                ptx.arrive(shared.v_empty + before, leader)
-                tiles += 1
-            self.finish(
-                shared, slot, cid, row, column, tiles, o, m, norm, sums, out_atom, out_tma, out, lse, state,
-                out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-            )  # fmt: skip
-            cute.arch.sync_warp()  # all lanes have read the record
-            ptx.arrive(shared.record_empty + slot, leader)
-            turn += 1
-            slot = turn & (RECORDS - 1)
-            ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
-            going = records[EXISTS, slot] != 0
-        if cutlass.const_expr(self.kind.out_tma):
-            cute.arch.cp_async_bulk_wait_group(0, read=True)  # buffers are read while the CTA lives
-
-    @cute.jit
-    def attend(
-        self, shared, scores, sums, query, keys, values, s, p, o, m, norm, decay, scale, cid, leader, row, column,
-        blocks, j, k_len, lower, upper, masked: cutlass.Constexpr,
-    ):  # fmt: skip
-        """Scores of this block, then the sum over the values of the block before, whose P is at hand."""
-        stage, before = blocks & (self.stages - 1), (blocks - 1) & (self.stages - 1)
-        ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
-        if cutlass.const_expr(self.kind.settings.ping_pong):
-            self.my_turn(cid)
-        multiply(scores, query, keys[None, None, None, stage], s, False)
-        ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
-        multiply(sums, p, values[None, None, None, before], o, True)
-        if cutlass.const_expr(self.kind.settings.ping_pong):
-            self.your_turn(cid)
-        warpgroup.wait_group(1)
-        ptx.arrive(shared.k_empty + stage, leader)
-        if cutlass.const_expr(masked):
-            mask(s, row, column, j, k_len, lower, upper)
-        softmax(s, m, norm, decay, scale, masked)
-        if cutlass.const_expr(self.kind.settings.overlap):
-            # over already, but a branch: ptxas would otherwise wait for the sums before the exponentials they overlap
-            ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
-        warpgroup.wait_group(0)
-        ptx.arrive(shared.v_empty + before, leader)
-        for j in cutlass.range_constexpr(0, cute.size(o), 4):
-            for e in cutlass.range_constexpr(4):
-                o[j + e] = o[j + e] * decay[e // 2]
-        to_operand(s, p)
-
-    @cute.jit
-    def finish(
-        self, shared, slot, cid, row, column, tiles, o, m, norm, sums, out_atom, out_tma, out, lse, state,
-        out_b, out_s, out_h, lse_b, lse_h, state_b, state_s, state_h,
-    ):  # fmt: skip
-        """A tile's end: what earlier steps have left is added, and all of it goes where it belongs."""
-        records = shared.records
-        q_row, count, batch = records[Q_ROW, slot], records[ROWS, slot], records[BATCH, slot]
-        ends, head = records[ENDS, slot], records[HEAD, slot]
-        lse_at = Int64(batch) * lse_b + Int64(head) * lse_h + q_row + cid * 64
-        state_at = Int64(batch) * state_b + Int64(head) * state_h + Int64(q_row + cid * 64) * state_s + column
-        factor = cute.make_rmem_tensor(2, Float32)
-        for half in cutlass.range_constexpr(2):
-            own = row + 8 * half
-            inside = cid * 64 + own < count
-            total = ptx.quad_sum(norm[half])
-            if cutlass.const_expr(self.kind.state):  # noqa: SIM102  # a constant, and a value
-                if (ends & 1) == 0 and inside:
-                    earlier = lse[lse_at + own] * ptx.LOG2_E
-                    if earlier > -Float32.inf:  # otherwise state may hold anything
-                        both = cute.arch.fmax(m[half], earlier)
-                        weight, kept = ptx.exp2(earlier - both), ptx.exp2(m[half] - both)
-                        m[half] = both
-                        total = total * kept + weight
-                        pairs = self.pairs_of_a_row(state, state_at + own * state_s)
-                        loaded = cute.make_rmem_tensor(self.head_dim // 8, Int64)
-                        for n in cutlass.range_constexpr(self.head_dim // 8):
-                            loaded[n] = pairs[n]
-                        added = cute.recast_tensor(loaded, Float32)
-                        for e in cutlass.range_constexpr(0, cute.size(o), 4):
-                            for c in cutlass.range_constexpr(2):
-                                x = o[e + 2 * half + c] * kept
-                                if cutlass.const_expr(2 * e < self.head_dim):
-                                    x = ptx.fma(added[e // 2 + c], weight, x)
-                                o[e + 2 * half + c] = x
-            factor[half] = Float32(0.0)
-            value = -Float32.inf
-            if total > 0.0:
-                factor[half] = cute.arch.rcp_approx(total)
-                value = (m[half] + ptx.log2(total)) * ptx.LN_2
-            if column == 0 and inside:
-                lse[lse_at + own] = value
-        for j in cutlass.range_constexpr(0, cute.size(o), 4):
-            for e in cutlass.range_constexpr(4):
-                o[j + e] = o[j + e] * factor[e // 2]
-        if cutlass.const_expr(self.kind.state):
-            if (ends & 2) != 0:
-                self.write_out(
-                    shared, slot, cid, row, column, tiles, o, sums, out_atom, out_tma, out, out_b, out_s, out_h
-                )
-            else:
-                for half in cutlass.range_constexpr(2):
-                    own = row + 8 * half
-                    if cid * 64 + own < count:
-                        pairs = self.pairs_of_a_row(state, state_at + own * state_s)
-                        sums_in_pairs = cute.recast_tensor(o, Int64)
-                        for n in cutlass.range_constexpr(self.head_dim // 8):
-                            pairs[n] = sums_in_pairs[2 * n + half]
-        else:
-            self.write_out(shared, slot, cid, row, column, tiles, o, sums, out_atom, out_tma, out, out_b, out_s, out_h)
-
-    @cute.jit
-    def write_out(
-        self, shared, slot, cid, row, column, tiles, o, sums, out_atom, out_tma, out, out_b, out_s, out_h
-    ):  # fmt: skip
-        """A tile's final rows, by TMA where all 64 are inside, else from registers."""
-        records = shared.records
-        q_row, count, batch, head = records[Q_ROW, slot], records[ROWS, slot], records[BATCH, slot], records[HEAD, slot]
-        rounded = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), self.dtype)
-        to_operand(o, rounded)
-        from_registers = count > cid * 64
-        if cutlass.const_expr(self.kind.out_tma):  # noqa: SIM102  # a constant, and a value
-            # otherwise a box would reach into the next tile's rows, or there are no queries whose buffer is free
-            if count >= cid * 64 + 64 and records[STOP, slot] > records[START, slot]:
-                from_registers = False
-                # through the queries' buffer: all scores are computed, and this tile holds it until the next one
-                at = cid * self.queries + ((tiles - 1) & (self.queries - 1))
-                store = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), self.dtype)
-                tiled = cute.make_tiled_copy_C(store, sums)
-                thread = tiled.get_slice(cute.arch.thread_idx()[0] & 127)
-                buffer = shared.q[None, None, at]
-                # every warp's products have read their queries before any warp overwrites them
-                cute.arch.barrier(barrier_id=OUT_BARRIER + cid, number_of_threads=128)
-                cute.copy(tiled, thread.retile(rounded), thread.partition_D(buffer))
-                cute.arch.fence_proxy("async.shared", space="cta")
-                cute.arch.barrier(barrier_id=OUT_BARRIER + cid, number_of_threads=128)
-                rows = cute.domain_offset((q_row + cid * 64, 0), out_tma[None, None, head, batch])
-                source, target = cpasync.tma_partition(
-                    out_atom,
-                    0,
-                    cute.make_layout(1),
-                    cute.group_modes(buffer, 0, 2),
-                    cute.group_modes(cute.local_tile(rows, (64, self.dim), (0, 0)), 0, 2),
-                )
-                if (cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3) == 0:
-                    with cute.arch.elect_one():  # of loads the DSL elects a lane by itself, of stores not
-                        cute.copy(out_atom, source, target)
-                        cute.arch.cp_async_bulk_commit_group()
-        if from_registers:
-            out_at = Int64(batch) * out_b + Int64(head) * out_h + Int64(q_row + cid * 64) * out_s + column
-            words = cute.recast_tensor(rounded, Int32)
-            for half in cutlass.range_constexpr(2):
-                own = row + 8 * half
-                if cid * 64 + own < count:
-                    pairs = self.pairs_of_a_row(out, out_at + own * out_s)
-                    for n in cutlass.range_constexpr(self.head_dim // 8):
-                        pairs[n] = words[2 * n + half]
-
-    def pairs_of_a_row(self, memory, offset):
-        """A thread's share of a row that begins at `offset` elements, in words of two: every fourth."""
-        return cute.make_tensor(memory.iterator + (offset >> 1), cute.make_layout(self.head_dim // 8, stride=4))
-
-    @cute.jit
-    def my_turn(self, cid):
-        cute.arch.barrier(barrier_id=TURN_BARRIER + cid, number_of_threads=256)
-
-    @cute.jit
-    def your_turn(self, cid):
-        cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + 1 - cid, number_of_threads=256)
+            self.consumer.consume(shared, walk, results, scores, sums, sinks, scale)

@@ -15,7 +15,7 @@ from ring_core.backend import DeviceTable, Flags
 from ring_core.segment import FIRST, LAST
 from ring_core.tiles import make_schedule, with_first_walk
 from ring_cute import library
-from ring_cute.settings import TILE_ROWS, ForwardKind, Settings, query_buffers, settings_for
+from ring_cute.settings import Settings, kind_for, settings_for
 
 L2_BYTES = 32 << 20
 """Keys and values that concurrent tiles should share in L2 (50 MB on an H100 or H200, also used by everything else)."""
@@ -23,7 +23,7 @@ POLLS = (1 << 31) - 1
 """Looks at an arrival flag before a wait ends by itself: some twenty minutes. The transport's watchdog ends it before,
 by poison, and raises; ending by itself would be silent."""
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-LARGEST = 128
+LARGEST = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def forward(
     key = (
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(), lse.stride(),
         None if state is None else state.stride(), sinks is None, flags is None, scale, settings, q.dtype, device,
-        out.data_ptr() % 16,
+        out.data_ptr() % 16, 0 if state is None else state.data_ptr() % 16,
     )  # fmt: skip
     calls = table.host.cache.setdefault("cute forward", {})
     known = calls.get(key)
@@ -159,7 +159,7 @@ def _prepare_call(
     batch, q_len, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
     chosen = settings or settings_for(head_dim)
-    prepared = prepare(table, batch, k.shape[2], chosen.block)
+    prepared = prepare(table, batch, k.shape[2], chosen.block, chosen.tile_rows)
     if not prepared.whole and state is None:
         raise ValueError("strips begin or end outside this table, but there is no state")
     if state is not None and (state.stride(-1) != 1 or state.data_ptr() % 8 or any(s % 2 for s in state.stride()[:-1])):
@@ -171,14 +171,16 @@ def _prepare_call(
     keys = max(1, k.shape[0] * k.shape[2])
     group = num_heads // num_kv_heads
     section = min(head_batches, group * max(1, L2_BYTES // (keys * head_dim * 2 * k.element_size())))
-    kind = ForwardKind(
-        dtype=DTYPES[q.dtype],
-        head_dim=head_dim,
-        state=state is not None and not prepared.whole,
+    continued = state is not None and not prepared.whole
+    kind = kind_for(
+        DTYPES[q.dtype],
+        head_dim,
+        chosen,
+        state=continued,
         sinks=sinks is not None,
         flags=flags is not None,
-        out_tma=query_buffers(head_dim, chosen) > 1 and takes_tma(out),
-        settings=chosen,
+        out_tma=takes_tma(out),
+        state_tma=state is not None and takes_tma(state),
     )
     some = k.numel() > 0
     numbers = (
@@ -209,12 +211,12 @@ def dense_keys(x: Tensor) -> Tensor:
     return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
 
 
-def prepare(table: DeviceTable, batch: int, piece_length: int, block: int) -> Prepared:
+def prepare(table: DeviceTable, batch: int, piece_length: int, block: int, tile_rows: int) -> Prepared:
     """The table's schedule on its device, made once and kept with the table."""
-    key = ("cute", str(table.device), batch, piece_length, block)
+    key = ("cute", str(table.device), batch, piece_length, block, tile_rows)
     known = table.host.cache.get(key)
     if known is None:
-        schedule = make_schedule(table.host, tile_rows=TILE_ROWS, block=block, piece_length=piece_length)
+        schedule = make_schedule(table.host, tile_rows=tile_rows, block=block, piece_length=piece_length)
         repeats = batch if schedule.every_batch else 1
         items = schedule.items if schedule.every_batch else schedule.for_batch(batch)
         walk = schedule.walk if len(schedule.walk) else np.zeros((1, schedule.walk.shape[1]), dtype=np.int32)

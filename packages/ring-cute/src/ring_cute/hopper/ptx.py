@@ -57,6 +57,30 @@ def exp2(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
 
 
 @dsl_user_op
+def exp2_polynomial(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
+    """2^x without the special function unit, to 2^-13.7: 2^f for |f| <= 1/2 by a cubic, the integer added to the
+    exponent. Arguments from -126 on; what is less becomes 2^-126."""
+    code = """{
+.reg .f32 t, r, f, p;
+.reg .b32 i, j;
+max.f32 t, $1, 0fC2FC0000;
+add.rn.f32 r, t, 0f4B400000;
+sub.rn.f32 f, r, 0f4B400000;
+sub.rn.f32 f, t, f;
+fma.rn.f32 p, f, 0f3D61FB34, 0f3E786ED3;
+fma.rn.f32 p, p, f, 0f3F31798D;
+fma.rn.f32 p, p, f, 0f3F7FFB4A;
+mov.b32 i, r;
+shl.b32 i, i, 23;
+mov.b32 j, p;
+add.s32 i, i, j;
+mov.b32 $0, i;
+}"""
+    value = Float32(x).ir_value(loc=loc, ip=ip)
+    return Float32(_asm(T.f32(), [value], code, "=f,f", effects=False))
+
+
+@dsl_user_op
 def log2(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
     value = Float32(x).ir_value(loc=loc, ip=ip)
     return Float32(_asm(T.f32(), [value], "lg2.approx.ftz.f32 $0, $1;", "=f,f", effects=False))
@@ -81,6 +105,13 @@ def load_acquire_sys(address: Any, *, loc: Any = None, ip: Any = None) -> Uint32
 def fence_proxy_async(*, loc: Any = None, ip: Any = None) -> None:
     """What the generic proxy has seen so far is visible to the async one (TMA, wgmma)."""
     _asm(None, [], "fence.proxy.async;", "~{memory}", effects=True)
+
+
+@dsl_user_op
+def bits(start: Any, count: Any, *, loc: Any = None, ip: Any = None) -> Int32:
+    """A word whose bits start, …, start + count - 1 are set, of those there are."""
+    values = [Int32(x).ir_value(loc=loc, ip=ip) for x in (start, count)]
+    return Int32(_asm(T.i32(), values, "bmsk.clamp.b32 $0, $1, $2;", "=r,r,r", effects=False))
 
 
 @dsl_user_op
