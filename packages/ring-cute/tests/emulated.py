@@ -76,7 +76,8 @@ def emulated(kind: ForwardKind) -> Callable[..., None]:
 
     def run(*numbers: Any) -> None:
         host(*numbers)
-        launch(program, Memory(list(_regions)), [buffer.raw for buffer in memory], stand_in.launched()[0])
+        launch(program, Memory(list(_regions)), [buffer.raw for buffer in memory], stand_in.launched()[0],
+               cluster=kind.settings.cluster)  # fmt: skip
 
     return run
 

@@ -47,6 +47,18 @@ CASES: dict[str, dict[str, Any]] = {
         "dtype": torch.float16,
     },
     "D 200, four steps": {"tables": causal_steps(200, (3, 2, 1, 0)), "q_len": 200, "dim": 200},
+    "clusters": {
+        "tables": [random_table(6)[0]],
+        "q_len": random_table(6)[1],
+        "settings": replace(settings_for(64), cluster=2),
+        "batch": 2,
+    },
+    "clusters, no key": {
+        "tables": [causal_table(200, 0, causal=False)],
+        "q_len": 200,
+        "heads": (9, 1),
+        "settings": replace(settings_for(64), cluster=2),
+    },
     "fp16": {"tables": [causal_table(128, 256, causal=False)], "q_len": 128, "dtype": torch.float16},
     "short keys": {"tables": [causal_table(200, 17, causal=False)], "q_len": 200},
     "no key": {"tables": [causal_table(200, 0, causal=False)], "q_len": 200},
@@ -71,6 +83,7 @@ CASES: dict[str, dict[str, Any]] = {
             {"query_registers": True, "rescale": "lazy", "overlap": 1},
             {"rescale": "before", "ping_pong": True, "block": 160},
             {"rescale": "lazy", "block": 176},
+            {"cluster": 2, "block": 176},
             {"rescale": "lazy", "cache_hints": True, "consumers": 3, "consumer_registers": 160, "block": 80},
         )
     },

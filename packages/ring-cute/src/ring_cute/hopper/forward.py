@@ -59,6 +59,7 @@ class HopperForward:
         self.stage_bits = self.stages.bit_length() - 1
         self.queries = kind.queries
         self.consumers = kind.settings.consumers
+        self.cluster = kind.settings.cluster
         self.consumer = Consumer(kind)
         assert self.stages == 1 << self.stage_bits, "phases are read off bits of a count"
         assert not kind.out_tma or self.queries > 1 or kind.state_tma, "output leaves through a buffer of the tile's"
@@ -116,22 +117,27 @@ class HopperForward:
             hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, self.dim), self.dtype
         )
         k_layout = cute.tile_to_shape(atom, (self.block, self.dim, self.stages), (0, 1, 2))
-        load, keys = cpasync.CopyBulkTensorTileG2SOp(), cute.select(k_layout, mode=[0, 1])
+        load = load_keys = cpasync.CopyBulkTensorTileG2SOp()
+        keys, key_box = cute.select(k_layout, mode=[0, 1]), (self.block, self.dim)
+        if cutlass.const_expr(self.cluster > 1):  # each CTA loads a part of a block, for all of them
+            load_keys = cpasync.CopyBulkTensorTileG2SMulticastOp()
+            key_box = (self.block // self.cluster, self.dim)
+            keys = cute.tile_to_shape(atom, key_box, (0, 1))
         rows, box = cute.select(q_layout, mode=[0, 1]), (64, self.dim)
         q_atom, q_tma = cpasync.make_tiled_tma_atom(
             load, rows_view(q, self.dtype, self.head_dim, sizes, (q_b, q_s, q_h)), rows, box
         )
         k_atom, k_tma = cpasync.make_tiled_tma_atom(
-            load,
+            load_keys,
             ragged_view(k, self.dtype, self.head_dim, num_kv_heads, k_s, k_h),
             keys,
-            (self.block, self.dim),
+            key_box,
         )
         v_atom, v_tma = cpasync.make_tiled_tma_atom(
-            load,
+            load_keys,
             ragged_view(v, self.dtype, self.head_dim, num_kv_heads, v_s, v_h),
             keys,
-            (self.block, self.dim),
+            key_box,
         )
         if cutlass.const_expr(self.kind.out_tma):
             out_atom, out_tma = cpasync.make_tiled_tma_atom(
@@ -197,6 +203,8 @@ class HopperForward:
             record_empty: cute.struct.MemRange[Int64, RECORDS]
             o_full: cute.struct.MemRange[Int64, consumers_ahead]
             o_empty: cute.struct.MemRange[Int64, consumers_ahead]
+            numbers: cute.struct.MemRange[Int32, RECORDS]
+            number_full: cute.struct.MemRange[Int64, RECORDS]
 
         self.storage = Storage
         threads = 128 * (1 + self.consumers)
@@ -207,7 +215,13 @@ class HopperForward:
             flat(items, Int32), flat(walk, Int32), flat(counter, Int32), flat(flags, cutlass.Uint32),
             flat(epoch, cutlass.Uint32), scale, num_heads, num_kv_heads, out_b, out_s, out_h, lse_b, lse_h,
             state_b, state_s, state_h, num_items, section, head_batches, total, k_batch_rows, polls,
-        ).launch(grid=(grid, 1, 1), block=(threads, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
+        ).launch(
+            grid=(grid, 1, 1),
+            block=(threads, 1, 1),
+            cluster=(self.cluster, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+        )  # fmt: skip
 
     @cute.kernel
     def kernel(
@@ -279,6 +293,8 @@ class HopperForward:
             staged=staged,
             o_full=storage.o_full.data_ptr(),
             o_empty=storage.o_empty.data_ptr(),
+            numbers=storage.numbers.get_tensor(cute.make_layout(RECORDS)),
+            number_full=storage.number_full.data_ptr(),
         )
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -291,18 +307,19 @@ class HopperForward:
                     cute.arch.mbarrier_init(shared.q_empty + i, 4)
                 for i in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(shared.k_full + i, 1)
-                    cute.arch.mbarrier_init(shared.k_empty + i, 4 * self.consumers)
+                    cute.arch.mbarrier_init(shared.k_empty + i, 4 * self.consumers * self.cluster)
                     cute.arch.mbarrier_init(shared.v_full + i, 1)
-                    cute.arch.mbarrier_init(shared.v_empty + i, 4 * self.consumers)
+                    cute.arch.mbarrier_init(shared.v_empty + i, 4 * self.consumers * self.cluster)
                 if cutlass.const_expr(self.kind.state_tma):
                     for i in cutlass.range_constexpr(self.consumers):
                         cute.arch.mbarrier_init(shared.o_full + i, 1)
                         cute.arch.mbarrier_init(shared.o_empty + i, 4)
                 for i in cutlass.range_constexpr(RECORDS):
                     cute.arch.mbarrier_init(shared.record_full + i, 1)
-                    cute.arch.mbarrier_init(shared.record_empty + i, 4 * self.consumers)
+                    cute.arch.mbarrier_init(shared.record_empty + i, 4 * self.consumers * self.cluster)
+                    cute.arch.mbarrier_init(shared.number_full + i, 1)
             cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        self.meet()
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(self.kind.settings.producer_registers)
@@ -314,7 +331,7 @@ class HopperForward:
                 loads = Loads(q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, state_in, state_tma)
                 produce(
                     work, loads, shared, flags, epoch, polls, self.block, self.stages, self.queries,
-                    self.consumers, self.kind.flags, self.kind.state_tma, self.kind.settings.cache_hints,
+                    self.consumers, self.kind.flags, self.kind.state_tma, self.kind.settings.cache_hints, self.cluster,
                 )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.kind.settings.consumer_registers)
@@ -323,3 +340,13 @@ class HopperForward:
                 state_b, state_s, state_h,
             )  # fmt: skip
             self.consumer.consume(shared, walk, results, scores, sums, sinks, scale)
+        if cutlass.const_expr(self.cluster > 1):
+            self.meet()  # what others send to a CTA's memory, they send while it lives
+
+    def meet(self) -> None:
+        """All threads of the cluster."""
+        if self.cluster == 1:
+            cute.arch.sync_threads()
+        else:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
