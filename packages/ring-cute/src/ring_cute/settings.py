@@ -79,8 +79,8 @@ FORWARD: dict[int, Settings] = {
     128: Settings(
         rescale="lazy",
         reason="618 / 616 TFLOP/s causal / full at 16384, where a matrix product has 674 at the same 690 W; not lazy "
-        "617 / 621, overlap 1 627 / 634, queries in registers 627 / 612, blocks of 160 and 176 609 / 623 and 641 / 615: within "
-        "the noise of one another. Exponentials by polynomial 606 / 611",
+        "617 / 621, overlap 1 627 / 634, queries in registers 627 / 612, blocks of 160 609 / 623, of 176 641 / 615: "
+        "within the noise of one another. Exponentials by polynomial 606 / 611",
     ),
     192: Settings(block=112, rescale="lazy", reason="not measured yet; the largest block that fits"),
     256: Settings(block=80, rescale="lazy", reason="not measured yet; the largest block that fits"),

@@ -8,16 +8,28 @@
     │ a piece's first load)            │              │ P stays in registers                       │
     └──────────────────────────────────┘              └──────────────────────────────────────────┘
 
-Shared memory: `q` (64, D) CONSUMERS x QUERIES buffers, `k` and `v` (BLOCK, D) STAGES each, `records` of tiles.
+Shared memory: `q` (64, D) CONSUMERS x QUERIES buffers, `k` and `v` (BLOCK, D) STAGES each, `records` of tiles, and,
+where steps accumulate, `o` (64, D) in fp32 for each consumer.
 
 Barriers, of which phases follow from counts of tiles and blocks over the whole life of the CTA: `q_full`/`q_empty` one
 per buffer of queries, `k_full`/`k_empty` and `v_full`/`v_empty` one per stage, `record_full`/`record_empty` one per
-record. "full" takes one arrival and the bytes of the load, "empty" one of each warp that has read.
+record, `o_full`/`o_empty` one per consumer. "full" takes one arrival and the bytes of the load, "empty" one of each
+warp that has read.
 
 Every tile begins from nothing; where its strip continues, what earlier steps have left in (state, lse) is added at its
-end, so that neither loading nor storing it holds up the products. Where they fit (QUERIES = 2) the queries have two
-buffers, and a tile's output leaves by TMA through the one that its queries were in, which is given back in the next
-tile's first block. TMA stores boxes of 64 rows: what has fewer leaves from registers.
+end, so that neither loading nor storing it holds up the products:
+
+    tile n:  first block │ blocks ...                              │ last sums │ merge, write to `o`
+    `o`:     stored n-1  │ tile n's state arrives by TMA, waits                │ (read) stored by TMA while n+1 begins
+
+(Up to head dim 128, `ForwardKind.state_tma`; wider ones have no room and go from and to registers at the end.) Where
+they fit (QUERIES = 2) the queries have two buffers, and a tile's output leaves by TMA through the one that its queries
+were in, which is given back in the next tile's first block; where there is an `o`, through that. TMA stores boxes of 64
+rows: what has fewer leaves from registers.
+
+With `Settings.cluster` > 1 a tile has the rows of several CTAs, each of which loads a part of every block for all of
+them: "empty" barriers of K, V and records then count the warps of all, and the number of the next tile, which the first
+CTA asks for, goes to the others' `numbers`, announced at `number_full`.
 
 A thread has rows r and r + 8 of its warp's 16, and columns 8 j + 2 (lane % 4) + {0, 1}: element c + 2 half + 4 j of S
 or O. P has the same order, which is that of wgmma's first operand. A row's maximum is found over the quad in every
