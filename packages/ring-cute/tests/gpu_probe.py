@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib import util
 from typing import Any
 
@@ -96,6 +97,7 @@ def kinds() -> Iterator[ForwardKind]:
         yield kind_for("float16", dim)
         for chosen in VARIANTS[dim].values():
             yield kind_for("bfloat16", dim, chosen)
+    yield kind_for("bfloat16", 128, replace(settings_for(128), cache_hints=True), state=True)
     for dim in (96, 40, 160, 200):
         for state in (False, True):
             yield kind_for("bfloat16", dim, state=state)
@@ -435,7 +437,8 @@ def call(
             F.scaled_dot_product_attention(qt, kt, vt, is_causal=causal)
 
     made: dict[str, Callable[[], None]] = {"ours": ours, "cuDNN": cudnn}
-    if triton_forward := forwards().get("triton"):
+    triton_forward = forwards().get("triton")
+    if triton_forward is not None:
         made["triton"] = lambda: triton_forward(q, kv[0], kv[1], out, lse, None, table, scale=dim**-0.5)
     return made, 4.0 * batch * heads[0] * length * length * dim * (0.5 if causal else 1.0)
 
@@ -516,6 +519,7 @@ def locality() -> None:
 def forwards() -> dict[str, Callable[..., None]]:
     """Ours and, where there is one, ring-triton's."""
     found: dict[str, Callable[..., None]] = {"ours": forward}
+    found["ours, L2 policies"] = partial(forward, settings=replace(settings_for(128), cache_hints=True))
     if util.find_spec("ring_triton") and util.find_spec("triton"):
         from ring_triton.hopper import forward as triton_forward
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 SHARED_BYTES = 226 << 10
@@ -124,7 +124,7 @@ class ForwardKind:
     @property
     def queries(self) -> int:
         """Buffers for a consumer's queries: two, where shared memory holds them beside the rings."""
-        return 1 if self.state_tma else query_buffers(self.head_dim, self.settings)
+        return query_buffers(self.head_dim, self.settings, self.state_tma)
 
     @property
     def shared_bytes(self) -> int:
@@ -132,9 +132,9 @@ class ForwardKind:
         return 2 * self.padded * (2 * s.stages * s.block + (self.queries + 2 * self.state_tma) * s.own_rows)
 
 
-def query_buffers(head_dim: int, settings: Settings) -> int:
+def query_buffers(head_dim: int, settings: Settings, state_tma: bool = False) -> int:
     """See `ForwardKind.queries`."""
-    return 2 if _fits(head_dim, settings, 2) else 1
+    return 2 if _fits(head_dim, settings, 2 + 2 * state_tma) else 1
 
 
 def state_fits(head_dim: int, settings: Settings) -> bool:
@@ -161,5 +161,7 @@ def kind_for(
     """The kernel for a call; out_tma and state_tma say whether TMA can address these tensors at all."""
     chosen = settings or settings_for(head_dim)
     ahead = state and state_tma and state_fits(head_dim, chosen)
+    if ahead and query_buffers(head_dim, chosen, True) == 1:  # free for the next tile's as soon as they are read
+        chosen = replace(chosen, query_registers=True)
     staged = ahead or query_buffers(head_dim, chosen) > 1
     return ForwardKind(dtype, head_dim, state, sinks, flags, out_tma and staged, chosen, ahead)

@@ -31,6 +31,7 @@ from ring_cute.hopper.records import (
     WALK_COLUMNS,
 )
 from ring_cute.hopper.softmax import mask, multiply, rescale, softmax, to_operand
+from ring_cute.hopper.views import DROP
 from ring_cute.settings import ForwardKind
 
 OUT_BARRIER, TURN_BARRIER = 1, 4
@@ -161,6 +162,9 @@ class Consumer:
                 ptx.wait(shared.q_full + at, (tiles >> (self.queries - 1)) & 1)
                 if cutlass.const_expr(self.settings.query_registers):
                     cute.copy(load_q, sources[None, None, None, at], targets)
+                    if cutlass.const_expr(self.queries == 1):
+                        cute.arch.sync_warp()
+                        ptx.arrive(shared.q_empty + cid, leader)
                 # the first block has no values to sum before it
                 number, right, edges = records[NUMBER, slot], records[RIGHT, slot], records[EDGES, slot]
                 k_len, j_lo = records[K_LEN, slot], records[J_LO, slot]
@@ -180,7 +184,7 @@ class Consumer:
                 if edges > 0:
                     mask(s, first_row, column, j, k_len, lower, upper)
                 softmax(s, m, norm, decay, scale, True, False, self.settings.polynomial)
-                self.free_buffers(shared, cid, tiles, leader)
+                self.free_buffers(shared, cid, tiles, leader, True)
                 to_operand(s, p)
                 blocks += 1
                 done = Int32(1)
@@ -206,7 +210,7 @@ class Consumer:
                         )  # fmt: skip
                         blocks += 1
                     done = Int32(0)
-                if cutlass.const_expr(self.queries == 1):
+                if cutlass.const_expr(self.queries == 1 and not self.settings.query_registers):
                     ptx.arrive(shared.q_empty + cid, leader)  # all scores are computed
                 before = (blocks - 1) & (self.stages - 1)
                 if cutlass.const_expr(self.settings.rescale == "before"):
@@ -218,7 +222,7 @@ class Consumer:
                 tiles += 1
             else:
                 if cutlass.const_expr(self.kind.state_tma):
-                    self.free_buffers(shared, cid, tiles, leader)
+                    self.free_buffers(shared, cid, tiles, leader, False)
             self.finish(shared, slot, cid, row, column, tiles, turn, kept, sums, results)
             cute.arch.sync_warp()  # all lanes have read the record
             self.release(shared.record_empty + slot, lane)
@@ -226,7 +230,7 @@ class Consumer:
             slot = turn & (RECORDS - 1)
             ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
             going = records[EXISTS, slot] != 0
-        if cutlass.const_expr(self.kind.out_tma):
+        if cutlass.const_expr(self.kind.out_tma or self.kind.state_tma):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # buffers are read while the CTA lives
 
     @cute.jit
@@ -274,12 +278,12 @@ class Consumer:
             to_operand(of.s, of.p)
 
     @cute.jit
-    def free_buffers(self, shared, cid, tiles, leader):
-        """Gives back what the tile before has left its rows in."""
+    def free_buffers(self, shared, cid, tiles, leader, walked: cutlass.Constexpr):
+        """Gives back what the tile before has left its rows in; its queries' buffer only if this one has queries."""
         if cutlass.const_expr(self.kind.out_tma or self.kind.state_tma):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             cute.arch.sync_warp()  # whichever lane sent them
-        if cutlass.const_expr(self.queries > 1):
+        if cutlass.const_expr(self.queries > 1 and walked):
             ptx.arrive(shared.q_empty + cid * self.queries + ((tiles + 1) & (self.queries - 1)), leader)
         if cutlass.const_expr(self.kind.state_tma):
             ptx.arrive(shared.o_empty + cid, leader)
@@ -439,7 +443,10 @@ class Consumer:
         )
         if (cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3) == 0:
             with cute.arch.elect_one():  # of loads the DSL elects a lane by itself, of stores not
-                cute.copy(atom, source, target)
+                if cutlass.const_expr(self.settings.cache_hints):
+                    cute.copy(atom, source, target, cache_policy=Int64(DROP))
+                else:
+                    cute.copy(atom, source, target)
                 cute.arch.cp_async_bulk_commit_group()
 
     def rows_of(self, buffer: Any, sums: Any) -> Any:

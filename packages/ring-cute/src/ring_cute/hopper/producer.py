@@ -23,7 +23,7 @@ from ring_cute.hopper.records import (
     ask,
     publish,
 )
-from ring_cute.hopper.views import FAR
+from ring_cute.hopper.views import DROP, FAR, KEEP
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,6 @@ def _sizes(buffers: Any) -> tuple[int, int]:
     return cute.size(buffers, mode=[0]), cute.size(buffers, mode=[1])
 
 
-KEEP, DROP = 0x14F0000000000000, 0x12F0000000000000
-"""Descriptors of L2 policies: evict last, evict first."""
-
-
 @cute.jit
 def _copy(
     atom, tile, buffer, barrier, policy: cutlass.Constexpr = None, cluster: cutlass.Constexpr = 1
@@ -112,7 +108,9 @@ def _load_q(
 
 
 @cute.jit
-def _load_state(loads, shared, ends, q_row, head, batch, turn, consumers: cutlass.Constexpr):
+def _load_state(
+    loads, shared, ends, q_row, head, batch, turn, consumers: cutlass.Constexpr, hints: cutlass.Constexpr
+):  # fmt: skip
     """The state of a tile that continues; the buffer alone for one that begins here. After two blocks of the tile, not
     before: a buffer comes back in the first one."""
     for c in cutlass.range_constexpr(consumers):
@@ -120,7 +118,7 @@ def _load_state(loads, shared, ends, q_row, head, batch, turn, consumers: cutlas
         if (ends & 1) == 0:
             rows = cute.domain_offset((q_row + c * 64, 0), loads.state[None, None, head, batch])
             tile = cute.local_tile(rows, _sizes(shared.o), (0, 0))
-            _copy(loads.state_atom, tile, shared.o[None, None, c], shared.o_full + c)
+            _copy(loads.state_atom, tile, shared.o[None, None, c], shared.o_full + c, DROP if hints else None)
         else:
             ptx.arrive(shared.o_full + c, cute.arch.lane_idx() == 0)
 
@@ -237,7 +235,7 @@ def produce(
                     if blocks - first == 2:  # after two blocks there is time for the next tile
                         asked = _ask(lane, work, cluster)
                         if cutlass.const_expr(ahead):
-                            _load_state(loads, shared, ends, q_row, head, batch, turn, consumers)
+                            _load_state(loads, shared, ends, q_row, head, batch, turn, consumers, hints)
                     if blocks - first == 3:
                         asked = _number(asked, turn + 1, lane, shared, cluster)
                         publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
@@ -282,7 +280,7 @@ def produce(
         if blocks - first <= 2:
             asked = _ask(lane, work, cluster)
             if cutlass.const_expr(ahead):
-                _load_state(loads, shared, ends, q_row, head, batch, turn, consumers)
+                _load_state(loads, shared, ends, q_row, head, batch, turn, consumers, hints)
         if blocks - first <= 3:
             asked = _number(asked, turn + 1, lane, shared, cluster)
             publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
