@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +13,8 @@ import torch
 import triton
 from hopper_compiling import NoGpu
 
-from ring_core import direct
+from ring_core import direct, merge_triton
+from ring_core.comm import pack_triton, sum_triton
 from ring_triton.hopper import backward_launch, launch
 from ring_triton.portable import launch as portable
 from ring_triton.portable.settings import listed, width_of
@@ -75,6 +76,21 @@ def no_gpu_portable(driver_launch: Callable[..., int]) -> Iterator[dict[str, Com
         patch.multiple(portable, setting_of=setting, **kernels),
         patch.object(direct, "current_stream", lambda: lambda index: 7),
         patch.object(direct, "driver_launch", lambda: driver_launch),
+    ):
+        yield kernels
+
+
+@contextmanager
+def no_gpu_core(driver_launch: Callable[..., int]) -> Iterator[list[CompileOnly]]:
+    """ring-core's own kernels on CPU tensors while it lasts: merge, packing, sum of contributions."""
+    triton.runtime.driver.set_active(NoGpu())
+    kernels = [CompileOnly(merge_triton._merge), CompileOnly(pack_triton._pack), CompileOnly(sum_triton._sum)]
+    with (
+        patch.object(merge_triton, "_merge", kernels[0]),
+        patch.object(pack_triton, "_pack", kernels[1]),
+        patch.object(sum_triton, "_sum", kernels[2]),
+        patch.object(torch.cuda, "device", lambda device: nullcontext()),
+        patch.multiple(direct, current_stream=lambda: lambda index: 7, driver_launch=lambda: driver_launch),
     ):
         yield kernels
 
