@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ring_core.segment import Table
-from ring_triton.hopper.schedule import ITEM, WALK, Schedule
+from ring_core.tiles import ITEM, WALK, Schedule
 
 
 def blocks_of(schedule: Schedule, item: dict[str, int], block: int) -> Iterator[tuple[dict[str, int], int, bool]]:

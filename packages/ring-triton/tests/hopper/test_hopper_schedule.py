@@ -9,7 +9,7 @@ from hopper_walk import visible_pairs, visits
 
 from ring_core.plan import PackedProblem, make_plan
 from ring_core.segment import FIRST, LAST, Segment, Table
-from ring_triton.hopper.schedule import ITEM, WALK, make_schedule, with_first_walk
+from ring_core.tiles import ITEM, WALK, make_schedule, with_first_walk
 
 BLOCKS = (64, 128)
 

@@ -15,10 +15,10 @@ from triton.experimental.gluon import language as gl
 from ring_core.backend import DeviceTable, Flags
 from ring_core.direct import aligned, current_stream, launches_of
 from ring_core.segment import FIRST, LAST
+from ring_core.tiles import make_schedule, with_first_walk
 from ring_triton import tuned
 from ring_triton.hopper.compat import TensorDescriptor
 from ring_triton.hopper.kernel import forward_kernel
-from ring_triton.hopper.schedule import make_schedule, with_first_walk
 from ring_triton.hopper.settings import CONSUMERS, TILE_ROWS, Settings, padded_head_dim, settings_for
 
 L2_BYTES = 32 << 20

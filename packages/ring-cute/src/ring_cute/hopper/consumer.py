@@ -1,0 +1,380 @@
+"""A consumer warpgroup of the forward (`forward`): products, softmax, and where a tile's rows go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+from cutlass import Float32, Int32, Int64, cute
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from ring_cute.hopper import ptx
+from ring_cute.hopper.records import (
+    BATCH,
+    EDGES,
+    ENDS,
+    EXISTS,
+    HEAD,
+    J_LO,
+    K_LEN,
+    LOWER,
+    NUMBER,
+    Q_ROW,
+    RECORD_BITS,
+    RECORDS,
+    RIGHT,
+    ROWS,
+    START,
+    STOP,
+    UPPER,
+    WALK_COLUMNS,
+)
+from ring_cute.hopper.softmax import mask, multiply, rescale, softmax, to_operand
+from ring_cute.settings import ForwardKind
+
+OUT_BARRIER, TURN_BARRIER = 1, 4
+"""Named barriers: OUT_BARRIER + consumer, TURN_BARRIER + consumer."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where a tile's rows go, and what earlier steps have left of them; strides in elements."""
+
+    out_atom: Any
+    out_tma: Any  # (Sq, D, Hq, B)
+    out: Any  # words of two numbers
+    out_b: Any
+    out_s: Any
+    out_h: Any
+    lse: Any
+    lse_b: Any
+    lse_h: Any
+    state: Any  # words of two numbers
+    state_b: Any
+    state_s: Any
+    state_h: Any
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a thread keeps of its two rows, r and r + 8 of its warp's 16."""
+
+    o: Any
+    m: Any  # (2), the maximum in base 2 that probabilities are of
+    norm: Any  # (2), of the thread's columns
+    decay: Any  # (2), what o is still, or was last, to be multiplied with
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Of the two products: S = query keysᵀ, O += p values."""
+
+    scores: cute.TiledMma
+    sums: cute.TiledMma
+    query: Any
+    keys: Any
+    values: Any
+    s: Any
+    p: Any
+
+
+class Consumer:
+    """Consumers' part of a kind of kernel."""
+
+    def __init__(self, kind: ForwardKind) -> None:
+        self.kind = kind
+        self.settings = kind.settings
+        self.dtype = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}[kind.dtype]
+        self.dim = kind.padded
+        self.head_dim = kind.head_dim
+        self.block = kind.settings.block
+        self.stages = kind.settings.stages
+        self.stage_bits = self.stages.bit_length() - 1
+        self.queries = kind.queries
+
+    @cute.jit
+    def consume(self, shared, walk, results, scores, sums, sinks, scale):
+        """All of the CTA's tiles."""
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4
+        cid = warp >> 2
+        lane = cute.arch.lane_idx()
+        leader = lane == 0
+        row = (warp & 3) * 16 + (lane >> 2)  # of the consumer's 64, and this + 8
+        column = 2 * (lane & 3)
+        records = shared.records
+
+        # operands in shared memory are the same for all threads
+        if cutlass.const_expr(self.settings.query_registers):
+            queries = cute.make_rmem_tensor(scores.partition_shape_A((64, self.dim)), self.dtype)
+            load_q = cute.make_tiled_copy_A(
+                cute.make_copy_atom(cute.nvgpu.warp.LdMatrix8x8x16bOp(False, 4), self.dtype), scores
+            )
+            thread = load_q.get_slice(cute.arch.thread_idx()[0] & 127)
+            sources, targets = thread.partition_S(shared.q), thread.retile(queries)
+        else:
+            queries = scores.make_fragment_A(scores.get_slice(0).partition_A(shared.q))
+        keys = scores.make_fragment_B(scores.get_slice(0).partition_B(shared.k))
+        turned = cute.make_tensor(shared.v.iterator, cute.select(shared.v.layout, mode=[1, 0, 2]))  # (D, BLOCK, STAGES)
+        values = sums.make_fragment_B(sums.get_slice(0).partition_B(turned))
+        s = cute.make_rmem_tensor(scores.partition_shape_C((64, self.block)), Float32)
+        p = cute.make_rmem_tensor(sums.partition_shape_A((64, self.block)), self.dtype)
+        o = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), Float32)
+        m = cute.make_rmem_tensor(2, Float32)
+        norm = cute.make_rmem_tensor(2, Float32)
+        decay = cute.make_rmem_tensor(2, Float32)
+        kept = Sums(o, m, norm, decay)
+
+        blocks, tiles, turn = Int32(0), Int32(0), Int32(0)
+        if cutlass.const_expr(self.settings.ping_pong):  # noqa: SIM102  # a constant, and a value
+            if cid == 1:
+                self.your_turn(cid)
+        ptx.wait(shared.record_full, 0)
+        going = records[EXISTS, 0] != 0
+        while going:
+            slot = turn & (RECORDS - 1)
+            start, stop = records[START, slot], records[STOP, slot]
+            for half in cutlass.range_constexpr(2):
+                m[half] = -Float32.inf
+                norm[half] = Float32(0.0)
+            if cutlass.const_expr(self.kind.sinks):  # noqa: SIM102  # a constant, and a value
+                if (records[ENDS, slot] & 1) != 0:
+                    sink = sinks[records[HEAD, slot]] * ptx.LOG2_E
+                    for half in cutlass.range_constexpr(2):
+                        m[half] = sink
+                        if column == 0 and sink > -Float32.inf:  # sums are over the quad
+                            norm[half] = Float32(1.0)
+            o.fill(0.0)
+            if stop > start:
+                at = cid * self.queries + (tiles & (self.queries - 1))
+                query = queries
+                if cutlass.const_expr(not self.settings.query_registers):
+                    query = queries[None, None, None, at]
+                of = Operands(scores, sums, query, keys, values, s, p)
+                ptx.wait(shared.q_full + at, (tiles >> (self.queries - 1)) & 1)
+                if cutlass.const_expr(self.settings.query_registers):
+                    cute.copy(load_q, sources[None, None, None, at], targets)
+                # the first block has no values to sum before it
+                number, right, edges = records[NUMBER, slot], records[RIGHT, slot], records[EDGES, slot]
+                k_len, j_lo = records[K_LEN, slot], records[J_LO, slot]
+                lower, upper = records[LOWER, slot], records[UPPER, slot]
+                j = j_lo
+                if right > 0:
+                    j = j_lo + (number - 1) * self.block
+                stage = blocks & (self.stages - 1)
+                ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
+                if cutlass.const_expr(self.settings.ping_pong):
+                    self.my_turn(cid)
+                multiply(scores, of.query, keys[None, None, None, stage], s, False)
+                if cutlass.const_expr(self.settings.ping_pong):
+                    self.your_turn(cid)
+                warpgroup.wait_group(0)
+                ptx.arrive(shared.k_empty + stage, leader)
+                mask(s, cid * 64 + row, column, j, k_len, lower, upper)
+                softmax(s, m, norm, decay, scale, True, False, self.settings.polynomial)
+                if cutlass.const_expr(self.queries > 1):
+                    if cutlass.const_expr(self.kind.out_tma):
+                        cute.arch.cp_async_bulk_wait_group(0, read=True)  # what the tile before left there
+                        cute.arch.sync_warp()  # whichever lane sent it
+                    ptx.arrive(shared.q_empty + cid * self.queries + ((tiles + 1) & (self.queries - 1)), leader)
+                to_operand(s, p)
+                blocks += 1
+                done = Int32(1)
+                for w in cutlass.range(start, stop, unroll=1):
+                    if w > start:
+                        entry = w * WALK_COLUMNS
+                        k_len, j_lo, number = walk[entry + 1], walk[entry + 2], walk[entry + 3]
+                        right, edges = walk[entry + 4], walk[entry + 5]
+                        lower, upper = walk[entry + 6], walk[entry + 7]
+                    for t in cutlass.range(done, edges, unroll=1):
+                        nth = t - right
+                        if t < right:
+                            nth = number - 1 - t
+                        self.attend(
+                            shared, of, kept, scale, cid, leader, cid * 64 + row, column, blocks,
+                            j_lo + nth * self.block, k_len, lower, upper, True,
+                        )  # fmt: skip
+                        blocks += 1
+                    for _ in cutlass.range(cute.math.max(done, edges), number, unroll=1):
+                        self.attend(
+                            shared, of, kept, scale, cid, leader, cid * 64 + row, column, blocks,
+                            Int32(0), k_len, lower, upper, False,
+                        )  # fmt: skip
+                        blocks += 1
+                    done = Int32(0)
+                if cutlass.const_expr(self.queries == 1):
+                    ptx.arrive(shared.q_empty + cid, leader)  # all scores are computed
+                before = (blocks - 1) & (self.stages - 1)
+                if cutlass.const_expr(self.settings.rescale == "before"):
+                    rescale(o, decay)
+                ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
+                multiply(sums, p, values[None, None, None, before], o, True)
+                warpgroup.wait_group(0)
+                ptx.arrive(shared.v_empty + before, leader)
+                tiles += 1
+            self.finish(shared, slot, cid, row, column, tiles, kept, sums, results)
+            cute.arch.sync_warp()  # all lanes have read the record
+            ptx.arrive(shared.record_empty + slot, leader)
+            turn += 1
+            slot = turn & (RECORDS - 1)
+            ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
+            going = records[EXISTS, slot] != 0
+        if cutlass.const_expr(self.kind.out_tma):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # buffers are read while the CTA lives
+
+    @cute.jit
+    def attend(
+        self, shared, of, kept, scale, cid, leader, row, column, blocks, j, k_len, lower, upper,
+        masked: cutlass.Constexpr,
+    ):  # fmt: skip
+        """Scores of this block, then the sum over the values of the block before, whose P is at hand."""
+        stage, before = blocks & (self.stages - 1), (blocks - 1) & (self.stages - 1)
+        ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
+        if cutlass.const_expr(self.settings.ping_pong):
+            self.my_turn(cid)
+        multiply(of.scores, of.query, of.keys[None, None, None, stage], of.s, False)
+        if cutlass.const_expr(self.settings.rescale == "before"):
+            rescale(kept.o, kept.decay)
+        ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
+        multiply(of.sums, of.p, of.values[None, None, None, before], kept.o, True)
+        if cutlass.const_expr(self.settings.ping_pong):
+            self.your_turn(cid)
+        warpgroup.wait_group(1)
+        ptx.arrive(shared.k_empty + stage, leader)
+        if cutlass.const_expr(masked):
+            mask(of.s, row, column, j, k_len, lower, upper)
+        lazy = self.settings.rescale == "lazy"
+        grown = softmax(
+            of.s, kept.m, kept.norm, kept.decay, scale, masked, lazy, self.settings.polynomial
+        )  # fmt: skip
+        following = of.p
+        if cutlass.const_expr(self.settings.overlap > 1):
+            following = cute.make_rmem_tensor_like(of.p)
+            to_operand(of.s, following)
+        if cutlass.const_expr(self.settings.overlap > 0):
+            # over already, but a branch: ptxas would otherwise wait for the sums before the exponentials they overlap
+            ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
+        warpgroup.wait_group(0)
+        ptx.arrive(shared.v_empty + before, leader)
+        if cutlass.const_expr(lazy):
+            if grown:
+                rescale(kept.o, kept.decay)
+        elif cutlass.const_expr(self.settings.rescale == "after"):
+            rescale(kept.o, kept.decay)
+        if cutlass.const_expr(self.settings.overlap > 1):
+            of.p.store(following.load())
+        else:
+            to_operand(of.s, of.p)
+
+    @cute.jit
+    def finish(self, shared, slot, cid, row, column, tiles, kept, sums, results):
+        """A tile's end: what earlier steps have left is added, and all of it goes where it belongs."""
+        records, o, m = shared.records, kept.o, kept.m
+        q_row, count, batch = records[Q_ROW, slot], records[ROWS, slot], records[BATCH, slot]
+        ends, head = records[ENDS, slot], records[HEAD, slot]
+        lse_at = Int64(batch) * results.lse_b + Int64(head) * results.lse_h + q_row + cid * 64
+        state_at = Int64(batch) * results.state_b + Int64(head) * results.state_h
+        state_at = state_at + Int64(q_row + cid * 64) * results.state_s + column
+        factor = cute.make_rmem_tensor(2, Float32)
+        for half in cutlass.range_constexpr(2):
+            own = row + 8 * half
+            inside = cid * 64 + own < count
+            total = ptx.quad_sum(kept.norm[half])
+            if cutlass.const_expr(self.kind.state):  # noqa: SIM102  # a constant, and a value
+                if (ends & 1) == 0 and inside:
+                    earlier = results.lse[lse_at + own] * ptx.LOG2_E
+                    if earlier > -Float32.inf:  # otherwise state may hold anything
+                        both = cute.arch.fmax(m[half], earlier)
+                        weight, own_weight = ptx.exp2(earlier - both), ptx.exp2(m[half] - both)
+                        m[half] = both
+                        total = total * own_weight + weight
+                        pairs = self.pairs_of_a_row(results.state, state_at + own * results.state_s)
+                        loaded = cute.make_rmem_tensor(self.head_dim // 8, Int64)
+                        for n in cutlass.range_constexpr(self.head_dim // 8):
+                            loaded[n] = pairs[n]
+                        added = cute.recast_tensor(loaded, Float32)
+                        for e in cutlass.range_constexpr(0, cute.size(o), 4):
+                            for c in cutlass.range_constexpr(2):
+                                x = o[e + 2 * half + c] * own_weight
+                                if cutlass.const_expr(2 * e < self.head_dim):
+                                    x = ptx.fma(added[e // 2 + c], weight, x)
+                                o[e + 2 * half + c] = x
+            factor[half] = Float32(0.0)
+            value = -Float32.inf
+            if total > 0.0:
+                factor[half] = cute.arch.rcp_approx(total)
+                value = (m[half] + ptx.log2(total)) * ptx.LN_2
+            if column == 0 and inside:
+                results.lse[lse_at + own] = value
+        rescale(o, factor)
+        if cutlass.const_expr(self.kind.state):
+            if (ends & 2) != 0:
+                self.write_out(shared, slot, cid, row, column, tiles, o, sums, results)
+            else:
+                for half in cutlass.range_constexpr(2):
+                    own = row + 8 * half
+                    if cid * 64 + own < count:
+                        pairs = self.pairs_of_a_row(results.state, state_at + own * results.state_s)
+                        sums_in_pairs = cute.recast_tensor(o, Int64)
+                        for n in cutlass.range_constexpr(self.head_dim // 8):
+                            pairs[n] = sums_in_pairs[2 * n + half]
+        else:
+            self.write_out(shared, slot, cid, row, column, tiles, o, sums, results)
+
+    @cute.jit
+    def write_out(self, shared, slot, cid, row, column, tiles, o, sums, results):
+        """A tile's final rows, by TMA where all 64 are inside, else from registers."""
+        records = shared.records
+        q_row, count, batch, head = records[Q_ROW, slot], records[ROWS, slot], records[BATCH, slot], records[HEAD, slot]
+        rounded = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), self.dtype)
+        to_operand(o, rounded)
+        from_registers = count > cid * 64
+        if cutlass.const_expr(self.kind.out_tma):  # noqa: SIM102  # a constant, and a value
+            # otherwise a box would reach into the next tile's rows, or there are no queries whose buffer is free
+            if count >= cid * 64 + 64 and records[STOP, slot] > records[START, slot]:
+                from_registers = False
+                # through the queries' buffer: all scores are computed, and this tile holds it until the next one
+                at = cid * self.queries + ((tiles - 1) & (self.queries - 1))
+                store = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), self.dtype)
+                tiled = cute.make_tiled_copy_C(store, sums)
+                thread = tiled.get_slice(cute.arch.thread_idx()[0] & 127)
+                buffer = shared.q[None, None, at]
+                # every warp's products have read their queries before any warp overwrites them
+                cute.arch.barrier(barrier_id=OUT_BARRIER + cid, number_of_threads=128)
+                cute.copy(tiled, thread.retile(rounded), thread.partition_D(buffer))
+                cute.arch.fence_proxy("async.shared", space="cta")
+                cute.arch.barrier(barrier_id=OUT_BARRIER + cid, number_of_threads=128)
+                rows = cute.domain_offset((q_row + cid * 64, 0), results.out_tma[None, None, head, batch])
+                source, target = cpasync.tma_partition(
+                    results.out_atom,
+                    0,
+                    cute.make_layout(1),
+                    cute.group_modes(buffer, 0, 2),
+                    cute.group_modes(cute.local_tile(rows, (64, self.dim), (0, 0)), 0, 2),
+                )
+                if (cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3) == 0:
+                    with cute.arch.elect_one():  # of loads the DSL elects a lane by itself, of stores not
+                        cute.copy(results.out_atom, source, target)
+                        cute.arch.cp_async_bulk_commit_group()
+        if from_registers:
+            out_at = Int64(batch) * results.out_b + Int64(head) * results.out_h
+            out_at = out_at + Int64(q_row + cid * 64) * results.out_s + column
+            words = cute.recast_tensor(rounded, Int32)
+            for half in cutlass.range_constexpr(2):
+                own = row + 8 * half
+                if cid * 64 + own < count:
+                    pairs = self.pairs_of_a_row(results.out, out_at + own * results.out_s)
+                    for n in cutlass.range_constexpr(self.head_dim // 8):
+                        pairs[n] = words[2 * n + half]
+
+    def pairs_of_a_row(self, memory, offset):
+        """A thread's share of a row that begins at `offset` elements, in words of two: every fourth."""
+        return cute.make_tensor(memory.iterator + (offset >> 1), cute.make_layout(self.head_dim // 8, stride=4))
+
+    @cute.jit
+    def my_turn(self, cid):
+        cute.arch.barrier(barrier_id=TURN_BARRIER + cid, number_of_threads=256)
+
+    @cute.jit
+    def your_turn(self, cid):
+        cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + 1 - cid, number_of_threads=256)

@@ -1,0 +1,245 @@
+"""Launches the forward: schedule, counters, numbers. Imports no DSL."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ring_core.backend import DeviceTable, Flags
+from ring_core.segment import FIRST, LAST
+from ring_core.tiles import make_schedule, with_first_walk
+from ring_cute import library
+from ring_cute.settings import ForwardKind, Settings, query_buffers, settings_for
+
+L2_BYTES = 32 << 20
+"""Keys and values that concurrent tiles should share in L2 (50 MB on an H100 or H200, also used by everything else)."""
+POLLS = (1 << 31) - 1
+"""Looks at an arrival flag before a wait ends by itself: some twenty minutes. The transport's watchdog ends it before,
+by poison, and raises; ending by itself would be silent."""
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+LARGEST = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A table's schedule on a device, for one batch size."""
+
+    items: Tensor  # (N, 16) int32
+    count: int
+    walk: Tensor  # (M, 12) int32
+    repeats: int  # batch entries that all items are about
+    whole: bool  # every strip begins and ends in this table
+
+
+def takes_tma(x: Tensor) -> bool:
+    """Whether TMA can address x (B, S, H, D) by rows."""
+    return not (x.stride(-1) != 1 or x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in x.stride()[:-1]))
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Why these tensors cannot be read as they are, or "" if they can."""
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"dtype {q.dtype}, it takes {', '.join(map(str, DTYPES))}"
+    if q.shape[-1] % 8 or q.shape[-1] > LARGEST:
+        return f"head dim {q.shape[-1]}, it takes multiples of 8 up to {LARGEST}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not takes_tma(x):
+            return f"{name} with strides {x.stride()}, it takes a dense last dim and 16-byte aligned others"
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] > 1 and x.stride(0) != x.shape[2] * x.stride(2):
+            return f"{name} whose pieces do not follow each other token by token"
+        if x.shape[1] > 1 and x.stride(1) % x.stride(2):
+            return f"{name} whose batch stride is no multiple of its token stride"
+    if k.shape[1] > 1 and k.stride(1) * v.stride(2) != v.stride(1) * k.stride(2):
+        return "k and v with different numbers of tokens between batch entries"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A kind of call that has been made: its kernel and every number that does not change."""
+
+    kernel: Any
+    items: int
+    walk: int
+    numbers: tuple[int | float, ...]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor | None,
+    table: DeviceTable,
+    *,
+    scale: float,
+    sinks: Tensor | None = None,
+    flags: Flags | None = None,
+    settings: Settings | None = None,
+) -> None:
+    """Walks a query-major table in one launch, as `ring_core.backend.Backend.forward` describes.
+
+    Args:
+        q, out: (B, Sq, Hq, D), fp16 or bf16. k, v: (C, B, S, Hkv, D). lse: (B, Hq, Sq) fp32. state: (B, Sq, Hq, D)
+            fp32, or None where every strip begins and ends in this table. q, k, v whose strides TMA does not take are
+            copied.
+        scale: of the scores, positive.
+        sinks: (Hq,), one more logit a head.
+        flags: arrival of the pieces; a piece's keys are read once its flag says so.
+        settings: instead of those for this head dim.
+
+    Raises:
+        ValueError: the scale is not positive, tensors are of other kinds, or a state is needed and not given.
+    """
+    if sinks is not None and (sinks.dtype != torch.float32 or not sinks.is_contiguous()):
+        sinks = sinks.float().contiguous()
+    device = q.get_device()
+    key = (
+        q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(), lse.stride(),
+        None if state is None else state.stride(), sinks is None, flags is None, scale, settings, q.dtype, device,
+        out.data_ptr() % 16,
+    )  # fmt: skip
+    calls = table.host.cache.setdefault("cute forward", {})
+    known = calls.get(key)
+    if known is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+        if supports(q, k, v):
+            q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
+            if reason := supports(q, k, v):
+                raise ValueError(f"the Hopper kernels do not take {reason}")
+            forward(q, k, v, out, lse, state, table, scale=scale, sinks=sinks, flags=flags, settings=settings)
+            return
+        known = _prepare_call(q, k, v, out, lse, state, table, scale, sinks, flags, settings)
+        if known is None:
+            return
+        if k.numel():
+            calls[key] = known
+    stream = torch.cuda.current_stream(device).cuda_stream
+    known.kernel(
+        q.data_ptr(),
+        k.data_ptr() or q.data_ptr(),  # nobody sees anything, but a descriptor wants an address
+        v.data_ptr() or q.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        0 if state is None else state.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(),
+        known.items,
+        known.walk,
+        _counter(device, stream),
+        0 if flags is None else flags.values.data_ptr(),
+        0 if flags is None else flags.epoch.data_ptr(),
+        *known.numbers,
+        stream,
+    )
+
+
+def _prepare_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor | None,
+    table: DeviceTable,
+    scale: float,
+    sinks: Tensor | None,
+    flags: Flags | None,
+    settings: Settings | None,
+) -> _Known | None:
+    """What a call of this kind needs to know; None where there is nothing to compute."""
+    if scale <= 0:
+        raise ValueError(f"scale is {scale}; the Hopper kernels take the largest score first and need it positive")
+    batch, q_len, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[3]
+    chosen = settings or settings_for(head_dim)
+    prepared = prepare(table, batch, k.shape[2], chosen.block, chosen.tile_rows)
+    if not prepared.whole and state is None:
+        raise ValueError("strips begin or end outside this table, but there is no state")
+    if state is not None and (state.stride(-1) != 1 or state.data_ptr() % 8 or any(s % 2 for s in state.stride()[:-1])):
+        raise ValueError(f"state with strides {state.stride()}: rows must be dense, and begin at multiples of 8 bytes")
+    head_batches = prepared.repeats * num_heads
+    total = prepared.count * head_batches
+    if not total:
+        return None
+    keys = max(1, k.shape[0] * k.shape[2])
+    group = num_heads // num_kv_heads
+    section = min(head_batches, group * max(1, L2_BYTES // (keys * head_dim * 2 * k.element_size())))
+    kind = ForwardKind(
+        dtype=DTYPES[q.dtype],
+        head_dim=head_dim,
+        state=state is not None and not prepared.whole,
+        sinks=sinks is not None,
+        flags=flags is not None,
+        out_tma=query_buffers(head_dim, chosen) > 1 and takes_tma(out),
+        settings=chosen,
+    )
+    some = k.numel() > 0
+    numbers = (
+        scale * math.log2(math.e),
+        batch,
+        q_len,
+        num_heads,
+        num_kv_heads,
+        *q.stride()[:3],
+        *((k.stride(2), k.stride(3), v.stride(2), v.stride(3)) if some else (head_dim,) * 4),
+        *out.stride()[:3],
+        lse.stride(0),
+        lse.stride(1),
+        *((0, 0, 0) if state is None else state.stride()[:3]),
+        prepared.count,
+        section,
+        head_batches,
+        total,
+        k.stride(1) // k.stride(2) if k.shape[1] > 1 and some else 0,
+        POLLS,
+        min(total, _processors(q.device)),
+    )
+    return _Known(library.load(kind), prepared.items.data_ptr(), prepared.walk.data_ptr(), numbers)
+
+
+def dense_keys(x: Tensor) -> Tensor:
+    """k or v (C, B, S, H, D) with all tokens of a batch entry one after the other."""
+    return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+
+
+def prepare(table: DeviceTable, batch: int, piece_length: int, block: int, tile_rows: int) -> Prepared:
+    """The table's schedule on its device, made once and kept with the table."""
+    key = ("cute", str(table.device), batch, piece_length, block, tile_rows)
+    known = table.host.cache.get(key)
+    if known is None:
+        schedule = make_schedule(table.host, tile_rows=tile_rows, block=block, piece_length=piece_length)
+        repeats = batch if schedule.every_batch else 1
+        items = schedule.items if schedule.every_batch else schedule.for_batch(batch)
+        walk = schedule.walk if len(schedule.walk) else np.zeros((1, schedule.walk.shape[1]), dtype=np.int32)
+        known = table.host.cache[key] = Prepared(
+            torch.from_numpy(with_first_walk(items, walk)).to(table.device),
+            len(items),
+            torch.from_numpy(walk).to(table.device),
+            repeats,
+            all(strip[0].flags & FIRST and strip[-1].flags & LAST for strip in table.host.grouped),
+        )
+    prepared: Prepared = known
+    return prepared
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def _counter(device: int, stream: int) -> int:
+    """The address of a zero that kernels of one stream of a GPU share (each leaves it zero)."""
+    found = _counters.get((device, stream))
+    if found is None:
+        found = _counters[device, stream] = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
+    return found.data_ptr()

@@ -1,0 +1,169 @@
+"""The producer of the forward (`forward`): loads, arrival flags, and which tile is next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+from cutlass import Int32, cute
+from cutlass.cute.nvgpu import cpasync
+
+from ring_cute.hopper import ptx
+from ring_cute.hopper.records import BATCH, HEAD, Q_ROW, RECORDS, START, STOP, WALK_COLUMNS, ask, publish
+from ring_cute.hopper.views import FAR
+
+
+@dataclass(frozen=True)
+class Loads:
+    """TMA atoms and the tensors of coordinates that go with them."""
+
+    q_atom: Any
+    q: Any  # (Sq, D, Hq, B)
+    k_atom: Any
+    k: Any  # (key, D, Hkv, end, far)
+    v_atom: Any
+    v: Any
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What lives in shared memory: buffers, and barriers as pointers to the first of each kind."""
+
+    q: Any  # (64, D, CONSUMERS * QUERIES)
+    k: Any  # (BLOCK, D, STAGES)
+    v: Any  # (BLOCK, D, STAGES)
+    records: Any  # (16, RECORDS) int32
+    q_full: Any
+    q_empty: Any
+    k_full: Any
+    k_empty: Any
+    v_full: Any
+    v_empty: Any
+    record_full: Any
+    record_empty: Any
+
+
+def _sizes(buffers: Any) -> tuple[int, int]:
+    """Rows and columns of a buffer."""
+    return cute.size(buffers, mode=[0]), cute.size(buffers, mode=[1])
+
+
+@cute.jit
+def _copy(atom, tile, buffer, barrier):
+    """A tile of global memory (rows, D), whole, to a buffer, by TMA; the barrier expects its bytes from then on."""
+    target, source = cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(buffer, 0, 2), cute.group_modes(tile, 0, 2)
+    )
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive_and_expect_tx(barrier, cute.size(buffer) * buffer.element_type.width // 8)
+    cute.copy(atom, source, target, tma_bar_ptr=barrier)
+
+
+@cute.jit
+def _load_q(
+    loads, shared, q_row, head, batch, tiles, queries: cutlass.Constexpr, consumers: cutlass.Constexpr
+):  # fmt: skip
+    """A tile's queries, for each consumer its 64 rows."""
+    buffer = tiles & (queries - 1)
+    for c in cutlass.range_constexpr(consumers):
+        at = c * queries + buffer
+        if cutlass.const_expr(queries == 1):
+            ptx.wait(shared.q_empty + at, (tiles & 1) ^ 1)
+        else:
+            if tiles > 0:  # given back during the tile before
+                ptx.wait(shared.q_empty + at, ((tiles - 1) >> (queries - 1)) & 1)
+        rows = cute.domain_offset((q_row + c * 64, 0), loads.q[None, None, head, batch])
+        tile = cute.local_tile(rows, _sizes(shared.q), (0, 0))
+        _copy(loads.q_atom, tile, shared.q[None, None, at], shared.q_full + at)
+
+
+@cute.jit
+def _load_keys(atom, tensor, x, head, end, buffers, full, empty, stage, phase):
+    """A block of K or V into its ring; rows beyond the segment's end are zeros."""
+    ptx.wait(empty + stage, phase ^ 1)
+    rows = cute.domain_offset((x, 0), tensor[None, None, head, end, FAR])
+    tile = cute.local_tile(rows, _sizes(buffers), (0, 0))
+    _copy(atom, tile, buffers[None, None, stage], full + stage)
+
+
+@cute.jit
+def await_piece(flags, epoch, piece, polls):
+    """Returns once piece has arrived, is poisoned (the largest value) or `polls` looks were in vain."""
+    want = cutlass.Uint32(epoch[0])
+    seen = ptx.load_acquire_sys(flags.iterator + piece)
+    looks = Int32(0)
+    while seen < want and looks < polls:
+        seen = ptx.load_acquire_sys(flags.iterator + piece)
+        looks += 1
+    # the copy engine's writes, acquired by the generic proxy, must be visible to the async proxy (TMA)
+    ptx.fence_proxy_async()
+
+
+@cute.jit
+def produce(
+    work,
+    loads,
+    shared,
+    flags,
+    epoch,
+    polls,
+    block: cutlass.Constexpr,
+    stages: cutlass.Constexpr,
+    queries: cutlass.Constexpr,
+    consumers: cutlass.Constexpr,
+    flagged: cutlass.Constexpr,
+):
+    """One warp, for all of the CTA's tiles."""
+    lane = cute.arch.lane_idx()
+    grid, _, _ = cute.arch.grid_dim()
+    first_tile, _, _ = cute.arch.block_idx()
+    records = shared.records
+    stage_bits = stages.bit_length() - 1  # here: what a method is called on in a loop becomes a variable of it
+    blocks, tiles, turn = Int32(0), Int32(0), Int32(0)
+    publish(first_tile, turn, lane, work, records, shared.record_full, shared.record_empty)
+    going = first_tile < work.total
+    while going:
+        slot = turn & (RECORDS - 1)
+        start, stop, q_row = records[START, slot], records[STOP, slot], records[Q_ROW, slot]
+        batch, head = records[BATCH, slot], records[HEAD, slot]
+        kv_head = head // work.group
+        first = blocks
+        asked = Int32(0)
+        if stop > start:
+            if cutlass.const_expr(queries > 1):
+                _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers)
+            for w in cutlass.range(start, stop, unroll=1):
+                entry = w * WALK_COLUMNS
+                k_row, k_len, j_lo = work.walk[entry], work.walk[entry + 1], work.walk[entry + 2]
+                count, right = work.walk[entry + 3], work.walk[entry + 4]
+                if cutlass.const_expr(flagged):
+                    await_piece(flags, epoch, work.walk[entry + 8], polls)
+                end = batch * work.k_batch_rows + k_row + k_len
+                for t in cutlass.range(count, unroll=1):
+                    if blocks - first == 2:  # after two blocks there is time for the next tile
+                        asked = ask(lane, work)
+                    if blocks - first == 3:
+                        publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
+                    number = t - right  # right edges from the right, then the others from the left
+                    if t < right:
+                        number = count - 1 - t
+                    x = FAR - k_len + j_lo + number * block
+                    stage, phase = blocks & (stages - 1), (blocks >> stage_bits) & 1
+                    _load_keys(
+                        loads.k_atom, loads.k, x, kv_head, end, shared.k, shared.k_full, shared.k_empty, stage, phase
+                    )
+                    if cutlass.const_expr(queries == 1):  # noqa: SIM102  # a constant, and a value
+                        if blocks == first:  # the last tile's scores free a stage of K before they free Q
+                            _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers)
+                    _load_keys(
+                        loads.v_atom, loads.v, x, kv_head, end, shared.v, shared.v_full, shared.v_empty, stage, phase
+                    )
+                    blocks += 1
+            tiles += 1
+        if blocks - first <= 2:
+            asked = ask(lane, work)
+        if blocks - first <= 3:
+            publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
+        going = asked + grid < work.total
+        turn += 1

@@ -1,0 +1,73 @@
+"""Which tile a CTA computes next, and what there is to know of it, in shared memory.
+
+A record is a row of `items`, sixteen numbers: `ring_core.tiles.ITEM` with batch entry, head and "there is such a tile"
+filled in, then the first columns of `ring_core.tiles.WALK` of the tile's first segment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cutlass import Int32, cute
+
+from ring_cute.hopper import ptx
+
+RECORD_BITS = 2
+RECORDS = 1 << RECORD_BITS
+"""Tiles, this one and those before and after it, whose records are kept."""
+START, STOP, Q_ROW, ROWS, BATCH, ENDS, HEAD, EXISTS = range(8)
+K_LEN, J_LO, NUMBER, RIGHT, EDGES, LOWER, UPPER = range(9, 16)
+WALK_COLUMNS = 12
+
+
+@dataclass(frozen=True)
+class Work:
+    """How tiles are numbered: heads come in sections whose keys fit the L2, tiles longest first within one."""
+
+    items: Any  # (N * 16) int32
+    walk: Any  # (M * 12) int32
+    counter: Any  # (1) int32
+    num_items: Any
+    section: Any
+    num_heads: Any
+    head_batches: Any
+    total: Any
+    group: Any
+    k_batch_rows: Any
+
+
+@cute.jit
+def publish(number: Int32, turn: Int32, lane: Int32, work, records, full, empty):
+    """Tile number `number` as the record of the CTA's tile `turn`. By one warp."""
+    nth = number // (work.num_items * work.section)
+    rest = number - nth * (work.num_items * work.section)
+    here = cute.math.max(cute.math.min(work.section, work.head_batches - nth * work.section), 1)
+    item = rest // here
+    head_batch = nth * work.section + rest - item * here
+    slot = turn & (RECORDS - 1)
+    ptx.wait(empty + slot, ((turn >> RECORD_BITS) & 1) ^ 1)
+    if lane < 16:
+        value = Int32(0)
+        if number < work.total:
+            value = work.items[item * 16 + lane]
+            if lane == BATCH and value < 0:
+                value = head_batch // work.num_heads
+            if lane == HEAD:
+                value = head_batch % work.num_heads
+            if lane == EXISTS:
+                value = Int32(1)
+        records[lane, slot] = value
+    cute.arch.sync_warp()
+    ptx.arrive(full + slot, lane == 0)
+
+
+@cute.jit
+def ask(lane: Int32, work):
+    """The number of the next tile that nobody has, less the grid's first ones. By one warp."""
+    asked = Int32(0)
+    if lane == 0:
+        asked = cute.arch.atomic_add(work.counter.iterator, Int32(1), sem="relaxed", scope="gpu")
+        if asked == work.total - 1:  # every CTA asks until it is refused: the last to ask
+            cute.arch.atomic_exch(work.counter.iterator, Int32(0), sem="relaxed", scope="gpu")
+    return cute.arch.shuffle_sync(asked, 0)

@@ -1,0 +1,92 @@
+"""A consumer's arithmetic: products, mask, online softmax, rounding; all on registers."""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Float32, Int32, cute
+from cutlass.cute.nvgpu import warpgroup
+
+from ring_cute.hopper import ptx
+
+
+@cute.jit
+def multiply(product, a, b, c, add: cutlass.Constexpr):
+    """c = a b, or c += a b: issued, one group."""
+    atom = cute.make_mma_atom(product.op)  # an own one: what is set on an argument would escape from loops
+    warpgroup.fence()
+    for part in cutlass.range_constexpr(cute.size(b, mode=[2])):
+        atom.set(warpgroup.Field.ACCUMULATE, add or part > 0)
+        cute.gemm(atom, c, a[None, None, part], b[None, None, part], c)
+    warpgroup.commit_group()
+
+
+@cute.jit
+def mask(s, row, column, j, k_len, lower, upper):
+    """-inf where a row does not see key j + column."""
+    for half in cutlass.range_constexpr(2):
+        own = row + 8 * half
+        first = own + lower - j - column
+        last = cute.math.min(own + upper, k_len - 1) - j - column
+        for e in cutlass.range_constexpr(0, cute.size(s), 4):
+            for c in cutlass.range_constexpr(2):
+                here = 2 * e + c
+                seen = (first <= here) & (last >= here)
+                s[e + 2 * half + c] = cutlass.select_(seen, s[e + 2 * half + c], -Float32.inf)
+
+
+LAZY = 8.0
+"""log2 of the factor by which a row's maximum may grow before its sums are multiplied, where `lazy`."""
+
+
+@cute.jit
+def softmax(
+    s, m, norm, decay, scale, masked: cutlass.Constexpr, lazy: cutlass.Constexpr, polynomial: cutlass.Constexpr
+):  # fmt: skip
+    """One step of the online softmax in base 2: s becomes probabilities, `decay` the factor for earlier sums, which is
+    1 for the whole warp where it returns false."""
+    new = []
+    for half in cutlass.range_constexpr(2):
+        top = [s[2 * half], s[2 * half + 1]]
+        for e in cutlass.range_constexpr(4, cute.size(s), 4):
+            for c in cutlass.range_constexpr(2):
+                top[c] = cute.arch.fmax(top[c], s[e + 2 * half + c])
+        new.append(cute.arch.fmax(m[half], ptx.quad_max(cute.arch.fmax(top[0], top[1])) * scale))
+    grown = cutlass.Boolean(True)
+    if cutlass.const_expr(lazy):
+        grown = cute.arch.vote_any_sync((new[0] > m[0] + LAZY) | (new[1] > m[1] + LAZY))
+        new = [cutlass.select_(grown, new[half], m[half]) for half in range(2)]
+    for half in cutlass.range_constexpr(2):
+        base = new[half]
+        if cutlass.const_expr(masked):
+            base = cutlass.select_(base == -Float32.inf, Float32(0.0), base)  # a row that has seen nothing yet
+        decay[half] = ptx.exp2(m[half] - base)
+        m[half] = new[half]
+        total = [norm[half] * decay[half], Float32(0.0)]
+        for e in cutlass.range_constexpr(0, cute.size(s), 4):
+            for c in cutlass.range_constexpr(2):
+                x = ptx.fma(s[e + 2 * half + c], scale, -base)
+                if cutlass.const_expr(e // 4 % 8 < polynomial and not masked):  # which has no 0 for what is masked
+                    x = ptx.exp2_polynomial(x)
+                else:
+                    x = ptx.exp2(x)
+                s[e + 2 * half + c] = x
+                total[c] = total[c] + x
+        norm[half] = total[0] + total[1]
+    return grown
+
+
+@cute.jit
+def rescale(o, factor):
+    """Each of a thread's two rows of sums times its factor."""
+    for e in cutlass.range_constexpr(0, cute.size(o), 4):
+        for c in cutlass.range_constexpr(4):
+            o[e + c] = o[e + c] * factor[c // 2]
+
+
+@cute.jit
+def to_operand(s, p):
+    """fp32 to the inputs' dtype, two numbers a register."""
+    words = cute.recast_tensor(p, Int32)
+    for e in cutlass.range_constexpr(0, cute.size(words), 4):
+        for c in cutlass.range_constexpr(e, e + 4):
+            words[c] = ptx.pack(s[2 * c], s[2 * c + 1], p.element_type)

@@ -1,0 +1,114 @@
+"""Launch settings of the kernels, as data. No DSL is needed to read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+SHARED_BYTES = 226 << 10
+"""Of buffers in shared memory; a kilobyte is left for barriers and records."""
+
+Rescale = Literal["after", "before", "lazy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one kind of forward is launched."""
+
+    block: int = 128
+    """Keys a block."""
+    stages: int = 2
+    """Blocks of K, and of V, in shared memory; a power of two."""
+    consumer_registers: int = 240
+    producer_registers: int = 24
+    """Per thread, after they are moved: 128 x (2 x consumers' + producer's) are at most 65536."""
+    consumers: int = 2
+    """Consumer warpgroups of 64 rows each."""
+    ping_pong: bool = False
+    """Consumers issue their products in turns."""
+    overlap: int = 0
+    """What is done while O is being summed: 0 the maximum of the next scores, 1 their exponentials too, 2 and the
+    conversion to P, which costs P's registers twice. A branch in between holds ptxas to it."""
+    rescale: Rescale = "after"
+    """When O is multiplied for a larger maximum: right "after" a sum, "before" the next one, while the next scores are
+    computed, or "lazy": after, and only once some row of a warp has grown by a factor of 256, until when its
+    probabilities are of the older maximum and up to 256 (they are rounded relatively, and sums are fp32)."""
+    query_registers: bool = False
+    """A consumer's queries stay in registers, so that products read half of shared memory less: a quarter of what all
+    products of a block of 128 keys read, or 32 of the 128 bytes a clock while scores are computed."""
+    polynomial: int = 0
+    """Of eight exponentials, so many are computed by a polynomial instead of the special function unit, which makes 16
+    a clock and processor, the time of two products at head dim 64."""
+    reason: str = field(default="", compare=False)
+    """Why these: what was measured."""
+
+    @property
+    def tile_rows(self) -> int:
+        return 64 * self.consumers
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Them as part of a file's name: the numbers, then what differs from the defaults."""
+        changed = [
+            f"{f.name}{getattr(self, f.name)}"
+            for f in fields(self)[4:]
+            if f.compare and getattr(self, f.name) != f.default
+        ]
+        numbers = f"b{self.block}x{self.stages}", f"r{self.consumer_registers}.{self.producer_registers}"
+        return *numbers, *changed
+
+
+FORWARD: dict[int, Settings] = {
+    # padded head dim: S, P of 64 x block and O of 64 x head dim live in registers, two rings and Q in 227 KiB
+    64: Settings(reason="not measured yet; ring-triton's best"),
+    128: Settings(reason="not measured yet; ring-triton's best"),
+    192: Settings(block=112, rescale="lazy", reason="not measured yet; the largest block that fits"),
+    256: Settings(block=80, rescale="lazy", reason="not measured yet; the largest block that fits"),
+}
+"""By head dim, rounded up to the next key."""
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The head dim that is computed with; columns beyond the true one are zeros that TMA fills in."""
+    return next(width for width in FORWARD if head_dim <= width)
+
+
+def settings_for(head_dim: int) -> Settings:
+    """The settings for a head dim."""
+    return FORWARD[padded_head_dim(head_dim)]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardKind:
+    """What a compiled forward is for: one kernel each."""
+
+    dtype: str
+    """ "float16" or "bfloat16"."""
+    head_dim: int
+    state: bool
+    """Strips may begin or end in another table: (state, lse) are read and written."""
+    sinks: bool
+    flags: bool
+    out_tma: bool
+    """Output of whole tiles leaves by TMA, through the queries' buffer."""
+    settings: Settings
+
+    @property
+    def padded(self) -> int:
+        return padded_head_dim(self.head_dim)
+
+    @property
+    def queries(self) -> int:
+        """Buffers for a consumer's queries: two, where shared memory holds them beside the rings."""
+        return query_buffers(self.head_dim, self.settings)
+
+    @property
+    def shared_bytes(self) -> int:
+        s = self.settings
+        return 2 * self.padded * (2 * s.stages * s.block + self.queries * s.tile_rows)
+
+
+def query_buffers(head_dim: int, settings: Settings) -> int:
+    """See `ForwardKind.queries`."""
+    rings, rows = 4 * settings.stages * settings.block, 4 * settings.tile_rows
+    return 2 if (rings + rows) * padded_head_dim(head_dim) <= SHARED_BYTES else 1
