@@ -55,7 +55,7 @@ def no_gpu(driver_launch: Callable[..., int]) -> Iterator[CompileOnly]:
     encoded: Callable[[Any, Any], list[Any]] = lambda moved, metadata: [Map(moved.base.data_ptr())]  # noqa: E731
     with (
         patch.object(launch, "forward_kernel", compile_only),
-        patch.object(launch, "_processors", lambda device: 132),
+        patch.object(launch, "processors", lambda device: 132),
         patch.object(launch, "current_stream", lambda: lambda index: 7),
         patch.object(direct, "driver_launch", lambda: driver_launch),
         patch.object(direct, "make_tensordesc_arg", encoded),
@@ -106,7 +106,9 @@ def no_gpu_backward(driver_launch: Callable[..., int]) -> Iterator[dict[str, Com
     encoded: Callable[[Any, Any], list[Any]] = lambda moved, metadata: [Map(moved.base.data_ptr())]  # noqa: E731
     streams: Callable[[], Any] = lambda: lambda index: 7  # noqa: E731
     with (
-        patch.multiple(backward_launch, _split=lambda *_: 1, current_stream=streams, **kernels),
+        patch.multiple(
+            backward_launch, _split=lambda *_: 1, processors=lambda device: 132, current_stream=streams, **kernels
+        ),
         patch.multiple(
             direct, current_stream=streams, driver_launch=lambda: driver_launch, make_tensordesc_arg=encoded
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ class PreparedKeys:
     walk: Tensor  # (M, 12) int32
     repeats: int  # batch entries that all items are about
     keys: int  # in tiles that some query sees, of all batch entries
+    section: Callable[[int, int, int], int]  # `Schedule.section`
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +305,7 @@ def _prepare_call(
         *dk.stride()[:4],
         *dv.stride()[:4],
         prepared.count,
-        min(head_batches, max(1, L2_BYTES // (members * length * head_dim * 8))),
+        prepared.section(head_batches, max(1, L2_BYTES // (members * length * head_dim * 8)), _processors(q.device)),
         head_batches,
         total,
         split,
@@ -351,6 +353,7 @@ def schedule_for(table: DeviceTable, batch: int, block: int, by_piece: bool) -> 
             torch.from_numpy(walk).to(table.device),
             batch if schedule.every_batch else 1,
             schedule.seen_keys(batch),
+            schedule.section,
         )
     prepared: PreparedKeys = known
     return prepared
