@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ring_cute.library import Kind
-from ring_cute.settings import SHARED_BYTES, ForwardKind, Settings, query_buffers, settings_for
+from ring_cute.settings import SHARED_BYTES, ForwardKind, Settings, kind_for, settings_for
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def kind_of(
 ) -> ForwardKind:
     """The kind that `launch` would ask for."""
     chosen = replace(settings or settings_for(head_dim), **changed)
-    return ForwardKind(dtype, head_dim, state, sinks, flags, query_buffers(head_dim, chosen) > 1, chosen)
+    return kind_for(dtype, head_dim, chosen, state=state, sinks=sinks, flags=flags)
 
 
 def compiled_and_ptx(kind: Kind, cubin_to: Path | None = None) -> tuple[Any, str]:

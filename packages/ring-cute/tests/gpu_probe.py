@@ -3,7 +3,7 @@
     python packages/ring-cute/tests/gpu_probe.py compile            # where the DSL is: fills RING_CUTE_CACHE
     python packages/ring-cute/tests/gpu_probe.py [SECTION…]     # on the GPU: torch, numpy, apache-tvm-ffi, the cache
 
-Sections: smoke, correct, flags, speed, variants, steps, host, clocks (all if none but variants and clocks);
+Sections: smoke, correct, flags, speed, variants, locality, steps, host, clocks (all if none but EXTRA);
 "only=WORD" picks the cases of `correct` that WORD is part of. Each case is named before it is launched. Exit status 1
 if a check failed; a kernel that does not end in HANG seconds ends the probe there with 2, since nothing more can run
 beside it. Where ring-triton is importable, its Hopper forward is timed as well.
@@ -34,12 +34,14 @@ from ring_core.backend import Flags, Params, on_device
 from ring_core.plan import PackedProblem, Problem, make_plan
 from ring_core.reference import ReferenceBackend
 from ring_core.segment import COLUMNS, FIRST, LAST, Segment, Table
+from ring_cute.hopper import launch as launching
 from ring_cute.hopper.launch import forward, supports
-from ring_cute.settings import ForwardKind, Settings, query_buffers, settings_for
+from ring_cute.settings import ForwardKind, Settings, kind_for, settings_for
 
 DEVICE = torch.device("cuda", 0)
 SENTINEL = 12345.0
 HANG, SLOW = 10.0, 60.0
+EXTRA = ("variants", "locality", "clocks")
 failures: list[str] = []
 only = ""
 
@@ -51,10 +53,8 @@ TRIED: dict[int, list[dict[str, Any]]] = {
         {"overlap": 1},
         {"rescale": "lazy", "overlap": 1},
         {"rescale": "lazy", "overlap": 1, "ping_pong": True},
-        {"query_registers": True},
         {"query_registers": True, "rescale": "lazy"},
         {"query_registers": True, "rescale": "lazy", "overlap": 1},
-        {"query_registers": True, "rescale": "lazy", "ping_pong": True},
         {"block": 144, "rescale": "lazy"},
         {"block": 160, "rescale": "lazy"},
         {"block": 160, "rescale": "lazy", "overlap": 1},
@@ -62,6 +62,8 @@ TRIED: dict[int, list[dict[str, Any]]] = {
         {"block": 176, "rescale": "lazy"},
         {"block": 176, "rescale": "lazy", "overlap": 1},
         {"rescale": "lazy", "polynomial": 1},
+        {"cache_hints": True},
+        {"consumers": 3, "consumer_registers": 160, "block": 80, "rescale": "lazy"},
     ],
     64: [
         {},
@@ -72,7 +74,7 @@ TRIED: dict[int, list[dict[str, Any]]] = {
         {"polynomial": 2, "rescale": "lazy", "overlap": 1},
         {"query_registers": True, "rescale": "lazy", "polynomial": 1},
         {"block": 192, "rescale": "lazy"},
-        {"block": 192, "rescale": "lazy", "polynomial": 1},
+        {"block": 192, "rescale": "lazy", "cache_hints": True},
         {"consumers": 3, "consumer_registers": 160, "rescale": "lazy"},
         {"consumers": 3, "consumer_registers": 160, "rescale": "lazy", "polynomial": 1},
         {"consumers": 3, "consumer_registers": 160, "rescale": "lazy", "polynomial": 2, "query_registers": True},
@@ -91,27 +93,20 @@ VARIANTS: dict[int, dict[str, Settings]] = {
 }
 
 
-def kind(dim: int, dtype: str = "bfloat16", settings: Settings | None = None, **on: bool) -> ForwardKind:
-    """What a call on contiguous tensors asks for."""
-    chosen = settings or settings_for(dim)
-    state, sinks, flagged = (on.get(name, False) for name in ("state", "sinks", "flags"))
-    return ForwardKind(dtype, dim, state, sinks, flagged, query_buffers(dim, chosen) > 1, chosen)
-
-
 def kinds() -> Iterator[ForwardKind]:
     """Every kernel that the probe launches."""
     for dim in (128, 64, 192, 256):
-        yield kind(dim)
-        yield kind(dim, state=True)
-        yield kind(dim, flags=True)
-        yield kind(dim, sinks=True)
-        yield kind(dim, state=True, sinks=True)
-        yield kind(dim, "float16")
+        yield kind_for("bfloat16", dim)
+        yield kind_for("bfloat16", dim, state=True)
+        yield kind_for("bfloat16", dim, flags=True)
+        yield kind_for("bfloat16", dim, sinks=True)
+        yield kind_for("bfloat16", dim, state=True, sinks=True)
+        yield kind_for("float16", dim)
         for chosen in VARIANTS[dim].values():
-            yield kind(dim, settings=chosen)
+            yield kind_for("bfloat16", dim, chosen)
     for dim in (96, 40, 160, 200):
         for state in (False, True):
-            yield kind(dim, state=state)
+            yield kind_for("bfloat16", dim, state=state)
 
 
 def compile_all() -> None:
@@ -493,6 +488,27 @@ def variants() -> None:
                   + "; ".join(f"{label} {flops / t / 1e9:.0f}" for label, t in best.items()), flush=True)  # fmt: skip
 
 
+def locality() -> None:
+    """How many bytes of keys and values concurrent tiles share: more heads at a time balance, fewer stay in L2."""
+    before = launching.L2_BYTES
+    for length, causal in ((4096, True), (4096, False), (16384, True), (16384, False), (32768, True), (32768, False)):
+        fns, flops = {}, 1.0
+        for size in (1, 8, 16, 24, 32, 48):
+            begin(f"{size} MiB, S {length}, causal {causal}")
+            launching.L2_BYTES = size << 20  # read when a call of a kind is made for the first time
+            made, flops = call(max(1, 16384 // length), length, (16, 16), 128, causal)
+            fns[size] = made["ours"]
+            fns[size]()
+            finish("locality")
+        best = dict.fromkeys(fns, math.inf)
+        for _ in range(3):
+            for size, fn in fns.items():
+                best[size] = min(best[size], milliseconds(fn))
+        print(f"S {length} {'causal' if causal else 'full'}: "
+              + "; ".join(f"{size} MiB {flops / t / 1e9:.0f}" for size, t in best.items()), flush=True)  # fmt: skip
+    launching.L2_BYTES = before
+
+
 def steps() -> None:
     """Accumulating steps against one call over all keys."""
     for each, count in ((8192, 4), (2048, 16)):
@@ -575,13 +591,13 @@ def main() -> int:
     if sys.argv[1:] == ["compile"]:
         compile_all()
         return 0
-    sections = {f.__name__: f for f in (smoke, correct, flags, speed, variants, steps, host, clocks)}
+    sections = {f.__name__: f for f in (smoke, correct, flags, speed, variants, locality, steps, host, clocks)}
     print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
     global only
     picked = [word for word in sys.argv[1:] if word.startswith("only=")]
     only = picked[-1].removeprefix("only=") if picked else ""
     names = [word for word in sys.argv[1:] if word not in picked]
-    for name in names or [name for name in sections if name not in ("variants", "clocks")]:
+    for name in names or [name for name in sections if name not in EXTRA]:
         print(f"== {name}", flush=True)
         begin_time = time.monotonic()
         try:

@@ -96,6 +96,11 @@ class TensorMap:
     strides: tuple[int, ...]  # bytes, of all but the first dimension
     box: tuple[int, ...]
 
+    @property
+    def width(self) -> int:
+        """Bytes of an element: rows of a box are 128."""
+        return 128 // self.box[0]
+
     @classmethod
     def of(cls, raw: bytes, rank: int) -> TensorMap:
         word = struct.unpack("<32I", raw)
@@ -108,14 +113,13 @@ class TensorMap:
             tuple(box + 1 for box in boxes[:rank]),
         )
 
-    def rows(self, at: tuple[int, ...], width: int = 2) -> list[tuple[int, int]]:
-        """(address, columns inside) of each row of a box of two dimensions, of numbers of so many bytes; no column
-        where the row is outside."""
+    def rows(self, at: tuple[int, ...]) -> list[tuple[int, int]]:
+        """(address, columns inside) of each row of a box of two dimensions; no column where the row is outside."""
         assert all(size == 1 for size in self.box[2:]), self.box
         inside = all(0 <= c < size for c, size in zip(at[2:], self.sizes[2:], strict=True))
         found = []
         for row in range(at[1], at[1] + self.box[1]):
-            address = self.address + width * at[0] + row * self.strides[0]
+            address = self.address + self.width * at[0] + row * self.strides[0]
             address += sum(c * stride for c, stride in zip(at[2:], self.strides[1:], strict=True))
             columns = min(self.box[0], self.sizes[0] - at[0]) if inside and 0 <= row < self.sizes[1] else 0
             found.append((address % (1 << 64), max(0, columns)))
@@ -526,6 +530,17 @@ class Program:
         to, of = TYPES[kinds[-2]], TYPES[kinds[-1]]
         return self._map(operands, of, lambda x: x.astype(to), to)
 
+    def op_bmsk(self, name: str, kinds: list[str], operands: list[str]) -> Any:
+        assert kinds[0] == "clamp", name
+        start, count = (self.source(x, np.uint32) for x in operands[1:])
+
+        def run(w: Warp, mask: np.ndarray | None) -> None:
+            first, number = (np.minimum(x(w), 32).astype(np.uint64) for x in (start, count))
+            ones = ((np.uint64(1) << number) - np.uint64(1)) << first
+            w.put(operands[0], (ones & np.uint64(0xFFFFFFFF)).astype(np.uint32), mask)
+
+        return run
+
     def op_cvta(self, name: str, kinds: list[str], operands: list[str]) -> Any:
         return self._map(operands, np.uint64, lambda x: x.copy())
 
@@ -780,10 +795,10 @@ class Program:
             where = tuple(int(read(w)[lane]) for read in reads)
             start = int(at(w)[lane])
             assert start % 1024 == 0, "the swizzle's pattern begins elsewhere"
-            assert view.box[0] == 64, "a row of 128 bytes"
+            assert view.box[0] in (32, 64), "a row of 128 bytes"
 
             def places(row: int, columns: int) -> np.ndarray:
-                return swizzled(start + 128 * row + np.arange(2 * columns)) - SHARED_BASE
+                return swizzled(start + 128 * row + np.arange(view.width * columns)) - SHARED_BASE
 
             if storing:
 
@@ -799,9 +814,10 @@ class Program:
 
             def land() -> None:
                 for row, (address, columns) in enumerate(view.rows(where)):
-                    block.shared[places(row, 64)] = 0
+                    block.shared[places(row, view.box[0])] = 0
                     if columns:
-                        raw = block.memory.load(np.array([address], dtype=np.uint64), 2 * columns)[0]
+                        size = view.width * columns
+                        raw = block.memory.load(np.array([address], dtype=np.uint64), size)[0]
                         block.shared[places(row, columns)] = raw
                 barrier = block.barriers[barrier_at]
                 barrier.bytes -= 128 * view.box[1]
@@ -831,7 +847,7 @@ class Program:
             assert view.box[0] == 32, "a row of 128 bytes"
 
             def add() -> None:
-                for row, (address, columns) in enumerate(view.rows(where, 4)):
+                for row, (address, columns) in enumerate(view.rows(where)):
                     if columns:
                         places = swizzled(start + 128 * row + np.arange(4 * columns)) - SHARED_BASE
                         place = np.array([address], dtype=np.uint64)

@@ -71,6 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
             {"query_registers": True, "rescale": "lazy", "overlap": 1},
             {"rescale": "before", "ping_pong": True, "block": 160},
             {"rescale": "lazy", "block": 176},
+            {"rescale": "lazy", "cache_hints": True, "consumers": 3, "consumer_registers": 160, "block": 80},
         )
     },
 }

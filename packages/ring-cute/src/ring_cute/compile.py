@@ -21,7 +21,7 @@ from typing import Any
 from ring_cute import library
 from ring_cute.backend import BACKWARD_HEAD_DIMS, HEAD_DIMS
 from ring_cute.hopper.backward_settings import BackwardKind, EndsKind, backward_settings_for
-from ring_cute.settings import FORWARD, ForwardKind, query_buffers, settings_for
+from ring_cute.settings import FORWARD, ForwardKind, kind_for
 
 DTYPES = ("bfloat16", "float16")
 MOST_JOBS = 8
@@ -37,9 +37,7 @@ def forwards(head_dim: int, dtype: str) -> Iterator[ForwardKind]:
         (False, True, False),
         (True, True, False),
     ):
-        settings = settings_for(head_dim)
-        out_tma = query_buffers(head_dim, settings) > 1
-        yield ForwardKind(dtype, head_dim, state, sinks, flags, out_tma, settings)
+        yield kind_for(dtype, head_dim, state=state, sinks=sinks, flags=flags)
 
 
 def backwards(head_dim: int, dtype: str) -> Iterator[BackwardKind | EndsKind]:
@@ -113,20 +111,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wrong := [head_dim for head_dim in options.head_dim if head_dim not in HEAD_DIMS]:
         parser.error(f"there are no kernels of head dim {wrong[0]}, but of {HEAD_DIMS}")
     kinds = list(dict.fromkeys(shipped(options.head_dim, options.dtype, options.direction)))
+    return fill(kinds, options.jobs, anew=options.anew)
+
+
+def fill(kinds: Sequence[Any], jobs: int = 0, *, anew: bool = False) -> int:
+    """Compiles what is not in the cache, `jobs` at a time, and prints what it did. Returns the command's exit code."""
     if not library.dsl_version():
         print(f"{library.DSL} is not installed: {library.GET_DSL}", file=sys.stderr)
         return 2
     print(f"cache {library.cache_folder()}: {len(kinds)} kernels, {library.DSL} {library.dsl_version()}", flush=True)
-    jobs = min(options.jobs or min(os.cpu_count() or 1, MOST_JOBS), len(kinds))
+    jobs = min(jobs or min(os.cpu_count() or 1, MOST_JOBS), len(kinds))
     lines: list[_Line] = []
     if jobs > 1:
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            for line in pool.map(_fill, kinds, [options.anew] * len(kinds)):
+            for line in pool.map(_fill, kinds, [anew] * len(kinds)):
                 lines.append(line)
                 print(line.text, flush=True)
     else:
         for kind in kinds:
-            lines.append(_fill(kind, options.anew))
+            lines.append(_fill(kind, anew))
             print(lines[-1].text, flush=True)
     lost = sum(not line.kept for line in lines)
     print(f"{len(lines) - lost} of {len(lines)} kernels are in the cache", flush=True)

@@ -39,6 +39,8 @@ class Settings:
     polynomial: int = 0
     """Of eight exponentials, so many are computed by a polynomial instead of the special function unit, which makes 16
     a clock and processor, the time of two products at head dim 64."""
+    cache_hints: bool = False
+    """L2 is told to keep keys and values rather than queries."""
     reason: str = field(default="", compare=False)
     """Why these: what was measured."""
 
@@ -92,6 +94,9 @@ class ForwardKind:
     out_tma: bool
     """Output of whole tiles leaves by TMA, through the queries' buffer."""
     settings: Settings
+    state_tma: bool = False
+    """A tile's state arrives while it is computed, and leaves while the next one is, by TMA and through shared memory
+    of its own, where final rows leave through as well; otherwise at the tile's end, from and to registers."""
 
     @property
     def padded(self) -> int:
@@ -100,15 +105,42 @@ class ForwardKind:
     @property
     def queries(self) -> int:
         """Buffers for a consumer's queries: two, where shared memory holds them beside the rings."""
-        return query_buffers(self.head_dim, self.settings)
+        return 1 if self.state_tma else query_buffers(self.head_dim, self.settings)
 
     @property
     def shared_bytes(self) -> int:
         s = self.settings
-        return 2 * self.padded * (2 * s.stages * s.block + self.queries * s.tile_rows)
+        return 2 * self.padded * (2 * s.stages * s.block + (self.queries + 2 * self.state_tma) * s.tile_rows)
 
 
 def query_buffers(head_dim: int, settings: Settings) -> int:
     """See `ForwardKind.queries`."""
-    rings, rows = 4 * settings.stages * settings.block, 4 * settings.tile_rows
-    return 2 if (rings + rows) * padded_head_dim(head_dim) <= SHARED_BYTES else 1
+    return 2 if _fits(head_dim, settings, 2) else 1
+
+
+def state_fits(head_dim: int, settings: Settings) -> bool:
+    """Whether shared memory holds a tile's state, in fp32, beside rings and queries."""
+    return _fits(head_dim, settings, 3)
+
+
+def _fits(head_dim: int, settings: Settings, tiles: int) -> bool:
+    rows = 2 * settings.stages * settings.block + tiles * settings.tile_rows
+    return 2 * rows * padded_head_dim(head_dim) <= SHARED_BYTES
+
+
+def kind_for(
+    dtype: str,
+    head_dim: int,
+    settings: Settings | None = None,
+    *,
+    state: bool = False,
+    sinks: bool = False,
+    flags: bool = False,
+    out_tma: bool = True,
+    state_tma: bool = True,
+) -> ForwardKind:
+    """The kernel for a call; out_tma and state_tma say whether TMA can address these tensors at all."""
+    chosen = settings or settings_for(head_dim)
+    ahead = state and state_tma and state_fits(head_dim, chosen)
+    staged = ahead or query_buffers(head_dim, chosen) > 1
+    return ForwardKind(dtype, head_dim, state, sinks, flags, out_tma and staged, chosen, ahead)

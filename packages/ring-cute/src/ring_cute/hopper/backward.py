@@ -43,6 +43,7 @@ reduction.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
@@ -86,6 +87,32 @@ HELPERS = 2
 THREADS = 128 * (1 + CONSUMERS)
 DS_BARRIER, END_BARRIER = 1, 2
 """Named barriers of both consumers."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A consumer's products, their operands in shared memory, and what it holds in registers."""
+
+    scores: Any
+    sums: Any
+    turned: Any
+    keys: Any  # its 64 keys
+    values: Any
+    queries: Any  # of each stage
+    douts: Any
+    queries_turned: Any
+    douts_turned: Any
+    keys_turned: Any  # its 64 columns of D by each consumer's keys
+    ds_read: Any  # its share of a block's rows by all keys, of each buffer
+    s: Any
+    dp: Any
+    p16: Any
+    ds16: Any
+    dq: Any
+    dk: Any
+    dv: Any
+    ds_at: Any  # where this thread writes, in bytes
+    dq_at: Any  # in words
 
 
 class HopperBackward:
@@ -433,34 +460,29 @@ class HopperBackward:
                 dk.fill(0.0)
                 dv.fill(0.0)
                 ptx.wait(shared.k_full, tiles & 1)
-                for n in cutlass.range(total, unroll=1):
-                    if n == 0:
-                        ptx.wait(shared.v_full, tiles & 1)
+                parts = Parts(
+                    scores, sums, turned, keys, values, queries, douts, queries_turned, douts_turned, keys_turned,
+                    ds_read, s, dp, p16, ds16, dq, dk, dv, ds_at, dq_at,
+                )  # fmt: skip
+                thread = (cid, leader, cid * 64 + row, column)
+                state = (q_stage, q_phase, do_stage, do_phase, blocks)
+                if cutlass.const_expr(self.kind.settings.ahead):
                     ptx.wait(shared.q_full + q_stage, q_phase)
                     multiply(scores, keys, queries[None, None, None, q_stage], s, False)
+                    ptx.wait(shared.v_full, tiles & 1)
                     ptx.wait(shared.do_full + do_stage, do_phase)
                     multiply(scores, values, douts[None, None, None, do_stage], dp, False)
                     warpgroup.wait_group(1)
                     self.probabilities(shared, s, q_stage, score_scale, cid * 64 + row, column, count)
-                    to_operand(s, p16)
                     warpgroup.wait_group(0)
-                    multiply(sums, p16, douts_turned[None, None, None, do_stage], dv, True)
-                    self.differences(shared, s, dp, q_stage, column)
-                    to_operand(dp, ds16)
-                    self.store_ds(shared, ds16, ds_at, blocks & 1)
-                    cute.arch.fence_proxy("async.shared", space="cta")
-                    cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=128 * CONSUMERS)
-                    self.multiply_dq(turned, keys_turned, ds_read, dq, blocks & 1)
-                    warpgroup.wait_group(1)
-                    ptx.arrive(shared.do_empty + do_stage, leader)
-                    multiply(sums, ds16, queries_turned[None, None, None, q_stage], dk, True)
-                    warpgroup.wait_group(1)
-                    self.store_dq(shared, dq, dq_at, cid, leader, blocks)
-                    warpgroup.wait_group(0)
-                    ptx.arrive(shared.q_empty + q_stage, leader)
-                    q_stage, q_phase = next_stage(q_stage, q_phase, self.q_stages)
-                    do_stage, do_phase = next_stage(do_stage, do_phase, self.do_stages)
-                    blocks += 1
+                    for _ in cutlass.range(total - 1, unroll=1):
+                        state = self.block_and_next(shared, parts, thread, state, score_scale, count, False)
+                    state = self.block_and_next(shared, parts, thread, state, score_scale, count, True)
+                else:
+                    ptx.wait(shared.v_full, tiles & 1)
+                    for _ in cutlass.range(total, unroll=1):
+                        state = self.block_alone(shared, parts, thread, state, score_scale, count)
+                q_stage, q_phase, do_stage, do_phase, blocks = state
                 ptx.arrive(shared.k_empty, leader)
                 ptx.arrive(shared.v_empty, leader)
                 tiles += 1
@@ -488,6 +510,70 @@ class HopperBackward:
             slot = turn & (RECORDS - 1)
             ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
             going = records[EXISTS, slot] != 0
+
+    @cute.jit
+    def block_alone(self, shared, parts, thread, state, scale, count):
+        """A block from beginning to end."""
+        cid, leader, row, column = thread
+        q_stage, q_phase, do_stage, do_phase, blocks = state
+        ptx.wait(shared.q_full + q_stage, q_phase)
+        multiply(parts.scores, parts.keys, parts.queries[None, None, None, q_stage], parts.s, False)
+        ptx.wait(shared.do_full + do_stage, do_phase)
+        multiply(parts.scores, parts.values, parts.douts[None, None, None, do_stage], parts.dp, False)
+        warpgroup.wait_group(1)
+        self.probabilities(shared, parts.s, q_stage, scale, row, column, count)
+        to_operand(parts.s, parts.p16)
+        warpgroup.wait_group(0)
+        multiply(parts.sums, parts.p16, parts.douts_turned[None, None, None, do_stage], parts.dv, True)
+        self.share_differences(shared, parts, q_stage, column, blocks)
+        self.multiply_dq(parts, blocks & 1)
+        warpgroup.wait_group(1)
+        ptx.arrive(shared.do_empty + do_stage, leader)
+        multiply(parts.sums, parts.ds16, parts.queries_turned[None, None, None, q_stage], parts.dk, True)
+        warpgroup.wait_group(1)
+        self.store_dq(shared, parts, cid, leader, blocks)
+        warpgroup.wait_group(0)
+        ptx.arrive(shared.q_empty + q_stage, leader)
+        q_stage, q_phase = next_stage(q_stage, q_phase, self.q_stages)
+        do_stage, do_phase = next_stage(do_stage, do_phase, self.do_stages)
+        return q_stage, q_phase, do_stage, do_phase, blocks + 1
+
+    @cute.jit
+    def block_and_next(self, shared, parts, thread, state, scale, count, last: cutlass.Constexpr):
+        """A block whose P and dP are known, and P and dP of the next one, unless this is the last."""
+        cid, leader, row, column = thread
+        q_stage, q_phase, do_stage, do_phase, blocks = state
+        next_q, next_q_phase = next_stage(q_stage, q_phase, self.q_stages)
+        next_do, next_do_phase = next_stage(do_stage, do_phase, self.do_stages)
+        to_operand(parts.s, parts.p16)
+        multiply(parts.sums, parts.p16, parts.douts_turned[None, None, None, do_stage], parts.dv, True)
+        self.share_differences(shared, parts, q_stage, column, blocks)
+        self.multiply_dq(parts, blocks & 1)
+        warpgroup.wait_group(1)  # over by now: the registers of P are free again, and so is dO
+        ptx.arrive(shared.do_empty + do_stage, leader)
+        if cutlass.const_expr(not last):
+            ptx.wait(shared.q_full + next_q, next_q_phase)
+            multiply(parts.scores, parts.keys, parts.queries[None, None, None, next_q], parts.s, False)
+        multiply(parts.sums, parts.ds16, parts.queries_turned[None, None, None, q_stage], parts.dk, True)
+        warpgroup.wait_group(1 if cutlass.const_expr(last) else 2)
+        self.store_dq(shared, parts, cid, leader, blocks)
+        if cutlass.const_expr(not last):
+            ptx.wait(shared.do_full + next_do, next_do_phase)
+            multiply(parts.scores, parts.values, parts.douts[None, None, None, next_do], parts.dp, False)
+            warpgroup.wait_group(2)
+            self.probabilities(shared, parts.s, next_q, scale, row, column, count)
+        warpgroup.wait_group(0)
+        ptx.arrive(shared.q_empty + q_stage, leader)
+        return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
+
+    @cute.jit
+    def share_differences(self, shared, parts, stage, column, blocks):
+        """ds from P and dP, in registers and in shared memory, where both consumers' are when this returns."""
+        self.differences(shared, parts.s, parts.dp, stage, column)
+        to_operand(parts.dp, parts.ds16)
+        self.store_ds(shared, parts.ds16, parts.ds_at, blocks & 1)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=128 * CONSUMERS)
 
     @cute.jit
     def probabilities(self, shared, s, stage, scale, row, column, count):
@@ -529,25 +615,26 @@ class HopperBackward:
             ptx.store_matrices_turned(start + j * 2048, *(words[4 * j + e] for e in range(4)))
 
     @cute.jit
-    def multiply_dq(self, turned, keys_turned, ds_read, dq, buffer):
+    def multiply_dq(self, parts, buffer):
         """dqᵀ = Kᵀ ds over both consumers' keys: issued, one group."""
-        atom = cute.make_mma_atom(turned.op)
+        atom = cute.make_mma_atom(parts.turned.op)
         warpgroup.fence()
-        for part in cutlass.range_constexpr(8):
+        for part in cutlass.range_constexpr(TILE_KEYS // 16):
             atom.set(warpgroup.Field.ACCUMULATE, part > 0)
-            cute.gemm(atom, dq, keys_turned[part // 4][None, None, part % 4], ds_read[None, None, part, buffer], dq)
+            k = parts.keys_turned[part // 4][None, None, part % 4]
+            cute.gemm(atom, parts.dq, k, parts.ds_read[None, None, part, buffer], parts.dq)
         warpgroup.commit_group()
 
     @cute.jit
-    def store_dq(self, shared, dq, at, cid, leader, blocks):
+    def store_dq(self, shared, parts, cid, leader, blocks):
         """A thread's share of dq to shared memory, and word of it to the warp that sends it on."""
         ptx.wait(shared.dq_empty + cid, (blocks & 1) ^ 1)
         start = ptx.shared_address(shared.dq.iterator)
         for half in cutlass.range_constexpr(2):
             for c in cutlass.range_constexpr(2):
-                here = start + 4 * at[2 * half + c]
+                here = start + 4 * parts.dq_at[2 * half + c]
                 for j in cutlass.range_constexpr(self.dq_rows // 8):
-                    ptx.store_shared(here + 1024 * j, dq[4 * j + 2 * half + c])
+                    ptx.store_shared(here + 1024 * j, parts.dq[4 * j + 2 * half + c])
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
         ptx.arrive(shared.dq_full + cid, leader)

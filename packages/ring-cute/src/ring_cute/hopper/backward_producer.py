@@ -128,7 +128,7 @@ def load(
     do_stages: cutlass.Constexpr,
     flagged: cutlass.Constexpr,
 ):
-    """Brings each tile's keys and values, then its blocks of Q and dO. sizes: (piece length, batch rows of q, dO, k)"""
+    """Brings each tile's keys and values, its blocks of Q and dO. sizes: piece length, batch rows of q, dO, k."""
     piece_length, q_batch_rows, do_batch_rows, k_batch_rows = sizes
     lane = cute.arch.lane_idx()
     grid, _, _ = cute.arch.grid_dim()

@@ -31,8 +31,8 @@ class BackwardSettings:
 BACKWARD: dict[int, BackwardSettings] = {
     # padded head dim: dk and dv (128 x D), P and dP (128 x block) and dq (block x D) live in the registers of two
     # warpgroups; K, V, ds twice, dq in fp32 and the stages in 227 KiB
-    64: BackwardSettings(block=128, reason="not measured yet; FlashAttention-3's tile"),
-    128: BackwardSettings(block=64, q_stages=3, ahead=True, reason="not measured yet; ring-triton's best"),
+    64: BackwardSettings(block=64, q_stages=3, ahead=True, reason="not measured yet"),
+    128: BackwardSettings(reason="not measured yet; FlashAttention-3's tile"),
 }
 """By head dim, rounded up to the next key."""
 

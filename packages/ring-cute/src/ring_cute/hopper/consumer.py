@@ -50,6 +50,8 @@ class Results:
     lse: Any
     lse_b: Any
     lse_h: Any
+    state_atom: Any
+    state_tma: Any  # (Sq, D, Hq, B)
     state: Any  # words of two numbers
     state_b: Any
     state_s: Any
@@ -64,6 +66,7 @@ class Sums:
     m: Any  # (2), the maximum in base 2 that probabilities are of
     norm: Any  # (2), of the thread's columns
     decay: Any  # (2), what o is still, or was last, to be multiplied with
+    earlier: Any  # (2), the lse of earlier steps in base 2, -inf where there were none
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ class Consumer:
         m = cute.make_rmem_tensor(2, Float32)
         norm = cute.make_rmem_tensor(2, Float32)
         decay = cute.make_rmem_tensor(2, Float32)
-        kept = Sums(o, m, norm, decay)
+        earlier = cute.make_rmem_tensor(2, Float32)
+        kept = Sums(o, m, norm, decay, earlier)
 
         blocks, tiles, turn = Int32(0), Int32(0), Int32(0)
         if cutlass.const_expr(self.settings.ping_pong):  # noqa: SIM102  # a constant, and a value
@@ -145,6 +149,8 @@ class Consumer:
                         if column == 0 and sink > -Float32.inf:  # sums are over the quad
                             norm[half] = Float32(1.0)
             o.fill(0.0)
+            if cutlass.const_expr(self.kind.state):
+                self.look_back(records, slot, cid, row, results, earlier)
             if stop > start:
                 at = cid * self.queries + (tiles & (self.queries - 1))
                 query = queries
@@ -170,13 +176,10 @@ class Consumer:
                     self.your_turn(cid)
                 warpgroup.wait_group(0)
                 ptx.arrive(shared.k_empty + stage, leader)
-                mask(s, cid * 64 + row, column, j, k_len, lower, upper)
+                if edges > 0:
+                    mask(s, cid * 64 + row, column, j, k_len, lower, upper)
                 softmax(s, m, norm, decay, scale, True, False, self.settings.polynomial)
-                if cutlass.const_expr(self.queries > 1):
-                    if cutlass.const_expr(self.kind.out_tma):
-                        cute.arch.cp_async_bulk_wait_group(0, read=True)  # what the tile before left there
-                        cute.arch.sync_warp()  # whichever lane sent it
-                    ptx.arrive(shared.q_empty + cid * self.queries + ((tiles + 1) & (self.queries - 1)), leader)
+                self.free_buffers(shared, cid, tiles, leader)
                 to_operand(s, p)
                 blocks += 1
                 done = Int32(1)
@@ -212,7 +215,10 @@ class Consumer:
                 warpgroup.wait_group(0)
                 ptx.arrive(shared.v_empty + before, leader)
                 tiles += 1
-            self.finish(shared, slot, cid, row, column, tiles, kept, sums, results)
+            else:
+                if cutlass.const_expr(self.kind.state_tma):
+                    self.free_buffers(shared, cid, tiles, leader)
+            self.finish(shared, slot, cid, row, column, tiles, turn, kept, sums, results)
             cute.arch.sync_warp()  # all lanes have read the record
             ptx.arrive(shared.record_empty + slot, leader)
             turn += 1
@@ -267,59 +273,117 @@ class Consumer:
             to_operand(of.s, of.p)
 
     @cute.jit
-    def finish(self, shared, slot, cid, row, column, tiles, kept, sums, results):
+    def free_buffers(self, shared, cid, tiles, leader):
+        """Gives back what the tile before has left its rows in."""
+        if cutlass.const_expr(self.kind.out_tma or self.kind.state_tma):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            cute.arch.sync_warp()  # whichever lane sent them
+        if cutlass.const_expr(self.queries > 1):
+            ptx.arrive(shared.q_empty + cid * self.queries + ((tiles + 1) & (self.queries - 1)), leader)
+        if cutlass.const_expr(self.kind.state_tma):
+            ptx.arrive(shared.o_empty + cid, leader)
+
+    @cute.jit
+    def look_back(self, records, slot, cid, row, results, earlier):
+        """The lse that earlier steps have left of a thread's rows."""
+        at = Int64(records[BATCH, slot]) * results.lse_b + Int64(records[HEAD, slot]) * results.lse_h
+        at = at + records[Q_ROW, slot]
+        for half in cutlass.range_constexpr(2):
+            own = cid * 64 + row + 8 * half
+            earlier[half] = -Float32.inf
+            if (records[ENDS, slot] & 1) == 0 and own < records[ROWS, slot]:
+                earlier[half] = results.lse[at + own] * ptx.LOG2_E
+
+    @cute.jit
+    def finish(self, shared, slot, cid, row, column, tiles, turn, kept, sums, results):
         """A tile's end: what earlier steps have left is added, and all of it goes where it belongs."""
         records, o, m = shared.records, kept.o, kept.m
         q_row, count, batch = records[Q_ROW, slot], records[ROWS, slot], records[BATCH, slot]
         ends, head = records[ENDS, slot], records[HEAD, slot]
-        lse_at = Int64(batch) * results.lse_b + Int64(head) * results.lse_h + q_row + cid * 64
-        state_at = Int64(batch) * results.state_b + Int64(head) * results.state_h
-        state_at = state_at + Int64(q_row + cid * 64) * results.state_s + column
+        for half in cutlass.range_constexpr(2):
+            kept.norm[half] = ptx.quad_sum(kept.norm[half])
+        if cutlass.const_expr(self.kind.state):
+            if cutlass.const_expr(self.kind.state_tma):
+                ptx.wait(shared.o_full + cid, turn & 1)
+            if (ends & 1) == 0:
+                self.add_state(shared, slot, cid, row, column, kept, sums, results)
         factor = cute.make_rmem_tensor(2, Float32)
         for half in cutlass.range_constexpr(2):
             own = row + 8 * half
-            inside = cid * 64 + own < count
-            total = ptx.quad_sum(kept.norm[half])
-            if cutlass.const_expr(self.kind.state):  # noqa: SIM102  # a constant, and a value
-                if (ends & 1) == 0 and inside:
-                    earlier = results.lse[lse_at + own] * ptx.LOG2_E
-                    if earlier > -Float32.inf:  # otherwise state may hold anything
-                        both = cute.arch.fmax(m[half], earlier)
-                        weight, own_weight = ptx.exp2(earlier - both), ptx.exp2(m[half] - both)
-                        m[half] = both
-                        total = total * own_weight + weight
-                        pairs = self.pairs_of_a_row(results.state, state_at + own * results.state_s)
-                        loaded = cute.make_rmem_tensor(self.head_dim // 8, Int64)
-                        for n in cutlass.range_constexpr(self.head_dim // 8):
-                            loaded[n] = pairs[n]
-                        added = cute.recast_tensor(loaded, Float32)
-                        for e in cutlass.range_constexpr(0, cute.size(o), 4):
-                            for c in cutlass.range_constexpr(2):
-                                x = o[e + 2 * half + c] * own_weight
-                                if cutlass.const_expr(2 * e < self.head_dim):
-                                    x = ptx.fma(added[e // 2 + c], weight, x)
-                                o[e + 2 * half + c] = x
             factor[half] = Float32(0.0)
             value = -Float32.inf
-            if total > 0.0:
-                factor[half] = cute.arch.rcp_approx(total)
-                value = (m[half] + ptx.log2(total)) * ptx.LN_2
-            if column == 0 and inside:
-                results.lse[lse_at + own] = value
+            if kept.norm[half] > 0.0:
+                factor[half] = cute.arch.rcp_approx(kept.norm[half])
+                value = (m[half] + ptx.log2(kept.norm[half])) * ptx.LN_2
+            if column == 0 and cid * 64 + own < count:
+                results.lse[Int64(batch) * results.lse_b + Int64(head) * results.lse_h + q_row + cid * 64 + own] = value
         rescale(o, factor)
         if cutlass.const_expr(self.kind.state):
             if (ends & 2) != 0:
                 self.write_out(shared, slot, cid, row, column, tiles, o, sums, results)
             else:
-                for half in cutlass.range_constexpr(2):
-                    own = row + 8 * half
-                    if cid * 64 + own < count:
-                        pairs = self.pairs_of_a_row(results.state, state_at + own * results.state_s)
-                        sums_in_pairs = cute.recast_tensor(o, Int64)
-                        for n in cutlass.range_constexpr(self.head_dim // 8):
-                            pairs[n] = sums_in_pairs[2 * n + half]
+                self.write_state(shared, slot, cid, row, column, o, sums, results)
         else:
             self.write_out(shared, slot, cid, row, column, tiles, o, sums, results)
+
+    @cute.jit
+    def add_state(self, shared, slot, cid, row, column, kept, sums, results):
+        """What earlier steps have left of a tile's rows, to their sums."""
+        o, m = kept.o, kept.m
+        weight, own_weight = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
+        for half in cutlass.range_constexpr(2):
+            both = cute.arch.fmax(m[half], kept.earlier[half])
+            base = cutlass.select_(both == -Float32.inf, Float32(0.0), both)  # a row that has seen nothing in any step
+            weight[half] = ptx.exp2(kept.earlier[half] - base)
+            own_weight[half] = ptx.exp2(m[half] - base)
+            m[half] = both
+            kept.norm[half] = kept.norm[half] * own_weight[half] + weight[half]
+        if cutlass.const_expr(self.kind.state_tma):
+            rescale(o, own_weight)
+            added = cute.make_rmem_tensor_like(o)
+            cute.autovec_copy(self.rows_of(shared.o[None, None, cid], sums), added)
+            for e in cutlass.range_constexpr(0, cute.size(o), 4):
+                for c in cutlass.range_constexpr(4):
+                    # of rows that earlier steps saw nothing of, state may hold anything
+                    x = cutlass.select_(weight[c // 2] > 0.0, added[e + c], Float32(0.0))
+                    o[e + c] = ptx.fma(x, weight[c // 2], o[e + c])
+        else:
+            state_at = self.row_in(results.state_b, results.state_s, results.state_h, shared.records, slot, cid, column)
+            for half in cutlass.range_constexpr(2):
+                if weight[half] > 0.0:
+                    pairs = self.pairs_of_a_row(results.state, state_at + (row + 8 * half) * results.state_s)
+                    loaded = cute.make_rmem_tensor(self.head_dim // 8, Int64)
+                    for n in cutlass.range_constexpr(self.head_dim // 8):
+                        loaded[n] = pairs[n]
+                    added = cute.recast_tensor(loaded, Float32)
+                    for e in cutlass.range_constexpr(0, cute.size(o), 4):
+                        for c in cutlass.range_constexpr(2):
+                            x = o[e + 2 * half + c] * own_weight[half]
+                            if cutlass.const_expr(2 * e < self.head_dim):
+                                x = ptx.fma(added[e // 2 + c], weight[half], x)
+                            o[e + 2 * half + c] = x
+
+    @cute.jit
+    def write_state(self, shared, slot, cid, row, column, o, sums, results):
+        """A tile's rows for the next step, by TMA where all 64 are inside, else from registers."""
+        records = shared.records
+        q_row, count, batch, head = records[Q_ROW, slot], records[ROWS, slot], records[BATCH, slot], records[HEAD, slot]
+        from_registers = count > cid * 64
+        if cutlass.const_expr(self.kind.state_tma):  # noqa: SIM102  # a constant, and a value
+            if count >= cid * 64 + 64:
+                from_registers = False
+                buffer = shared.o[None, None, cid]
+                cute.autovec_copy(o, self.rows_of(buffer, sums))
+                self.send(results.state_atom, results.state_tma[None, None, head, batch], q_row, cid, buffer)
+        if from_registers:
+            state_at = self.row_in(results.state_b, results.state_s, results.state_h, records, slot, cid, column)
+            for half in cutlass.range_constexpr(2):
+                own = row + 8 * half
+                if cid * 64 + own < count:
+                    pairs = self.pairs_of_a_row(results.state, state_at + own * results.state_s)
+                    sums_in_pairs = cute.recast_tensor(o, Int64)
+                    for n in cutlass.range_constexpr(self.head_dim // 8):
+                        pairs[n] = sums_in_pairs[2 * n + half]
 
     @cute.jit
     def write_out(self, shared, slot, cid, row, column, tiles, o, sums, results):
@@ -331,34 +395,22 @@ class Consumer:
         from_registers = count > cid * 64
         if cutlass.const_expr(self.kind.out_tma):  # noqa: SIM102  # a constant, and a value
             # otherwise a box would reach into the next tile's rows, or there are no queries whose buffer is free
-            if count >= cid * 64 + 64 and records[STOP, slot] > records[START, slot]:
+            if count >= cid * 64 + 64 and (self.kind.state_tma or records[STOP, slot] > records[START, slot]):
                 from_registers = False
-                # through the queries' buffer: all scores are computed, and this tile holds it until the next one
-                at = cid * self.queries + ((tiles - 1) & (self.queries - 1))
+                if cutlass.const_expr(self.kind.state_tma):
+                    buffer = shared.staged[None, None, 2 * cid]
+                else:
+                    # the queries' buffer: all scores are computed, and this tile holds it until the next one
+                    buffer = shared.q[None, None, cid * self.queries + ((tiles - 1) & (self.queries - 1))]
                 store = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), self.dtype)
                 tiled = cute.make_tiled_copy_C(store, sums)
                 thread = tiled.get_slice(cute.arch.thread_idx()[0] & 127)
-                buffer = shared.q[None, None, at]
-                # every warp's products have read their queries before any warp overwrites them
+                # every warp has read what it holds, its queries or its state, before any warp overwrites it
                 cute.arch.barrier(barrier_id=OUT_BARRIER + cid, number_of_threads=128)
                 cute.copy(tiled, thread.retile(rounded), thread.partition_D(buffer))
-                cute.arch.fence_proxy("async.shared", space="cta")
-                cute.arch.barrier(barrier_id=OUT_BARRIER + cid, number_of_threads=128)
-                rows = cute.domain_offset((q_row + cid * 64, 0), results.out_tma[None, None, head, batch])
-                source, target = cpasync.tma_partition(
-                    results.out_atom,
-                    0,
-                    cute.make_layout(1),
-                    cute.group_modes(buffer, 0, 2),
-                    cute.group_modes(cute.local_tile(rows, (64, self.dim), (0, 0)), 0, 2),
-                )
-                if (cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3) == 0:
-                    with cute.arch.elect_one():  # of loads the DSL elects a lane by itself, of stores not
-                        cute.copy(results.out_atom, source, target)
-                        cute.arch.cp_async_bulk_commit_group()
+                self.send(results.out_atom, results.out_tma[None, None, head, batch], q_row, cid, buffer)
         if from_registers:
-            out_at = Int64(batch) * results.out_b + Int64(head) * results.out_h
-            out_at = out_at + Int64(q_row + cid * 64) * results.out_s + column
+            out_at = self.row_in(results.out_b, results.out_s, results.out_h, records, slot, cid, column)
             words = cute.recast_tensor(rounded, Int32)
             for half in cutlass.range_constexpr(2):
                 own = row + 8 * half
@@ -366,6 +418,34 @@ class Consumer:
                     pairs = self.pairs_of_a_row(results.out, out_at + own * results.out_s)
                     for n in cutlass.range_constexpr(self.head_dim // 8):
                         pairs[n] = words[2 * n + half]
+
+    @cute.jit
+    def send(self, atom, tensor, q_row, cid, buffer):
+        """A consumer's 64 rows, from the buffer that its threads have written, by TMA."""
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier(barrier_id=OUT_BARRIER + cid, number_of_threads=128)
+        source, target = cpasync.tma_partition(
+            atom,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(buffer, 0, 2),
+            cute.group_modes(
+                cute.local_tile(cute.domain_offset((q_row + cid * 64, 0), tensor), (64, self.dim), (0, 0)), 0, 2
+            ),
+        )
+        if (cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3) == 0:
+            with cute.arch.elect_one():  # of loads the DSL elects a lane by itself, of stores not
+                cute.copy(atom, source, target)
+                cute.arch.cp_async_bulk_commit_group()
+
+    def rows_of(self, buffer: Any, sums: Any) -> Any:
+        """A thread's share of (64, D) in shared memory, in the order of its registers."""
+        return sums.get_slice(cute.arch.thread_idx()[0] & 127).partition_C(buffer)
+
+    def row_in(self, batch: Any, row: Any, head: Any, records: Any, slot: Any, cid: Any, column: Any) -> Any:
+        """Where a thread's columns of the consumer's first row are, given a tensor's strides."""
+        at = Int64(records[BATCH, slot]) * batch + Int64(records[HEAD, slot]) * head
+        return at + Int64(records[Q_ROW, slot] + cid * 64) * row + column
 
     def pairs_of_a_row(self, memory, offset):
         """A thread's share of a row that begins at `offset` elements, in words of two: every fourth."""

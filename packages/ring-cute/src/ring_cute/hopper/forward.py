@@ -61,7 +61,7 @@ class HopperForward:
         self.consumers = kind.settings.consumers
         self.consumer = Consumer(kind)
         assert self.stages == 1 << self.stage_bits, "phases are read off bits of a count"
-        assert not kind.out_tma or self.queries > 1, "output leaves through the other buffer's neighbour"
+        assert not kind.out_tma or self.queries > 1 or kind.state_tma, "output leaves through a buffer of the tile's"
 
     @cute.jit
     def __call__(
@@ -142,6 +142,19 @@ class HopperForward:
             )
         else:
             out_atom, out_tma = q_atom, q_tma
+        state_in, state_out, state_tma, o_layout = q_atom, q_atom, q_tma, None
+        if cutlass.const_expr(self.kind.state_tma):
+            o_layout = cute.tile_to_shape(
+                warpgroup.make_smem_layout_atom(
+                    hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, Float32, self.dim), Float32
+                ),
+                (64, self.dim, self.consumers),
+                (0, 1, 2),
+            )
+            states = rows_view(state, Float32, self.head_dim, sizes, (state_b, state_s, state_h))
+            o_rows = cute.select(o_layout, mode=[0, 1])
+            state_in, state_tma = cpasync.make_tiled_tma_atom(load, states, o_rows, box)
+            state_out, _ = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), states, o_rows, box)
         scores = hopper_helpers.make_trivial_tiled_mma(
             self.dtype,
             self.dtype,
@@ -164,12 +177,15 @@ class HopperForward:
         )
 
         queries, stages = self.consumers * self.queries, self.stages
+        sums_ahead = self.consumers * 64 * self.dim if self.kind.state_tma else 0
+        consumers_ahead = self.consumers if self.kind.state_tma else 0
 
         @cute.struct
         class Storage:
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(q_layout)], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(k_layout)], 1024]
             v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(k_layout)], 1024]
+            o: cute.struct.Align[cute.struct.MemRange[Float32, sums_ahead], 1024]
             records: cute.struct.Align[cute.struct.MemRange[Int32, 16 * RECORDS], 64]
             q_full: cute.struct.MemRange[Int64, queries]
             q_empty: cute.struct.MemRange[Int64, queries]
@@ -179,11 +195,14 @@ class HopperForward:
             v_empty: cute.struct.MemRange[Int64, stages]
             record_full: cute.struct.MemRange[Int64, RECORDS]
             record_empty: cute.struct.MemRange[Int64, RECORDS]
+            o_full: cute.struct.MemRange[Int64, consumers_ahead]
+            o_empty: cute.struct.MemRange[Int64, consumers_ahead]
 
         self.storage = Storage
         threads = 128 * (1 + self.consumers)
         self.kernel(
-            q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, out_atom, out_tma, q_layout, k_layout, scores, sums,
+            q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, out_atom, out_tma, state_in, state_out,
+            state_tma, q_layout, k_layout, o_layout, scores, sums,
             flat(out, Int32), flat(lse, Float32), flat(state, Int64), flat(sinks, Float32),
             flat(items, Int32), flat(walk, Int32), flat(counter, Int32), flat(flags, cutlass.Uint32),
             flat(epoch, cutlass.Uint32), scale, num_heads, num_kv_heads, out_b, out_s, out_h, lse_b, lse_h,
@@ -201,8 +220,12 @@ class HopperForward:
         v_tma: cute.Tensor,
         out_atom: cute.CopyAtom,
         out_tma: cute.Tensor,
+        state_in: cute.CopyAtom,
+        state_out: cute.CopyAtom,
+        state_tma: cute.Tensor,
         q_layout: cute.ComposedLayout,
         k_layout: cute.ComposedLayout,
+        o_layout: Any,  # None without state_tma
         scores: cute.TiledMma,
         sums: cute.TiledMma,
         out: cute.Tensor,
@@ -233,6 +256,12 @@ class HopperForward:
         polls: Int32,
     ):
         storage = SmemAllocator().allocate(self.storage)
+        o, staged = None, None
+        if cutlass.const_expr(self.kind.state_tma):
+            o = storage.o.get_tensor(o_layout.outer, swizzle=o_layout.inner)
+            pointer = cute.recast_ptr(storage.o.data_ptr(), q_layout.inner, dtype=self.dtype)
+            rows = cute.tile_to_shape(cute.select(q_layout, mode=[0, 1]), (64, self.dim, 2 * self.consumers), (0, 1, 2))
+            staged = cute.make_tensor(pointer, rows.outer)
         shared = Shared(
             q=storage.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
             k=storage.k.get_tensor(k_layout.outer, swizzle=k_layout.inner),
@@ -246,6 +275,10 @@ class HopperForward:
             v_empty=storage.v_empty.data_ptr(),
             record_full=storage.record_full.data_ptr(),
             record_empty=storage.record_empty.data_ptr(),
+            o=o,
+            staged=staged,
+            o_full=storage.o_full.data_ptr(),
+            o_empty=storage.o_empty.data_ptr(),
         )
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -261,6 +294,10 @@ class HopperForward:
                     cute.arch.mbarrier_init(shared.k_empty + i, 4 * self.consumers)
                     cute.arch.mbarrier_init(shared.v_full + i, 1)
                     cute.arch.mbarrier_init(shared.v_empty + i, 4 * self.consumers)
+                if cutlass.const_expr(self.kind.state_tma):
+                    for i in cutlass.range_constexpr(self.consumers):
+                        cute.arch.mbarrier_init(shared.o_full + i, 1)
+                        cute.arch.mbarrier_init(shared.o_empty + i, 4)
                 for i in cutlass.range_constexpr(RECORDS):
                     cute.arch.mbarrier_init(shared.record_full + i, 1)
                     cute.arch.mbarrier_init(shared.record_empty + i, 4 * self.consumers)
@@ -274,14 +311,15 @@ class HopperForward:
                     items, walk, counter, num_items, section, num_heads, head_batches, total,
                     num_heads // num_kv_heads, k_batch_rows,
                 )  # fmt: skip
-                loads = Loads(q_atom, q_tma, k_atom, k_tma, v_atom, v_tma)
+                loads = Loads(q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, state_in, state_tma)
                 produce(
                     work, loads, shared, flags, epoch, polls, self.block, self.stages, self.queries,
-                    self.consumers, self.kind.flags,
+                    self.consumers, self.kind.flags, self.kind.state_tma, self.kind.settings.cache_hints,
                 )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.kind.settings.consumer_registers)
             results = Results(
-                out_atom, out_tma, out, out_b, out_s, out_h, lse, lse_b, lse_h, state, state_b, state_s, state_h
-            )
+                out_atom, out_tma, out, out_b, out_s, out_h, lse, lse_b, lse_h, state_out, state_tma, state,
+                state_b, state_s, state_h,
+            )  # fmt: skip
             self.consumer.consume(shared, walk, results, scores, sums, sinks, scale)

@@ -15,7 +15,7 @@ from ring_core.backend import DeviceTable, Flags
 from ring_core.segment import FIRST, LAST
 from ring_core.tiles import make_schedule, with_first_walk
 from ring_cute import library
-from ring_cute.settings import ForwardKind, Settings, query_buffers, settings_for
+from ring_cute.settings import Settings, kind_for, settings_for
 
 L2_BYTES = 32 << 20
 """Keys and values that concurrent tiles should share in L2 (50 MB on an H100 or H200, also used by everything else)."""
@@ -105,7 +105,7 @@ def forward(
     key = (
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(), lse.stride(),
         None if state is None else state.stride(), sinks is None, flags is None, scale, settings, q.dtype, device,
-        out.data_ptr() % 16,
+        out.data_ptr() % 16, 0 if state is None else state.data_ptr() % 16,
     )  # fmt: skip
     calls = table.host.cache.setdefault("cute forward", {})
     known = calls.get(key)
@@ -171,14 +171,16 @@ def _prepare_call(
     keys = max(1, k.shape[0] * k.shape[2])
     group = num_heads // num_kv_heads
     section = min(head_batches, group * max(1, L2_BYTES // (keys * head_dim * 2 * k.element_size())))
-    kind = ForwardKind(
-        dtype=DTYPES[q.dtype],
-        head_dim=head_dim,
-        state=state is not None and not prepared.whole,
+    continued = state is not None and not prepared.whole
+    kind = kind_for(
+        DTYPES[q.dtype],
+        head_dim,
+        chosen,
+        state=continued,
         sinks=sinks is not None,
         flags=flags is not None,
-        out_tma=query_buffers(head_dim, chosen) > 1 and takes_tma(out),
-        settings=chosen,
+        out_tma=takes_tma(out),
+        state_tma=state is not None and takes_tma(state),
     )
     some = k.numel() > 0
     numbers = (

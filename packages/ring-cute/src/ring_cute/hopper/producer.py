@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import cutlass
-from cutlass import Int32, cute
+from cutlass import Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync
 
 from ring_cute.hopper import ptx
-from ring_cute.hopper.records import BATCH, HEAD, Q_ROW, RECORDS, START, STOP, WALK_COLUMNS, ask, publish
+from ring_cute.hopper.records import BATCH, ENDS, HEAD, Q_ROW, RECORDS, START, STOP, WALK_COLUMNS, ask, publish
 from ring_cute.hopper.views import FAR
 
 
@@ -24,6 +24,8 @@ class Loads:
     k: Any  # (key, D, Hkv, end, far)
     v_atom: Any
     v: Any
+    state_atom: Any
+    state: Any  # (Sq, D, Hq, B)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Shared:
     v_empty: Any
     record_full: Any
     record_empty: Any
+    o: Any  # (64, D, CONSUMERS) fp32, None without state_tma
+    staged: Any  # (64, D, 2 CONSUMERS), every other one: the same memory for final rows
+    o_full: Any
+    o_empty: Any
 
 
 def _sizes(buffers: Any) -> tuple[int, int]:
@@ -49,20 +55,28 @@ def _sizes(buffers: Any) -> tuple[int, int]:
     return cute.size(buffers, mode=[0]), cute.size(buffers, mode=[1])
 
 
+KEEP, DROP = 0x14F0000000000000, 0x12F0000000000000
+"""Descriptors of L2 policies: evict last, evict first."""
+
+
 @cute.jit
-def _copy(atom, tile, buffer, barrier):
+def _copy(atom, tile, buffer, barrier, policy: cutlass.Constexpr = None):
     """A tile of global memory (rows, D), whole, to a buffer, by TMA; the barrier expects its bytes from then on."""
     target, source = cpasync.tma_partition(
         atom, 0, cute.make_layout(1), cute.group_modes(buffer, 0, 2), cute.group_modes(tile, 0, 2)
     )
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive_and_expect_tx(barrier, cute.size(buffer) * buffer.element_type.width // 8)
-    cute.copy(atom, source, target, tma_bar_ptr=barrier)
+    if cutlass.const_expr(policy is None):
+        cute.copy(atom, source, target, tma_bar_ptr=barrier)
+    else:
+        cute.copy(atom, source, target, tma_bar_ptr=barrier, cache_policy=Int64(policy))
 
 
 @cute.jit
 def _load_q(
-    loads, shared, q_row, head, batch, tiles, queries: cutlass.Constexpr, consumers: cutlass.Constexpr
+    loads, shared, q_row, head, batch, tiles, queries: cutlass.Constexpr, consumers: cutlass.Constexpr,
+    hints: cutlass.Constexpr,
 ):  # fmt: skip
     """A tile's queries, for each consumer its 64 rows."""
     buffer = tiles & (queries - 1)
@@ -75,16 +89,30 @@ def _load_q(
                 ptx.wait(shared.q_empty + at, ((tiles - 1) >> (queries - 1)) & 1)
         rows = cute.domain_offset((q_row + c * 64, 0), loads.q[None, None, head, batch])
         tile = cute.local_tile(rows, _sizes(shared.q), (0, 0))
-        _copy(loads.q_atom, tile, shared.q[None, None, at], shared.q_full + at)
+        _copy(loads.q_atom, tile, shared.q[None, None, at], shared.q_full + at, DROP if hints else None)
 
 
 @cute.jit
-def _load_keys(atom, tensor, x, head, end, buffers, full, empty, stage, phase):
+def _load_state(loads, shared, ends, q_row, head, batch, turn, consumers: cutlass.Constexpr):
+    """The state of a tile that continues; the buffer alone for one that begins here. After two blocks of the tile, not
+    before: a buffer comes back in the first one."""
+    for c in cutlass.range_constexpr(consumers):
+        ptx.wait(shared.o_empty + c, turn & 1)
+        if (ends & 1) == 0:
+            rows = cute.domain_offset((q_row + c * 64, 0), loads.state[None, None, head, batch])
+            tile = cute.local_tile(rows, _sizes(shared.o), (0, 0))
+            _copy(loads.state_atom, tile, shared.o[None, None, c], shared.o_full + c)
+        else:
+            ptx.arrive(shared.o_full + c, cute.arch.lane_idx() == 0)
+
+
+@cute.jit
+def _load_keys(atom, tensor, x, head, end, buffers, full, empty, stage, phase, hints: cutlass.Constexpr):
     """A block of K or V into its ring; rows beyond the segment's end are zeros."""
     ptx.wait(empty + stage, phase ^ 1)
     rows = cute.domain_offset((x, 0), tensor[None, None, head, end, FAR])
     tile = cute.local_tile(rows, _sizes(buffers), (0, 0))
-    _copy(atom, tile, buffers[None, None, stage], full + stage)
+    _copy(atom, tile, buffers[None, None, stage], full + stage, KEEP if hints else None)
 
 
 @cute.jit
@@ -113,6 +141,8 @@ def produce(
     queries: cutlass.Constexpr,
     consumers: cutlass.Constexpr,
     flagged: cutlass.Constexpr,
+    ahead: cutlass.Constexpr,
+    hints: cutlass.Constexpr,
 ):
     """One warp, for all of the CTA's tiles."""
     lane = cute.arch.lane_idx()
@@ -126,13 +156,13 @@ def produce(
     while going:
         slot = turn & (RECORDS - 1)
         start, stop, q_row = records[START, slot], records[STOP, slot], records[Q_ROW, slot]
-        batch, head = records[BATCH, slot], records[HEAD, slot]
+        batch, head, ends = records[BATCH, slot], records[HEAD, slot], records[ENDS, slot]
         kv_head = head // work.group
         first = blocks
         asked = Int32(0)
         if stop > start:
             if cutlass.const_expr(queries > 1):
-                _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers)
+                _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers, hints)
             for w in cutlass.range(start, stop, unroll=1):
                 entry = w * WALK_COLUMNS
                 k_row, k_len, j_lo = work.walk[entry], work.walk[entry + 1], work.walk[entry + 2]
@@ -143,6 +173,8 @@ def produce(
                 for t in cutlass.range(count, unroll=1):
                     if blocks - first == 2:  # after two blocks there is time for the next tile
                         asked = ask(lane, work)
+                        if cutlass.const_expr(ahead):
+                            _load_state(loads, shared, ends, q_row, head, batch, turn, consumers)
                     if blocks - first == 3:
                         publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
                     number = t - right  # right edges from the right, then the others from the left
@@ -151,18 +183,40 @@ def produce(
                     x = FAR - k_len + j_lo + number * block
                     stage, phase = blocks & (stages - 1), (blocks >> stage_bits) & 1
                     _load_keys(
-                        loads.k_atom, loads.k, x, kv_head, end, shared.k, shared.k_full, shared.k_empty, stage, phase
+                        loads.k_atom,
+                        loads.k,
+                        x,
+                        kv_head,
+                        end,
+                        shared.k,
+                        shared.k_full,
+                        shared.k_empty,
+                        stage,
+                        phase,
+                        hints,
                     )
                     if cutlass.const_expr(queries == 1):  # noqa: SIM102  # a constant, and a value
                         if blocks == first:  # the last tile's scores free a stage of K before they free Q
-                            _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers)
+                            _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers, hints)
                     _load_keys(
-                        loads.v_atom, loads.v, x, kv_head, end, shared.v, shared.v_full, shared.v_empty, stage, phase
+                        loads.v_atom,
+                        loads.v,
+                        x,
+                        kv_head,
+                        end,
+                        shared.v,
+                        shared.v_full,
+                        shared.v_empty,
+                        stage,
+                        phase,
+                        hints,
                     )
                     blocks += 1
             tiles += 1
         if blocks - first <= 2:
             asked = ask(lane, work)
+            if cutlass.const_expr(ahead):
+                _load_state(loads, shared, ends, q_row, head, batch, turn, consumers)
         if blocks - first <= 3:
             publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
         going = asked + grid < work.total

@@ -108,6 +108,13 @@ def fence_proxy_async(*, loc: Any = None, ip: Any = None) -> None:
 
 
 @dsl_user_op
+def bits(start: Any, count: Any, *, loc: Any = None, ip: Any = None) -> Int32:
+    """A word whose bits start, …, start + count - 1 are set, of those there are."""
+    values = [Int32(x).ir_value(loc=loc, ip=ip) for x in (start, count)]
+    return Int32(_asm(T.i32(), values, "bmsk.clamp.b32 $0, $1, $2;", "=r,r,r", effects=False))
+
+
+@dsl_user_op
 def quad_max(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
     """The largest of the four neighbouring lanes' numbers."""
     for distance in (1, 2):

@@ -22,16 +22,30 @@ def multiply(product, a, b, c, add: cutlass.Constexpr):
 
 @cute.jit
 def mask(s, row, column, j, k_len, lower, upper):
-    """-inf where a row does not see key j + column."""
+    """-inf where a row does not see key j + column.
+
+    A thread's elements of a row are numbered from left to right, two of each eight keys; those that it sees are a run
+    of bits of a word, of which one instruction makes seven predicates (R2P).
+    """
     for half in cutlass.range_constexpr(2):
         own = row + 8 * half
-        first = own + lower - j - column
-        last = cute.math.min(own + upper, k_len - 1) - j - column
-        for e in cutlass.range_constexpr(0, cute.size(s), 4):
-            for c in cutlass.range_constexpr(2):
-                here = 2 * e + c
-                seen = (first <= here) & (last >= here)
-                s[e + 2 * half + c] = cutlass.select_(seen, s[e + 2 * half + c], -Float32.inf)
+        first = _elements_below(own + lower - j - column)
+        last = _elements_below(cute.math.min(own + upper + 1, k_len) - j - column)
+        for word in cutlass.range_constexpr(-(-cute.size(s) // 64)):
+            start = cute.math.max(first - 32 * word, 0)
+            seen = ptx.bits(start, cute.math.max(last - 32 * word - start, 0))
+            for e in cutlass.range_constexpr(32):
+                n = 32 * word + e
+                if cutlass.const_expr(2 * n < cute.size(s)):
+                    at = 4 * (n // 2) + 2 * half + n % 2
+                    s[at] = cutlass.select_((seen & (1 << e)) != 0, s[at], -Float32.inf)
+
+
+@cute.jit
+def _elements_below(keys):
+    """How many of a thread's elements of a row are among that many keys from its own first one."""
+    keys = cute.math.max(keys, 0)
+    return 2 * (keys >> 3) + cute.math.min(keys & 7, 2)
 
 
 LAZY = 8.0
