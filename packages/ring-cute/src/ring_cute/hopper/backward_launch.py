@@ -22,7 +22,7 @@ from ring_cute.hopper.backward_settings import (
     EndsKind,
     backward_settings_for,
 )
-from ring_cute.hopper.launch import DTYPES, L2_BYTES, POLLS, _counter, _processors, dense_keys
+from ring_cute.hopper.launch import DTYPES, L2_BYTES, POLLS, _counter, _processors, current_stream, dense_keys
 
 LOG2E = math.log2(math.e)
 ROWS = 0x7FFF0000
@@ -104,27 +104,26 @@ def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | No
     device = q.device
     words = torch.empty((2, batch, num_heads, length), dtype=torch.float32, device=device)
     sums = torch.empty((batch, num_heads, length, head_dim), dtype=torch.float32, device=device)
-    if _unreadable(dout[None]):
-        dout, readable = dout.contiguous(), None
-        readable = dout
-    else:
-        readable = None
-    if _unreadable(out[None]):
-        out = out.contiguous()
-    state = BackwardState(words[0], words[1], sums, q.dtype, readable)
-    if not q.numel():
-        return state
+    given = out, dout
     key = (
-        q.shape, out.stride(), dout.stride(), lse.stride(), None if dlse is None else dlse.stride(), q.dtype, device
+        q.shape, out.stride(), dout.stride(), lse.stride(), None if dlse is None else dlse.stride(), q.dtype, device,
+        (out.data_ptr() | dout.data_ptr()) & 15,
     )  # fmt: skip
     known = _prepared.get(key)
+    if known is None:  # of what is known, all can be read
+        out, dout = (x.clone(memory_format=torch.contiguous_format) if _unreadable(x[None]) else x for x in (out, dout))
+    state = BackwardState(words[0], words[1], sums, q.dtype, None if dout is given[1] else dout)
+    if not q.numel():
+        return state
     if known is None:
         kernel = library.load(EndsKind("prepare", DTYPES[q.dtype], head_dim, dlse is not None))
         strides = (0, 0, 0) if dlse is None else dlse.stride()
         numbers = (
             *out.stride()[:3], *dout.stride()[:3], *lse.stride()[:2], *strides, length, num_heads, batch
         )  # fmt: skip
-        known = _prepared[key] = kernel, numbers
+        known = kernel, numbers
+        if out is given[0] and dout is given[1]:
+            _prepared[key] = known
     kernel, numbers = known
     kernel(
         out.data_ptr(),
@@ -135,7 +134,7 @@ def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | No
         words.data_ptr() + 4 * words.stride(0),
         sums.data_ptr(),
         *numbers,
-        torch.cuda.current_stream(q.get_device()).cuda_stream,
+        current_stream(q.get_device()),
     )
     return state
 
@@ -238,7 +237,7 @@ def _launch(
         if known is None:
             return
         calls[key] = known
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = current_stream(device)
     known.kernel(
         q.data_ptr(),
         k.data_ptr(),
@@ -330,7 +329,7 @@ def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | No
             kernel = library.load(EndsKind("finish", DTYPES[state.dtype], head_dim))
             known = _finished[key] = kernel, (params.scale, *dq.stride()[:3], length, num_heads, batch)
         kernel, numbers = known
-        stream = torch.cuda.current_stream(sums.get_device()).cuda_stream
+        stream = current_stream(sums.get_device())
         kernel(sums.data_ptr(), dq.data_ptr(), *numbers, stream)
     if params.sinks is None:
         return dq, None
