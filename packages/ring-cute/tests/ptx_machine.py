@@ -388,7 +388,8 @@ class Program:
             bits = np.full(LANES, int(text) % (1 << width), dtype=np.uint32 if width == 32 else np.uint64)
             value = bits.view(kind)
             return lambda w: value
-        return lambda w: w.registers[text].view(kind)
+        unknown = np.full(LANES, -1, dtype=np.int64 if np.dtype(kind).itemsize == 8 else np.int32).view(kind)  # NaN
+        return lambda w: w.registers[text].view(kind) if text in w.registers else unknown
 
     def address(self, text: str) -> Callable[[Warp], np.ndarray]:
         base, _, offset = text.strip("[]").partition("+")

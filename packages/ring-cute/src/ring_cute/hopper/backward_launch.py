@@ -29,15 +29,41 @@ ROWS = 0x7FFF0000
 """Rows of dq that 32-bit coordinates reach."""
 
 
-@dataclass
+@dataclass(slots=True)
 class BackwardState:
-    """What lives from `prepare` to `finish`."""
+    """What lives from `prepare` to `finish`: for each row of q delta, lse times log2(e) (+inf where a row has seen
+    nothing), and dq before it is scaled, one after the other in one piece of memory."""
 
-    delta: Tensor  # (B, Hq, Sq) fp32
-    scaled_lse: Tensor  # (B, Hq, Sq) fp32, times log2(e), +inf where a row has seen nothing
-    sums: Tensor  # (B, Hq, Sq, D) fp32: dq before it is scaled
+    memory: Tensor  # (2 * pitch + rows * D,) fp32, the pitch a multiple of 4
+    shape: torch.Size  # (B, Sq, Hq, D)
     dtype: torch.dtype
     dout: Tensor | None  # (B, Sq, Hq, D): instead of a dout that TMA cannot read
+
+    def _part(self, start: int, *shape: int) -> Tensor:
+        return self.memory[start : start + math.prod(shape)].view(shape)
+
+    @property
+    def delta(self) -> Tensor:
+        """(B, Hq, Sq)."""
+        batch, length, heads, _ = self.shape
+        return self._part(0, batch, heads, length)
+
+    @property
+    def scaled_lse(self) -> Tensor:
+        """(B, Hq, Sq)."""
+        batch, length, heads, _ = self.shape
+        return self._part(_pitch(self.shape), batch, heads, length)
+
+    @property
+    def sums(self) -> Tensor:
+        """(B, Hq, Sq, D)."""
+        batch, length, heads, head_dim = self.shape
+        return self._part(2 * _pitch(self.shape), batch, heads, length, head_dim)
+
+
+def _pitch(shape: torch.Size) -> int:
+    """Numbers from delta to lse and from lse to the sums of q of such a shape: 16-byte aligned."""
+    return -(-shape[0] * shape[1] * shape[2] // 4) * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +85,7 @@ class _Known:
     kernel: Any
     items: int
     walk: int
+    pitch: int  # of the state, in bytes
     numbers: tuple[int | float, ...]
 
 
@@ -94,49 +121,64 @@ def _unreadable(x: Tensor) -> str:
     return ""
 
 
-_prepared: dict[Any, tuple[Any, tuple[int, ...]]] = {}
-_finished: dict[Any, tuple[Any, tuple[int | float, ...]]] = {}
+@dataclass(frozen=True, slots=True)
+class _End:
+    """A kind of `prepare` or `finish` that has been called."""
+
+    kernel: Any
+    size: int  # of a state's memory
+    pitch: int  # in bytes
+    numbers: tuple[int | float, ...]
+
+
+_prepared: dict[Any, _End] = {}
+_finished: dict[Any, _End] = {}
 
 
 def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> BackwardState:
     """See `ring_core.backend.Backend.prepare`."""
-    batch, length, num_heads, head_dim = q.shape
-    device = q.device
-    words = torch.empty((2, batch, num_heads, length), dtype=torch.float32, device=device)
-    sums = torch.empty((batch, num_heads, length, head_dim), dtype=torch.float32, device=device)
-    given = out, dout
+    shape, device = q.shape, q.get_device()
     key = (
-        q.shape, out.stride(), dout.stride(), lse.stride(), None if dlse is None else dlse.stride(), q.dtype, device,
-        (out.data_ptr() | dout.data_ptr()) & 15,
+        shape, out.stride(), dout.stride(), lse.stride(), None if dlse is None else dlse.stride(), q.dtype, device
     )  # fmt: skip
     known = _prepared.get(key)
-    if known is None:  # of what is known, all can be read
-        out, dout = (x.clone(memory_format=torch.contiguous_format) if _unreadable(x[None]) else x for x in (out, dout))
-    state = BackwardState(words[0], words[1], sums, q.dtype, None if dout is given[1] else dout)
-    if not q.numel():
-        return state
-    if known is None:
-        kernel = library.load(EndsKind("prepare", DTYPES[q.dtype], head_dim, dlse is not None))
-        strides = (0, 0, 0) if dlse is None else dlse.stride()
-        numbers = (
-            *out.stride()[:3], *dout.stride()[:3], *lse.stride()[:2], *strides, length, num_heads, batch
-        )  # fmt: skip
-        known = kernel, numbers
-        if out is given[0] and dout is given[1]:
+    if known is None or (out.data_ptr() | dout.data_ptr()) & 15:
+        if _unreadable(out[None]) or _unreadable(dout[None]):
+            copied = dout.clone(memory_format=torch.contiguous_format)
+            state = prepare(q, out.clone(memory_format=torch.contiguous_format), copied, lse, dlse)
+            state.dout = copied
+            return state
+        known = _prepare_end(q, out, dout, lse, dlse)
+        if known is not None:
             _prepared[key] = known
-    kernel, numbers = known
-    kernel(
+    if known is None:
+        return BackwardState(torch.empty(0, dtype=torch.float32, device=q.device), shape, q.dtype, None)
+    memory = torch.empty(known.size, dtype=torch.float32, device=q.device)
+    start = memory.data_ptr()
+    known.kernel(
         out.data_ptr(),
         dout.data_ptr(),
         lse.data_ptr(),
         0 if dlse is None else dlse.data_ptr(),
-        words.data_ptr(),
-        words.data_ptr() + 4 * words.stride(0),
-        sums.data_ptr(),
-        *numbers,
-        current_stream(q.get_device()),
+        start,
+        start + known.pitch,
+        start + 2 * known.pitch,
+        *known.numbers,
+        current_stream(device),
     )
-    return state
+    return BackwardState(memory, shape, q.dtype, None)
+
+
+def _prepare_end(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> _End | None:
+    """What such a call needs to know; None where there are no rows."""
+    batch, length, num_heads, head_dim = q.shape
+    if not q.numel():
+        return None
+    strides = (0, 0, 0) if dlse is None else dlse.stride()
+    kernel = library.load(EndsKind("prepare", DTYPES[q.dtype], head_dim, dlse is not None))
+    numbers = (*out.stride()[:3], *dout.stride()[:3], *lse.stride()[:2], *strides, length, num_heads, batch)
+    pitch = _pitch(q.shape)
+    return _End(kernel, 2 * pitch + q.numel(), 4 * pitch, numbers)
 
 
 def backward(
@@ -238,14 +280,15 @@ def _launch(
             return
         calls[key] = known
     stream = current_stream(device)
+    memory = state.memory.data_ptr()
     known.kernel(
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
         dout.data_ptr(),
-        state.scaled_lse.data_ptr(),
-        state.delta.data_ptr(),
-        state.sums.data_ptr(),
+        memory + known.pitch,
+        memory,
+        memory + 2 * known.pitch,
         dk.data_ptr(),
         dv.data_ptr(),
         known.items,
@@ -314,25 +357,28 @@ def _prepare_call(
         POLLS,
         min(total, _processors(q.device)),
     )
-    return _Known(library.load(kind), prepared.items.data_ptr(), prepared.walk.data_ptr(), numbers)
+    return _Known(library.load(kind), prepared.items.data_ptr(), prepared.walk.data_ptr(), 4 * _pitch(q.shape), numbers)
 
 
 def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
     """See `ring_core.backend.Backend.finish`."""
-    sums = state.sums
-    batch, num_heads, length, head_dim = sums.shape
-    dq = torch.empty((batch, length, num_heads, head_dim), dtype=state.dtype, device=sums.device)
+    memory = state.memory
+    dq = torch.empty(state.shape, dtype=state.dtype, device=memory.device)
     if dq.numel():
-        key = (sums.shape, params.scale, state.dtype, sums.device)
+        device = memory.get_device()
+        key = (state.shape, params.scale, state.dtype, device)
         known = _finished.get(key)
         if known is None:
+            batch, length, num_heads, head_dim = state.shape
             kernel = library.load(EndsKind("finish", DTYPES[state.dtype], head_dim))
-            known = _finished[key] = kernel, (params.scale, *dq.stride()[:3], length, num_heads, batch)
-        kernel, numbers = known
-        stream = current_stream(sums.get_device())
-        kernel(sums.data_ptr(), dq.data_ptr(), *numbers, stream)
+            numbers = (params.scale, *dq.stride()[:3], length, num_heads, batch)
+            known = _finished[key] = _End(kernel, 0, 4 * _pitch(state.shape), numbers)
+        stream = current_stream(device)
+        known.kernel(memory.data_ptr() + 2 * known.pitch, dq.data_ptr(), *known.numbers, stream)
     if params.sinks is None:
         return dq, None
+    if not dq.numel():
+        return dq, torch.zeros_like(params.sinks)
     # what the sink's share of a row's softmax takes from its delta
     share = torch.exp2(params.sinks.float()[:, None] * LOG2E - state.scaled_lse)
     return dq, -(share * state.delta).sum((0, 2)).to(params.sinks.dtype)

@@ -21,9 +21,11 @@ class BackwardSettings:
     ahead: bool = False
     """The next block's scores are under way while dq and dk of this one are computed: the tensor cores are never idle,
     at the price of registers."""
+    rolling: bool = False
+    """The next block's scores are issued behind dk, before it is waited for."""
     consumer_registers: int = 240
     producer_registers: int = 24
-    """Per thread, after they are moved."""
+    """Per thread, after they are moved: a CTA starts with 168 each, so 2 x consumers' + producer's are at most 504."""
     reason: str = field(default="", compare=False)
     """Why these: what was measured."""
 
@@ -32,7 +34,7 @@ BACKWARD: dict[int, BackwardSettings] = {
     # padded head dim: dk and dv (128 x D), P and dP (128 x block) and dq (block x D) live in the registers of two
     # warpgroups; K, V, ds twice, dq in fp32 and the stages in 227 KiB
     64: BackwardSettings(block=64, q_stages=3, ahead=True, reason="not measured yet"),
-    128: BackwardSettings(reason="not measured yet; FlashAttention-3's tile"),
+    128: BackwardSettings(q_stages=3, ahead=True, reason="not measured yet"),
 }
 """By head dim, rounded up to the next key."""
 
@@ -69,7 +71,9 @@ class BackwardKind:
     def words(self) -> str:
         """As part of a file's name."""
         s = self.settings
-        on = [word for word in ("flags", "departures") if getattr(self, word)] + (["ahead"] if s.ahead else [])
+        on = [word for word in ("flags", "departures") if getattr(self, word)] + [
+            word for word in ("ahead", "rolling") if getattr(s, word)
+        ]
         numbers = f"b{s.block}x{s.q_stages}x{s.do_stages}-r{s.consumer_registers}.{s.producer_registers}"
         return "-".join(["backward", self.dtype, f"d{self.head_dim}", numbers, self.gradients, *on])
 

@@ -171,3 +171,9 @@ def add_release_sys(address: Any, x: Any, *, loc: Any = None, ip: Any = None) ->
     """Adds to a counter that other devices read, after all that came before is visible to them."""
     values = [address.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip), Int32(x).ir_value(loc=loc, ip=ip)]
     _asm(None, values, "red.release.sys.global.add.u32 [$0], $1;", "l,r,~{memory}", effects=True)
+
+
+@dsl_user_op
+def opaque(x: Any, *, loc: Any = None, ip: Any = None) -> Int32:
+    """x, but the compiler does not know: what depends on it is worked out where it is needed, not kept in registers."""
+    return Int32(_asm(T.i32(), [Int32(x).ir_value(loc=loc, ip=ip)], "mov.b32 $0, $1;", "=r,r", effects=True))
