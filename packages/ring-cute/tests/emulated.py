@@ -75,7 +75,9 @@ def emulated(kind: library.Kind) -> Callable[..., None]:
 
     def run(*numbers: Any) -> None:
         host(*numbers)
-        launch(program, Memory(list(_regions)), [buffer.raw for buffer in memory], tuple(stand_in.launched()[:3]))
+        cluster = getattr(getattr(kind, "settings", None), "cluster", 1)
+        params = [buffer.raw for buffer in memory]
+        launch(program, Memory(list(_regions)), params, tuple(stand_in.launched()[:3]), cluster=cluster)
 
     return run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 SHARED_BYTES = 226 << 10
@@ -39,14 +39,21 @@ class Settings:
     polynomial: int = 0
     """Of eight exponentials, so many are computed by a polynomial instead of the special function unit, which makes 16
     a clock and processor, the time of two products at head dim 64."""
+    cluster: int = 1
+    """CTAs that share each load of keys: a tile has the rows of all of them."""
     cache_hints: bool = False
     """L2 is told to keep keys and values rather than queries."""
     reason: str = field(default="", compare=False)
     """Why these: what was measured."""
 
     @property
-    def tile_rows(self) -> int:
+    def own_rows(self) -> int:
+        """Rows of a CTA."""
         return 64 * self.consumers
+
+    @property
+    def tile_rows(self) -> int:
+        return self.own_rows * self.cluster
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -62,12 +69,24 @@ class Settings:
 
 FORWARD: dict[int, Settings] = {
     # padded head dim: S, P of 64 x block and O of 64 x head dim live in registers, two rings and Q in 227 KiB
-    64: Settings(reason="not measured yet; ring-triton's best"),
-    128: Settings(reason="not measured yet; ring-triton's best"),
+    64: Settings(
+        consumers=3,
+        consumer_registers=160,
+        rescale="lazy",
+        reason="482 / 486 TFLOP/s causal / full at 16384, two consumers 440 / 441, not lazy 452 / 450, blocks of 192 "
+        "445 / 447; of eight exponentials one by polynomial 460 / 463: the fewer bytes of keys per product, the better",
+    ),
+    128: Settings(
+        rescale="lazy",
+        reason="618 / 616 TFLOP/s causal / full at 16384, where a matrix product has 674 at the same 690 W; not lazy "
+        "617 / 621, overlap 1 627 / 634, queries in registers 627 / 612, blocks of 160 609 / 623, of 176 641 / 615: "
+        "within the noise of one another. Exponentials by polynomial 606 / 611",
+    ),
     192: Settings(block=112, rescale="lazy", reason="not measured yet; the largest block that fits"),
     256: Settings(block=80, rescale="lazy", reason="not measured yet; the largest block that fits"),
 }
-"""By head dim, rounded up to the next key."""
+"""By head dim, rounded up to the next key. Measured on an H200 that its power limits, DSL 4.8.1, 2026-11-22
+(`gpu_probe.py variants`)."""
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -105,17 +124,17 @@ class ForwardKind:
     @property
     def queries(self) -> int:
         """Buffers for a consumer's queries: two, where shared memory holds them beside the rings."""
-        return 1 if self.state_tma else query_buffers(self.head_dim, self.settings)
+        return query_buffers(self.head_dim, self.settings, self.state_tma)
 
     @property
     def shared_bytes(self) -> int:
         s = self.settings
-        return 2 * self.padded * (2 * s.stages * s.block + (self.queries + 2 * self.state_tma) * s.tile_rows)
+        return 2 * self.padded * (2 * s.stages * s.block + (self.queries + 2 * self.state_tma) * s.own_rows)
 
 
-def query_buffers(head_dim: int, settings: Settings) -> int:
+def query_buffers(head_dim: int, settings: Settings, state_tma: bool = False) -> int:
     """See `ForwardKind.queries`."""
-    return 2 if _fits(head_dim, settings, 2) else 1
+    return 2 if _fits(head_dim, settings, 2 + 2 * state_tma) else 1
 
 
 def state_fits(head_dim: int, settings: Settings) -> bool:
@@ -124,7 +143,7 @@ def state_fits(head_dim: int, settings: Settings) -> bool:
 
 
 def _fits(head_dim: int, settings: Settings, tiles: int) -> bool:
-    rows = 2 * settings.stages * settings.block + tiles * settings.tile_rows
+    rows = 2 * settings.stages * settings.block + tiles * settings.own_rows
     return 2 * rows * padded_head_dim(head_dim) <= SHARED_BYTES
 
 
@@ -142,5 +161,7 @@ def kind_for(
     """The kernel for a call; out_tma and state_tma say whether TMA can address these tensors at all."""
     chosen = settings or settings_for(head_dim)
     ahead = state and state_tma and state_fits(head_dim, chosen)
+    if ahead and query_buffers(head_dim, chosen, True) == 1:  # free for the next tile's as soon as they are read
+        chosen = replace(chosen, query_registers=True)
     staged = ahead or query_buffers(head_dim, chosen) > 1
     return ForwardKind(dtype, head_dim, state, sinks, flags, out_tma and staged, chosen, ahead)

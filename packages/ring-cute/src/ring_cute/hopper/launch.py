@@ -201,7 +201,7 @@ def _prepare_call(
         total,
         k.stride(1) // k.stride(2) if k.shape[1] > 1 and some else 0,
         POLLS,
-        min(total, _processors(q.device)),
+        min(total, _processors(q.device) // chosen.cluster) * chosen.cluster,
     )
     return _Known(library.load(kind), prepared.items.data_ptr(), prepared.walk.data_ptr(), numbers)
 
