@@ -99,10 +99,10 @@ def backward_on_cpu(*tensors: Tensor | None, processors: int = 2) -> Iterator[li
     def scheduled(*arguments: Any) -> Any:
         made = schedule_for(*arguments)
         _schedules.append(made)
-        _regions.extend((region(made.items), region(made.walk)))
+        _regions.extend(region(x) for x in (made.items, made.walk, made.turns) if x is not None)
         return made
 
-    schedules = [x for made in _schedules for x in (made.items, made.walk)]
+    schedules = [x for made in _schedules for x in (made.items, made.walk, getattr(made, "turns", None))]
     _regions[:] = [region(x) for x in (*tensors, zero, *schedules) if x is not None]
     with (
         patch.object(library, "load", emulated),
@@ -110,19 +110,20 @@ def backward_on_cpu(*tensors: Tensor | None, processors: int = 2) -> Iterator[li
         patch.object(backward_launching, "_processors", lambda device: processors),
         patch.object(backward_launching, "_counter", lambda device, stream: zero.data_ptr()),
         patch.object(backward_launching, "schedule_for", scheduled),
-        patch.object(torch, "empty", _noted(torch.empty)),
+        patch.object(torch, "empty", _noted(torch.empty, torch.nan)),
+        patch.object(torch, "zeros", _noted(torch.zeros, 0.0)),
     ):
         yield _regions
     assert zero.item() == 0, "the counter of tiles is left at zero"
 
 
-def _noted(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What the host code makes itself, the kernels may touch; it begins as NaN."""
+def _noted(make: Callable[..., Tensor], value: float) -> Callable[..., Tensor]:
+    """What the host code makes itself, the kernels may touch; numbers begin with that value."""
 
     def made(*arguments: Any, **others: Any) -> Tensor:
         x = make(*arguments, **others)
         if x.is_floating_point():
-            x.fill_(torch.nan)
+            x.fill_(value)
         _kept.append(x)
         if x.numel():
             _regions.append(region(x))

@@ -3,7 +3,7 @@
     python packages/ring-cute/tests/gpu_probe_backward.py compile       # where the DSL is: fills RING_CUTE_CACHE
     python packages/ring-cute/tests/gpu_probe_backward.py [SECTION…]    # on the GPU: torch, apache-tvm-ffi, the cache
 
-Sections: smoke, correct, flags, departures, speed, variants, host (all if none but variants); "only=WORD" picks the
+Sections: smoke, correct, flags, departures, deterministic, speed, variants, host (all if none but variants); "only=WORD" picks the
 cases of `correct` that WORD is part of, and the cells of `speed`. Each case is named before it is launched. Exit
 status 1 if a check failed; a kernel that does not end ends the probe with 2. Where ring-triton and flash_attn_4 are
 importable, their backwards are timed as well.
@@ -51,9 +51,8 @@ VARIANTS: dict[int, dict[str, BackwardSettings]] = {
     },
     64: {
         "as shipped": backward_settings_for(64),
-        "64 ahead, 4+4": BackwardSettings(q_stages=4, do_stages=4, ahead=True),
-        "96 ahead, 3+2": BackwardSettings(block=96, q_stages=3, ahead=True),
-        "64, 2+2": BackwardSettings(),
+        "64 ahead, 3+2": BackwardSettings(q_stages=3, ahead=True),
+        "96 ahead, 4+3": BackwardSettings(block=96, q_stages=4, do_stages=3, ahead=True),
         "96, 2+2": BackwardSettings(block=96),
         "96 rolling, 3+2": BackwardSettings(block=96, q_stages=3, rolling=True),
     },
@@ -61,24 +60,28 @@ VARIANTS: dict[int, dict[str, BackwardSettings]] = {
 
 
 def kinds() -> Iterator[BackwardKind | EndsKind]:
-    """Every kernel that the probe launches."""
-    for dim in (128, 64, 96, 40):
-        for dtype in ("bfloat16", "float16"):
-            if dtype == "float16" and dim not in (128, 64):
-                continue
-            yield EndsKind("prepare", dtype, dim)
-            yield EndsKind("finish", dtype, dim)
-            for gradients in ("added", "final", "shared"):
-                yield BackwardKind(dtype, dim, gradients, False, False, backward_settings_for(dim))
-        yield EndsKind("prepare", "bfloat16", dim, True)
+    """Every kernel that the probe launches, those of `speed` first."""
     for dim in (128, 64):
-        for gradients in ("added", "shared"):
-            yield BackwardKind("bfloat16", dim, gradients, True, False, backward_settings_for(dim))
-        yield BackwardKind("bfloat16", dim, "added", False, True, backward_settings_for(dim))
-        yield BackwardKind("bfloat16", dim, "added", True, True, backward_settings_for(dim))
+        shipped = backward_settings_for(dim)
+        yield EndsKind("prepare", "bfloat16", dim)
+        yield EndsKind("finish", "bfloat16", dim)
+        for gradients in ("final", "shared", "added"):
+            yield BackwardKind("bfloat16", dim, gradients, False, False, shipped)
         for chosen in VARIANTS[dim].values():
             for gradients in ("final", "shared"):
                 yield BackwardKind("bfloat16", dim, gradients, False, False, chosen)
+        for gradients in ("final", "added"):
+            yield BackwardKind("bfloat16", dim, gradients, False, False, shipped, ordered=True)
+        yield BackwardKind("bfloat16", dim, "added", False, True, shipped)
+        yield EndsKind("prepare", "bfloat16", dim, True)
+        yield EndsKind("prepare", "float16", dim)
+        yield EndsKind("finish", "float16", dim)
+        yield BackwardKind("float16", dim, "shared", False, False, shipped)
+    yield BackwardKind("bfloat16", 128, "added", True, True, backward_settings_for(128))
+    for dim in (96, 40):
+        yield EndsKind("prepare", "bfloat16", dim)
+        yield EndsKind("finish", "bfloat16", dim)
+        yield BackwardKind("bfloat16", dim, "shared", False, False, backward_settings_for(dim))
 
 
 def compile_all() -> None:
@@ -256,7 +259,8 @@ class Call:
     def main(self, settings: BackwardSettings | None = None) -> Callable[[], None]:
         """The main kernel alone."""
         fixed = (self.state, self.q, self.kv[0], self.kv[1], self.dout, self.final[0], self.final[1], self.table)
-        return lambda: launch.backward(*fixed, params=self.params, settings=settings)
+        params = self.params
+        return lambda: launch.backward(*fixed, params=params, settings=settings)
 
     def prepare(self) -> None:
         launch.prepare(self.q, self.out, self.dout, self.lse, None)
@@ -380,6 +384,26 @@ def variants() -> None:
             del call, fns
 
 
+def deterministic() -> None:
+    """dq in a fixed order: the same bits from run to run, and what that costs."""
+    for dim in (128, 64):
+        cases = [*simple(dim, heads=(4, 2)), chunks(dim), own_batches(dim), *(random_case(s, dim) for s in range(4))]
+        for case in cases:
+            check(replace(case, name=f"deterministic: {case.name}", deterministic=True, repeat=3, dlse=False))
+    check(Case("deterministic: 4096 causal", [one(4096, 4096, causal=True)], 4096, heads=(8, 8), deterministic=True,
+               repeat=3))  # fmt: skip
+    for batch, length, heads, dim in ((4, 4096, (16, 16), 128), (1, 16384, (16, 16), 128), (1, 16384, (32, 32), 64)):
+        for causal in (True, False):
+            call = Call(batch, length, heads, dim, causal)
+            fns = {"any order": call.main()}
+            call.params = replace(call.params, deterministic=True)
+            fns["ordered"] = call.main()
+            got = compare(fns)
+            print(f"B{batch} S{length} H{heads[0]}/{heads[1]} D{dim} {'causal' if causal else 'full'}: "
+                  + "; ".join(f"{name} {call.flops / t / 1e9:.0f}" for name, t in got.items()), flush=True)  # fmt: skip
+            del call, fns
+
+
 def host() -> None:
     """Host time of each launch in steady state."""
     begin("host time")
@@ -402,7 +426,7 @@ def main() -> int:
     if sys.argv[1:] == ["compile"]:
         compile_all()
         return 0
-    sections = {f.__name__: f for f in (smoke, correct, flags, departures, speed, variants, host)}
+    sections = {f.__name__: f for f in (smoke, correct, flags, departures, deterministic, speed, variants, host)}
     print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
     global only
     picked = [word for word in sys.argv[1:] if word.startswith("only=")]

@@ -46,7 +46,7 @@ CASES = [
 ]
 
 
-def emulated() -> dict[str, Any]:
+def emulated(processors: int = 2) -> dict[str, Any]:
     """`backward_launch` on the machine."""
     from emulated import backward_on_cpu
 
@@ -57,7 +57,7 @@ def emulated() -> dict[str, Any]:
     def backward(state: backward_launch.BackwardState, *tensors: Any, **others: Any) -> None:
         flags = others.get("flags")
         words = () if flags is None else (flags.values, flags.epoch)
-        with backward_on_cpu(state.memory, *tensors[:-1], others.get("departures"), *words):
+        with backward_on_cpu(state.memory, *tensors[:-1], others.get("departures"), *words, processors=processors):
             backward_launch.backward(state, *tensors, **others)
 
     def finish(state: backward_launch.BackwardState, **others: Any) -> Any:
@@ -70,6 +70,16 @@ def emulated() -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case) -> None:
     message, fine = run(case, CPU, **emulated())
+    assert fine, message
+
+
+ORDERED = [replace(own_batches(64), heads=(1, 1)), random_case(1, 64), Case("two heads", [CAUSAL], 200, dim=64)]
+
+
+@pytest.mark.parametrize("case", ORDERED, ids=lambda case: case.name)
+def test_deterministic(case: Case) -> None:
+    """By one CTA, since the machine runs one after the other and they would wait for each other."""
+    message, fine = run(replace(case, deterministic=True), CPU, **emulated(1))
     assert fine, message
 
 

@@ -106,6 +106,8 @@ class HopperBackward:
         flags: Int64,
         epoch: Int64,
         departures: Int64,
+        turns: Int64,
+        done: Int64,
         score_scale: Float32,  # the softmax's times log2(e)
         scale: Float32,
         q_len: Int32,
@@ -206,7 +208,7 @@ class HopperBackward:
             flat(lse, Float32), flat(delta, Float32), flat(dk, Int32 if self.kind.gradients == "final" else Int64),
             flat(dv, Int32 if self.kind.gradients == "final" else Int64),
             flat(items, Int32), flat(walk, Int32), flat(counter, Int32), flat(flags, cutlass.Uint32),
-            flat(epoch, cutlass.Uint32), flat(departures, Int32), score_scale, scale, q_len, num_heads, num_kv_heads,
+            flat(epoch, cutlass.Uint32), flat(departures, Int32), flat(turns, Int32), flat(done, Int32), score_scale, scale, q_len, num_heads, num_kv_heads,
             dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h, num_items, section, head_batches, total, split, members,
             piece_length, q_batch_rows, do_batch_rows, k_batch_rows, polls,
         ).launch(grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
@@ -248,6 +250,8 @@ class HopperBackward:
         flags: cute.Tensor,
         epoch: cute.Tensor,
         departures: cute.Tensor,
+        turns: cute.Tensor,
+        done: cute.Tensor,
         score_scale: Float32,
         scale: Float32,
         q_len: Int32,
@@ -338,7 +342,10 @@ class HopperBackward:
             if warp == 1:
                 describe(work, shared, lse, delta, num_heads, q_len, self.block, self.q_stages)
             if warp == 2:
-                add_queries(work, shared, dq_atom, dq_tma, num_heads, q_len, self.block, self.row_parts)
+                add_queries(
+                    work, shared, dq_atom, dq_tma, num_heads, q_len, turns, done, self.block, self.row_parts,
+                    self.kind.ordered,
+                )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.kind.settings.consumer_registers)
             self.consumer.consume(

@@ -141,6 +141,7 @@ class BackwardConsumer:
                     warpgroup.wait_group(0)
                     for _ in cutlass.range(total - 1, unroll=1):
                         state = self.block_and_next(shared, parts, s, dp, thread, state, score_scale, count, False)
+                    ptx.arrive(shared.v_empty, leader)
                     state = self.block_and_next(shared, parts, s, dp, thread, state, score_scale, count, True)
                 else:
                     ptx.wait(shared.v_full, tiles & 1)
@@ -152,9 +153,9 @@ class BackwardConsumer:
                     if cutlass.const_expr(self.kind.settings.rolling):
                         warpgroup.wait_group(0)
                         ptx.arrive(shared.q_empty + before, leader)
+                    ptx.arrive(shared.k_empty, leader)
+                    ptx.arrive(shared.v_empty, leader)
                 q_stage, q_phase, do_stage, do_phase, blocks = state
-                ptx.arrive(shared.k_empty, leader)
-                ptx.arrive(shared.v_empty, leader)
                 tiles += 1
                 piece, batch, head = (
                     Int64(records[PIECE, slot]),
@@ -241,6 +242,8 @@ class BackwardConsumer:
             multiply(parts.scores, parts.keys, parts.queries[None, None, None, next_q], next_s, False)
         multiply(parts.sums, ds16, parts.queries_turned[None, None, None, q_stage], parts.dk, True)
         warpgroup.wait_group(1 if cutlass.const_expr(last) else 2)
+        if cutlass.const_expr(last):
+            ptx.arrive(shared.k_empty, leader)
         self.store_dq(shared, parts, dq, cid, leader, blocks)
         if cutlass.const_expr(not last):
             ptx.wait(shared.do_full + next_do, next_do_phase)

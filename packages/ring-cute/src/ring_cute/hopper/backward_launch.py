@@ -14,6 +14,7 @@ from torch import Tensor
 from ring_core.backend import DeviceTable, Flags, Params
 from ring_core.key_tiles import make_schedule
 from ring_cute import library
+from ring_cute.hopper.backward_order import stretches_of, turns_of
 from ring_cute.hopper.backward_settings import (
     BACKWARD,
     TILE_KEYS,
@@ -76,6 +77,7 @@ class PreparedKeys:
     repeats: int  # batch entries that all items are about
     keys: int  # in tiles that some query sees, of all batch entries
     section: Callable[[int, int, int], int]  # `Schedule.section`
+    turns: Tensor | None  # (V, 2) int32: `backward_order.turns_of`
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class _Known:
     items: int
     walk: int
     pitch: int  # of the state, in bytes
+    turns: int  # 0: in any order
     numbers: tuple[int | float, ...]
 
 
@@ -213,28 +216,28 @@ def backward(
     final = None if dk.dtype == torch.float32 else (dk, dv)
     if final is not None:
         assert flags is None and departures is None, "final gradients are those of keys that stay"
-        dk, dv = _where_final(q, dk, dv, table, settings)
+        dk, dv = _where_final(q, dk, dv, table, settings, params.deterministic)
     if q.numel() and len(table.host):
         dout = dout if state.dout is None else state.dout
-        _launch(state, q, k, v, dout, dk, dv, table, params.scale, flags, departures, settings)
+        _launch(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
     if final is not None and dk is not final[0]:
         final[0].copy_(dk)
         final[1].copy_(dv)
 
 
 def _where_final(
-    q: Tensor, dk: Tensor, dv: Tensor, table: DeviceTable, settings: BackwardSettings | None
+    q: Tensor, dk: Tensor, dv: Tensor, table: DeviceTable, settings: BackwardSettings | None, ordered: bool
 ) -> tuple[Tensor, Tensor]:
     """What the kernel is given for final dk and dv: these, zeroed first where it does not write all of them; or zeros
     in fp32, where several CTAs have a part of each, which are calls too small for the GPU."""
-    key = ("cute final", q.get_device(), q.shape, dk.shape, settings)
+    key = ("cute final", q.get_device(), q.shape, dk.shape, settings, ordered)
     known: tuple[bool, bool] | None = table.host.cache.get(key)
     if known is None:
         dealt_out = written = False
         if q.numel() and len(table.host):
             chosen = settings or backward_settings_for(q.shape[-1])
-            prepared = schedule_for(table, q.shape[0], chosen.block, False)
-            dealt_out = _parts(prepared, q, dk.shape[3], whole=False) > 1
+            prepared = schedule_for(table, q.shape[0], chosen.block, False, ordered)
+            dealt_out = _parts(prepared, q, dk.shape[3], whole=ordered) > 1
             written = prepared.keys == math.prod(dk.shape[:3])
         known = table.host.cache[key] = dealt_out, written
     dealt_out, written = known
@@ -256,7 +259,7 @@ def _launch(
     dk: Tensor,
     dv: Tensor,
     table: DeviceTable,
-    scale: float,
+    params: Params,
     flags: Flags | None,
     departures: Tensor | None,
     settings: BackwardSettings | None,
@@ -264,7 +267,7 @@ def _launch(
     device = q.get_device()
     key = (
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride(), dv.stride(), dk.dtype,
-        flags is None, departures is None, scale, settings, q.dtype, device,
+        flags is None, departures is None, params.scale, params.deterministic, settings, q.dtype, device,
     )  # fmt: skip
     calls = table.host.cache.setdefault("cute backward", {})
     known = calls.get(key)
@@ -273,14 +276,18 @@ def _launch(
             q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
             if reason := backward_supports(q, k, v, dk, dv):
                 raise ValueError(f"the Hopper kernels do not take {reason}")
-            _launch(state, q, k, v, dout, dk, dv, table, scale, flags, departures, settings)
+            _launch(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
             return
-        known = _prepare_call(q, k, v, dout, dk, dv, table, scale, flags, departures, settings)
+        known = _prepare_call(q, k, v, dout, dk, dv, table, params, flags, departures, settings)
         if known is None:
             return
         calls[key] = known
     stream = current_stream(device)
     memory = state.memory.data_ptr()
+    done = None
+    if known.turns:
+        stretches = stretches_of(q.shape[1], (settings or backward_settings_for(q.shape[3])).block)
+        done = torch.zeros(q.shape[0] * q.shape[2] * stretches, dtype=torch.int32, device=q.device)
     known.kernel(
         q.data_ptr(),
         k.data_ptr(),
@@ -297,6 +304,8 @@ def _launch(
         0 if flags is None else flags.values.data_ptr(),
         0 if flags is None else flags.epoch.data_ptr(),
         0 if departures is None else departures.data_ptr(),
+        known.turns,
+        0 if done is None else done.data_ptr(),
         *known.numbers,
         stream,
     )
@@ -310,7 +319,7 @@ def _prepare_call(
     dk: Tensor,
     dv: Tensor,
     table: DeviceTable,
-    scale: float,
+    params: Params,
     flags: Flags | None,
     departures: Tensor | None,
     settings: BackwardSettings | None,
@@ -320,19 +329,22 @@ def _prepare_call(
     num_kv_heads = k.shape[3]
     chosen = settings or backward_settings_for(head_dim)
     by_piece = flags is not None or departures is not None
-    prepared = schedule_for(table, batch, chosen.block, by_piece)
+    ordered = params.deterministic
+    prepared = schedule_for(table, batch, chosen.block, by_piece, ordered)
     group = num_heads // num_kv_heads
-    split = _parts(prepared, q, num_kv_heads, whole=departures is not None)
+    split = _parts(prepared, q, num_kv_heads, whole=ordered or departures is not None)
     head_batches = prepared.repeats * num_kv_heads * split
     total = prepared.count * head_batches
     if not total or not k.numel():
         return None
     members = group // split
     gradients = "final" if dk.dtype != torch.float32 else "shared" if split > 1 else "added"
-    kind = BackwardKind(DTYPES[q.dtype], head_dim, gradients, flags is not None, departures is not None, chosen)
+    kind = BackwardKind(
+        DTYPES[q.dtype], head_dim, gradients, flags is not None, departures is not None, chosen, ordered
+    )
     numbers = (
-        scale * LOG2E,
-        scale,
+        params.scale * LOG2E,
+        params.scale,
         length,
         num_heads,
         num_kv_heads,
@@ -357,7 +369,14 @@ def _prepare_call(
         POLLS,
         min(total, _processors(q.device)),
     )
-    return _Known(library.load(kind), prepared.items.data_ptr(), prepared.walk.data_ptr(), 4 * _pitch(q.shape), numbers)
+    return _Known(
+        library.load(kind),
+        prepared.items.data_ptr(),
+        prepared.walk.data_ptr(),
+        4 * _pitch(q.shape),
+        0 if prepared.turns is None else prepared.turns.data_ptr(),
+        numbers,
+    )
 
 
 def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
@@ -384,14 +403,18 @@ def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | No
     return dq, -(share * state.delta).sum((0, 2)).to(params.sinks.dtype)
 
 
-def schedule_for(table: DeviceTable, batch: int, block: int, by_piece: bool) -> PreparedKeys:
+def schedule_for(table: DeviceTable, batch: int, block: int, by_piece: bool, ordered: bool) -> PreparedKeys:
     """The table's schedule on its device, made once and kept with the table."""
-    key = ("cute backward", str(table.device), batch, block, by_piece)
+    key = ("cute backward", str(table.device), batch, block, by_piece, ordered)
     known = table.host.cache.get(key)
     if known is None:
         schedule = make_schedule(table.host, tile_keys=TILE_KEYS, block=block, by_piece=by_piece)
         items = schedule.items if schedule.every_batch else schedule.for_batch(batch)
         walk = schedule.walk if len(schedule.walk) else np.zeros((1, schedule.walk.shape[1]), dtype=np.int32)
+        turns = None
+        if ordered:
+            items, order = turns_of(items, walk, block)
+            turns = torch.from_numpy(order).to(table.device)
         known = table.host.cache[key] = PreparedKeys(
             torch.from_numpy(items).to(table.device),
             len(items),
@@ -399,6 +422,7 @@ def schedule_for(table: DeviceTable, batch: int, block: int, by_piece: bool) -> 
             batch if schedule.every_batch else 1,
             schedule.seen_keys(batch),
             schedule.section,
+            turns,
         )
     prepared: PreparedKeys = known
     return prepared

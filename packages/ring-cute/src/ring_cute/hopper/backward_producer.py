@@ -26,6 +26,7 @@ from ring_cute.hopper.backward_records import (
     RECORDS,
     START,
     TOKEN,
+    TURNS,
     UPPER,
     WALK_COLUMNS,
     WHOLE_FROM,
@@ -253,10 +254,12 @@ def describe(
 
 @cute.jit
 def add_queries(
-    work, shared, dq_atom, dq_tensor, num_heads, q_len_all, block: cutlass.Constexpr, parts: cutlass.Constexpr
+    work, shared, dq_atom, dq_tensor, num_heads, q_len_all, turns, done, block: cutlass.Constexpr,
+    parts: cutlass.Constexpr, ordered: cutlass.Constexpr,
 ):  # fmt: skip
     """Sends each consumer's share of a block's dq on its way to be added to global memory. parts: of the block's rows,
-    where a consumer has not all of them."""
+    where a consumer has not all of them. ordered: when it is this block's turn (`backward_order`), and until then it
+    waits; done: how many blocks have added to each stretch of rows of each head."""
     lane = cute.arch.lane_idx()
     records, walk = shared.records, work.walk
     turn, blocks = Int32(0), Int32(0)
@@ -266,11 +269,24 @@ def add_queries(
         slot = turn & (RECORDS - 1)
         batch, q_head = records[BATCH, slot], records[Q_HEAD, slot]
         w, b = records[START, slot], Int32(0)
+        nth = Int32(0)  # of a query head's blocks
+        stretches = cute.ceil_div(q_len_all, block)
         for _ in cutlass.range(records[BLOCKS, slot], unroll=1):
             entry = w * WALK_COLUMNS
             q_len = walk[entry + Q_LEN]
+            mine, wanted = Int32(0), Int32(-1)
+            if cutlass.const_expr(ordered):
+                row = walk[entry + Q_START] + walk[entry + I_LO] + b * block
+                mine = (batch * num_heads + q_head) * stretches + row // block + lane
+                if lane < 2:  # a block touches one stretch, or two
+                    wanted = turns[2 * (records[TURNS, slot] + nth) + lane]
             end = (batch * num_heads + q_head) * q_len_all + walk[entry + Q_START] + q_len
             x = FAR - q_len + walk[entry + I_LO] + b * block
+            if cutlass.const_expr(ordered):
+                if wanted >= 0:
+                    while ptx.load_acquire_gpu(done.iterator + mine) != wanted:
+                        pass
+                cute.arch.sync_warp()
             for c in cutlass.range_constexpr(2):
                 buffer = shared.dq[None, None, c]
                 ptx.wait(shared.dq_full + c, blocks & 1)
@@ -289,7 +305,17 @@ def add_queries(
                 cute.arch.sync_warp()
                 ptx.arrive(shared.dq_empty + c, lane == 0)
             blocks += 1
+            same = q_head
             w, b, q_head = following(walk, w, b, q_head)
+            nth += 1
+            if q_head != same:
+                nth = Int32(0)
+            if cutlass.const_expr(ordered):
+                cute.arch.cp_async_bulk_wait_group(0)  # added, not only read
+                ptx.fence_proxy_async()
+                cute.arch.sync_warp()
+                if wanted >= 0:
+                    ptx.add_release_gpu(done.iterator + mine, Int32(1))
         cute.arch.sync_warp()
         ptx.arrive(shared.record_empty + slot, lane == 0)
         turn += 1

@@ -1,7 +1,7 @@
 """Which tile of keys a CTA computes next, and what there is to know of it, in shared memory.
 
 A record is sixteen numbers: the first eight columns of `ring_core.key_tiles.ITEM`, batch entry and blocks (of all query
-heads that the CTA walks) filled in, then the key head, the first query head, and "there is such a tile".
+heads that the CTA walks) filled in, with the first row of `backward_order.turns_of` in the second where there is one, then the key head, the first query head, and "there is such a tile".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ring_cute.hopper import ptx
 RECORD_BITS = 1
 RECORDS = 1 << RECORD_BITS
 """Tiles, this one and the next, whose records are kept."""
-START, TOKEN, KEYS, BATCH, PIECE, BLOCKS, HEAD, Q_HEAD, EXISTS = 0, 2, 3, 4, 5, 6, 8, 9, 10
+START, TURNS, TOKEN, KEYS, BATCH, PIECE, BLOCKS, HEAD, Q_HEAD, EXISTS = 0, 1, 2, 3, 4, 5, 6, 8, 9, 10
 Q_START, Q_LEN, I_LO, NUMBER, WHOLE_FROM, WHOLE_TO, LOWER, UPPER, NEXT = 0, 1, 2, 3, 5, 6, 7, 8, 9
 """Columns of `ring_core.key_tiles.WALK`."""
 WALK_COLUMNS = 12

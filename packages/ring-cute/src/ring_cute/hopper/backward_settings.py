@@ -33,7 +33,7 @@ class BackwardSettings:
 BACKWARD: dict[int, BackwardSettings] = {
     # padded head dim: dk and dv (128 x D), P and dP (128 x block) and dq (block x D) live in the registers of two
     # warpgroups; K, V, ds twice, dq in fp32 and the stages in 227 KiB
-    64: BackwardSettings(block=64, q_stages=3, ahead=True, reason="not measured yet"),
+    64: BackwardSettings(block=96, q_stages=3, ahead=True, reason="not measured yet"),
     128: BackwardSettings(q_stages=3, ahead=True, reason="not measured yet"),
 }
 """By head dim, rounded up to the next key."""
@@ -62,6 +62,8 @@ class BackwardKind:
     flags: bool
     departures: bool
     settings: BackwardSettings
+    ordered: bool = False
+    """dq is summed in a fixed order."""
 
     @property
     def padded(self) -> int:
@@ -71,7 +73,7 @@ class BackwardKind:
     def words(self) -> str:
         """As part of a file's name."""
         s = self.settings
-        on = [word for word in ("flags", "departures") if getattr(self, word)] + [
+        on = [word for word in ("flags", "departures", "ordered") if getattr(self, word)] + [
             word for word in ("ahead", "rolling") if getattr(s, word)
         ]
         numbers = f"b{s.block}x{s.q_stages}x{s.do_stages}-r{s.consumer_registers}.{s.producer_registers}"

@@ -16,7 +16,7 @@ from ring_cute.settings import ForwardKind
 
 ADDRESSES, SIZES, STRIDES, COUNTS = 12, 4, 15, 7
 OPTIONS = "--enable-tvm-ffi --gpu-arch sm_90a"
-BACKWARD_ADDRESSES, BACKWARD_SIZES, BACKWARD_STRIDES, BACKWARD_COUNTS = 15, 3, 16, 12
+BACKWARD_ADDRESSES, BACKWARD_SIZES, BACKWARD_STRIDES, BACKWARD_COUNTS = 17, 3, 16, 12
 
 
 def compile_forward(kind: ForwardKind, options: str = OPTIONS) -> Any:

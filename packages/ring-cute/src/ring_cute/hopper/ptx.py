@@ -136,6 +136,20 @@ def load_acquire_sys(address: Any, *, loc: Any = None, ip: Any = None) -> Uint32
 
 
 @dsl_user_op
+def load_acquire_gpu(address: Any, *, loc: Any = None, ip: Any = None) -> Int32:
+    """A word that other CTAs write."""
+    where = address.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip)
+    return Int32(_asm(T.i32(), [where], "ld.acquire.gpu.global.u32 $0, [$1];", "=r,l,~{memory}", effects=True))
+
+
+@dsl_user_op
+def add_release_gpu(address: Any, x: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """Adds to a counter that other CTAs read, after all that came before is visible to them."""
+    values = [address.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip), Int32(x).ir_value(loc=loc, ip=ip)]
+    _asm(None, values, "red.release.gpu.global.add.u32 [$0], $1;", "l,r,~{memory}", effects=True)
+
+
+@dsl_user_op
 def fence_proxy_async(*, loc: Any = None, ip: Any = None) -> None:
     """What the generic proxy has seen so far is visible to the async one (TMA, wgmma)."""
     _asm(None, [], "fence.proxy.async;", "~{memory}", effects=True)
