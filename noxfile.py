@@ -35,6 +35,14 @@ PAIRS = {
     "newest": ["torch", "triton"],
 }
 
+# The releases of the CuTe DSL that ring-cute allows, between which names and code generation change.
+DSLS = {"4.7": "nvidia-cutlass-dsl==4.7.*", "4.8": "nvidia-cutlass-dsl==4.8.*"}
+# Of ring-cute's tests, those in which the DSL itself takes part: what comes out of it does not depend on the rest.
+DSL_TESTS = [f"packages/ring-cute/tests/test_{name}_cute.py" for name in ("compile", "cache")]
+# Left out where a package's tests run a second time, from its wheel: minutes of compiling the same sources, and of
+# running what comes out on a machine in Python.
+NOT_AGAIN = {"ring-cute": ["-k", "not emulated and not compiled_for_sm_90a"]}
+
 # Run in an environment that holds one package's wheel and what it declares, and nothing else.
 ALONE = """
 import importlib, importlib.metadata, importlib.util, pathlib, sys
@@ -79,18 +87,28 @@ def install(session: nox.Session, *arguments: str, constraints: Path | None = CO
     session.install(*(["-c", str(constraints)] if constraints else []), *arguments)
 
 
+def constraints_but(session: nox.Session, *packages: str) -> Path:
+    """The pinned versions of all but some packages."""
+    pinned = re.compile(rf"({'|'.join(packages)})==")
+    # Not in create_tmp(), which moves TMPDIR there: sockets of the tests' fork server need a short path.
+    others = Path(session.virtualenv.location) / "constraints.txt"
+    others.write_text("".join(line for line in CONSTRAINTS.open() if not pinned.match(line)))
+    return others
+
+
 def editable(*packages: str, extra: str = "") -> list[str]:
     """Arguments that install packages in place, each once, with the members they need."""
     members = dict.fromkeys(member for package in packages for member in members_of(package))
     return [word for member in members for word in ("-e", f"packages/{member}{extra if member in packages else ''}")]
 
 
-def run_tests(session: nox.Session, *packages: str) -> None:
+def run_tests(session: nox.Session, *packages: str, again: bool = False) -> None:
     """One pytest process per package, so that a package's tests never lean on what another's have imported."""
     for package in packages:
         # Triton's kernels are tested in its interpreter; elsewhere it would only slow down what torch compiles.
         interpret = {"TRITON_INTERPRET": "1"} if package == "ring-triton" else {}
-        session.run("pytest", f"packages/{package}/tests", *session.posargs, env=ONE_THREAD | interpret)
+        some = NOT_AGAIN.get(package, []) if again else []
+        session.run("pytest", f"packages/{package}/tests", *some, *session.posargs, env=ONE_THREAD | interpret)
 
 
 @nox.session
@@ -157,7 +175,7 @@ def isolated(session: nox.Session, package: str) -> None:
     install(session, *wheels)
     session.run("python", "-I", "-c", ALONE, package, *strangers, log=False)
     install(session, *wheels[:-1], f"{wheels[-1]}[test]")
-    run_tests(session, package)
+    run_tests(session, package, again=True)
 
 
 @nox.session(default=False, reuse_venv=False, venv_backend="uv")
@@ -172,9 +190,15 @@ def minimums(session: nox.Session, package: str) -> None:
 @nox.parametrize("pair", list(PAIRS), ids=list(PAIRS))
 def matrix(session: nox.Session, pair: str) -> None:
     """All tests with another pair of torch and triton, on the running Python."""
-    pinned = re.compile(r"(torch|triton|numpy)==")
-    # Not in create_tmp(), which moves TMPDIR there: sockets of the tests' fork server need a short path.
-    others = Path(session.virtualenv.location) / "constraints.txt"
-    others.write_text("".join(line for line in CONSTRAINTS.open() if not pinned.match(line)))
+    others = constraints_but(session, "torch", "triton", "numpy")
     install(session, *editable(*PACKAGES, extra="[test]"), *PAIRS[pair], constraints=others)
     run_tests(session, *PACKAGES)
+
+
+@nox.session(default=False)
+@nox.parametrize("release", list(DSLS), ids=list(DSLS))
+def dsl(session: nox.Session, release: str) -> None:
+    """ring-cute's kernels compiled for sm_90a, without a GPU, by another release of the CuTe DSL."""
+    others = constraints_but(session, "nvidia-cutlass-dsl")
+    install(session, *editable("ring-cute", extra="[test]"), DSLS[release], constraints=others)
+    session.run("pytest", *(session.posargs or DSL_TESTS), env=ONE_THREAD)

@@ -115,6 +115,25 @@ class Unsupported(Plain):
         raise UnsupportedError("no causal masks here; reference has them")
 
 
+class Onward(Plain):
+    """Has no backward."""
+
+    name = "onward"
+
+    def call(self, q, k, v, cell, group):
+        if torch.is_grad_enabled() and q.requires_grad:
+            raise UnsupportedError("it computes no gradients; reference does")
+        return super().call(q, k, v, cell, group)
+
+
+class OnwardWrong(Onward):
+    name = "onward, wrong"
+
+    def call(self, q, k, v, cell, group):
+        out, lse = super().call(q, k, v, cell, group)
+        return out * 1.01, lse
+
+
 class Picky(Plain):
     name = "picky"
 

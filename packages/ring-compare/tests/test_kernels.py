@@ -105,6 +105,21 @@ def test_three_phases_and_a_wrong_forward():
     assert rows["plain[torch]", "bwd"].errors == rows["plain[torch]", "fwd+bwd"].errors
 
 
+def test_a_forward_alone():
+    """What has no backward is measured forward, and says why not in the other phases."""
+    rows = run(small(), "compare_fakes:Plain", "compare_fakes:Onward", "compare_fakes:OnwardWrong")
+    forward = rows["onward[torch]", "fwd"]
+    assert (forward.status, forward.reason, set(forward.errors)) == ("ok", "", {"out", "lse"})
+    assert len(forward.samples_ms) >= 3 and forward.peak_memory_bytes is not None
+    for phase in ("bwd", "fwd+bwd"):
+        row = rows["onward[torch]", phase]
+        assert (row.status, row.reason) == ("skipped", "it computes no gradients; reference does")
+        assert not row.samples_ms and not row.errors
+    wrong = rows["onward, wrong[torch]", "fwd"]
+    assert wrong.status == "failed" and wrong.reason.startswith("out relative error") and not wrong.samples_ms
+    assert rows["plain[torch]", "bwd"].status == "ok"
+
+
 # Steps
 
 

@@ -68,7 +68,16 @@ def test_rings_suite_is_what_was_asked_for():
     assert {(c.world_size, c.Sq) for c in found if c.Hkv == 8} == {(w, s) for w in (1, 2, 4) for s in (8192, 32768)}
     assert {(c.Hq, c.world_size) for c in found if c.Hkv == 32} == {(32, 4)}  # for torch's context_parallel
     assert {"native[fa4]", "local[native[fa4]]", "ring-flash-attn", "torch-cp"} <= set(SUITES["rings"].implementations)
-    assert all(known(name) or name.startswith(("native", "local[")) for name in SUITES["rings"].implementations)
+    backends = ("native", "triton", "cute", "local[")
+    assert all(known(name) or name.startswith(backends) for name in SUITES["rings"].implementations)
+
+
+def test_both_of_our_own_kernels_are_compared_wherever_one_is():
+    for suite in SUITES.values():
+        names = set(suite.implementations)
+        assert {name.replace("triton", "cute") for name in names if "triton" in name and "triton[" not in name} <= names
+        if suite.name in ("rings", "packed", "kernels", "kernels-64", "kernels-wide", "steps"):
+            assert any("cute" in name for name in names), suite.name
 
 
 def test_packed_suite_is_what_was_asked_for():

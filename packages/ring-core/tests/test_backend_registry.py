@@ -12,8 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from ring_core import Backend, Capabilities, UnsupportedError, backend, backend_names, load_backend, ring_attention
-from ring_core.backend import HeadDims, check_supported, choose_backend, register_backend
+from ring_core import (
+    Backend,
+    Capabilities,
+    UnsupportedError,
+    backend,
+    backend_names,
+    load_backend,
+    ring_attention,
+    ring_attention_packed,
+)
+from ring_core.backend import NO_HEAD_DIMS, HeadDims, check_supported, choose_backend, register_backend
 from ring_core.reference import ReferenceBackend
 
 CPU = torch.device("cpu")
@@ -177,6 +186,42 @@ def test_alibi_on_several_ranks_is_a_feature_of_its_own() -> None:
     check_supported("alone", CPU, torch.float32, 8, asked - {"ring_alibi"})
     with pytest.raises(UnsupportedError, match=r": ring_alibi is not .*\(alibi_slopes on several ranks: .*reference"):
         check_supported("alone", CPU, torch.float32, 8, asked)
+
+
+@pytest.mark.parametrize(
+    ("taken", "problem"),
+    [
+        (NO_HEAD_DIMS, "it computes no gradients, and an input requires them; .*reference"),
+        (
+            HeadDims(16, 32),
+            "the head dim is 8 and an input requires gradients, which it computes for 16-32; .*reference",
+        ),
+    ],
+    ids=["none", "others"],
+)
+def test_gradients_are_refused_before_anything_is_computed(taken: HeadDims, problem: str) -> None:
+    register_backend("forward", Limited("forward", gradient_head_dims=taken))
+    q = torch.randn(1, 4, 1, 8)
+    want = ring_attention(q, q, q, backend="reference")
+    assert torch.equal(ring_attention(q, q, q, backend="forward"), want)
+    sinks, leaf = torch.zeros(1, requires_grad=True), q.clone().requires_grad_()
+    for options in ({"q": leaf}, {"v": leaf}, {"sinks": sinks}):
+        call: dict[str, Any] = {"q": q, "k": q, "v": q, "backend": "forward"} | options
+        with pytest.raises(UnsupportedError, match=problem):
+            ring_attention(**call)
+        with torch.no_grad():
+            assert torch.isfinite(ring_attention(**call)).all()
+    packed = torch.randn(4, 1, 8, requires_grad=True)
+    with pytest.raises(UnsupportedError, match=problem):
+        ring_attention_packed(packed, packed, packed, [0, 1, 4], backend="forward")
+
+
+def test_gradients_choose_a_backend_that_has_them() -> None:
+    cuda = torch.device("cuda")
+    register_backend("cute", Limited("cute", gradient_head_dims=HeadDims(64, 128)))
+    register_backend("triton", Limited("triton"))
+    for head_dim, gradients, expected in ((64, True, "cute"), (256, True, "triton"), (256, False, "cute")):
+        assert choose_backend(cuda, torch.bfloat16, head_dim, frozenset(), gradients) == expected
 
 
 def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from ring_core import ring_attention
-from ring_core.backend import Capabilities, HeadDims, UnsupportedError, _registered, load_backend, register_backend
+from ring_core.backend import (
+    NO_HEAD_DIMS,
+    Capabilities,
+    HeadDims,
+    UnsupportedError,
+    _registered,
+    load_backend,
+    register_backend,
+)
 from ring_core.reference import ReferenceBackend
 from ring_core.testing.conformance import (
     KernelCase,
@@ -85,6 +93,26 @@ class Boastful(Modest):
         super().forward(*args, params=replace(params, softcap=0.0), **kwargs)  # ignored in silence
 
 
+class Onward(ReferenceBackend):
+    """Computes no gradients, and says so."""
+
+    name = "modest"
+
+    def capabilities(self, device: torch.device) -> Capabilities:
+        return replace(super().capabilities(device), gradient_head_dims=NO_HEAD_DIMS)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("asked for gradients")
+
+
+class Careless(Onward):
+    """Shifts what it computes."""
+
+    def forward(self, q: Any, k: Any, v: Any, out: Any, *args: Any, **kwargs: Any) -> None:
+        super().forward(q, k, v, out, *args, **kwargs)
+        out += 0.1
+
+
 @pytest.fixture
 def modest() -> Iterator[Modest]:
     """Known by its name, as `ring_attention` must be the one to refuse; forgotten afterwards."""
@@ -112,6 +140,24 @@ def test_a_gradient_of_lse_is_refused(modest: Modest) -> None:
     torch.autograd.backward(out.sum(), retain_graph=True)
     with pytest.raises(UnsupportedError, match=r"'modest'.*lse_grad.*reference"):
         torch.autograd.backward(lse.sum())
+
+
+def test_a_backend_without_gradients_is_compared_forward(modest: Modest, seed: int) -> None:
+    """And must refuse by name what needs them, as it does where it is known by its name."""
+    some = [case for case in kernel_cases() if str(case) in ("causal-zigzag-gather-4", "packed-causal-sinks")]
+    assert len(some) == 2
+    for case in some:
+        register_backend("modest", ReferenceBackend())
+        with pytest.raises(AssertionError, match=r"lacks \['gradients'\] but did not refuse"):
+            check_kernel_case(case, Onward(), seed=seed)
+        register_backend("modest", Onward())
+        check_kernel_case(case, Onward(), seed=seed)
+        with pytest.raises(AssertionError, match="out: relative error"):
+            check_kernel_case(case, Careless(), seed=seed)
+    ring = next(case for case in ring_cases([1]) if case.sinks)
+    check_ring_case(ring, "modest", [run_ring_case(ring, "modest", seed)], seed)
+    packed = packed_cases([1])[0]
+    check_packed_case(packed, "modest", [run_packed_case(packed, "modest", seed)], seed)
 
 
 def test_a_refusal_must_come(modest: Modest, seed: int) -> None:

@@ -4,7 +4,7 @@
 
 No spills, all products on wgmma, the expected number of TMA instructions, shared memory within its limit. Prints a
 table; exit status 1 if a check failed. The DSL reads its settings from the environment when it is imported, so this is
-a process of its own. It needs a `cuobjdump`: on the PATH, in `CUOBJDUMP`, or the one that comes with triton.
+a process of its own. It needs a `cuobjdump`: on the PATH, in `CUOBJDUMP`, or that of nvidia-cuda-cuobjdump or triton.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ring_cute.library import Kind
 from ring_cute.settings import SHARED_BYTES, ForwardKind, Settings, kind_for, settings_for
 
 
@@ -48,12 +49,14 @@ def cuobjdump() -> str:
         FileNotFoundError: there is none here.
     """
     found = os.environ.get("CUOBJDUMP") or shutil.which("cuobjdump")
-    triton = importlib.util.find_spec("triton")
-    if not found and triton is not None and triton.submodule_search_locations:
-        inside = Path(triton.submodule_search_locations[0], "backends", "nvidia", "bin", "cuobjdump")
-        found = str(inside) if inside.exists() else None
+    for package, inside in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations if spec else None) or []:
+            program = Path(folder, inside, "cuobjdump")
+            if not found and program.exists():
+                found = str(program)
     if not found:
-        raise FileNotFoundError("no cuobjdump: it comes with the CUDA toolkit and with triton")
+        raise FileNotFoundError("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     return found
 
 
@@ -72,18 +75,17 @@ def kind_of(
     return kind_for(dtype, head_dim, chosen, state=state, sinks=sinks, flags=flags)
 
 
-def compiled_and_ptx(kind: ForwardKind, cubin_to: Path | None = None) -> tuple[Any, str]:
-    """What the DSL makes of a kind for sm_90a. The environment must not have imported it for another architecture."""
-    os.environ["CUTE_DSL_ARCH"] = "sm_90a"
+def compiled_and_ptx(kind: Kind, cubin_to: Path | None = None) -> tuple[Any, str]:
+    """What the DSL makes of a kind, whatever GPU is here."""
     os.environ["CUTE_DSL_KEEP"] = "ptx,cubin"
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CUTE_DSL_DUMP_DIR"] = folder
         from cutlass.cutlass_dsl import CuTeDSL
 
         CuTeDSL._get_dsl().envar.dump_dir = folder  # read once, at import
-        from ring_cute.hopper.compiling import compile_forward
+        from ring_cute.hopper.compiling import compile_kind
 
-        compiled = compile_forward(kind)
+        compiled = compile_kind(kind)
         (ptx,), (cubin,) = Path(folder).glob("*.ptx"), Path(folder).glob("*.cubin")
         if cubin_to is not None:
             shutil.copyfile(cubin, cubin_to)
@@ -97,8 +99,12 @@ def compile_kind(kind: ForwardKind) -> Compiled:
         begin = time.monotonic()
         _, text = compiled_and_ptx(kind, cubin)
         seconds = time.monotonic() - begin
+        program = cuobjdump()
+        beside = os.pathsep.join((os.environ["PATH"], str(Path(program).parent)))  # it calls nvdisasm
         usage, sass = (
-            subprocess.run([cuobjdump(), flag, cubin], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [program, flag, cubin], capture_output=True, text=True, check=True, env={**os.environ, "PATH": beside}
+            ).stdout
             for flag in ("-res-usage", "-sass")
         )
     number = lambda name: sum(map(int, re.findall(rf"\b{name}:(\d+)", usage)))  # noqa: E731

@@ -7,7 +7,6 @@ Needs the DSL, apache-tvm-ffi and a C compiler.
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,8 +23,8 @@ from ptx_machine import Memory, Program, launch
 from torch import Tensor
 
 from ring_cute import library
+from ring_cute.hopper import backward_launch as backward_launching
 from ring_cute.hopper import launch as launching
-from ring_cute.settings import ForwardKind
 
 RUNTIME = """
 #include <string.h>
@@ -51,11 +50,12 @@ int _cudaLaunchKernelEx(void *config, void *kernel, void **arguments) {
 }
 """
 _regions: list[tuple[int, np.ndarray]] = []
+_kept: list[Tensor] = []  # memory that regions name
 _schedules: list[Any] = []  # of all tables so far: a call that was made before does not prepare again
 
 
 @cache
-def emulated(kind: ForwardKind) -> Callable[..., None]:
+def emulated(kind: library.Kind) -> Callable[..., None]:
     """In the place of `library.load`: the kernel as a function of the same numbers, run on the CPU."""
     import cute_compiling
     import tvm_ffi
@@ -76,8 +76,9 @@ def emulated(kind: ForwardKind) -> Callable[..., None]:
 
     def run(*numbers: Any) -> None:
         host(*numbers)
-        launch(program, Memory(list(_regions)), [buffer.raw for buffer in memory], stand_in.launched()[0],
-               cluster=kind.settings.cluster)  # fmt: skip
+        grid, settings = tuple(stand_in.launched()[:3]), getattr(kind, "settings", None)
+        raw = [buffer.raw for buffer in memory]
+        launch(program, Memory(list(_regions)), raw, grid, cluster=getattr(settings, "cluster", 1))
 
     return run
 
@@ -87,6 +88,48 @@ def region(x: Tensor) -> tuple[int, np.ndarray]:
     storage = x.untyped_storage()
     raw = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
     return storage.data_ptr(), np.frombuffer(raw, dtype=np.uint8)
+
+
+@contextmanager
+def backward_on_cpu(*tensors: Tensor | None, processors: int = 2) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """`backward_launch` on tensors of the CPU; it may touch these, those that a caller adds to the list that it is
+    given (`region`), and schedules, and nothing else."""
+    zero = torch.zeros(1, dtype=torch.int32)
+    schedule_for = backward_launching.schedule_for
+
+    def scheduled(*arguments: Any) -> Any:
+        made = schedule_for(*arguments)
+        _schedules.append(made)
+        _regions.extend((region(made.items), region(made.walk)))
+        return made
+
+    schedules = [x for made in _schedules for x in (made.items, made.walk)]
+    _regions[:] = [region(x) for x in (*tensors, zero, *schedules) if x is not None]
+    with (
+        patch.object(library, "load", emulated),
+        patch.object(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0)),
+        patch.object(backward_launching, "_processors", lambda device: processors),
+        patch.object(backward_launching, "_counter", lambda device, stream: zero.data_ptr()),
+        patch.object(backward_launching, "schedule_for", scheduled),
+        patch.object(torch, "empty", _noted(torch.empty)),
+    ):
+        yield _regions
+    assert zero.item() == 0, "the counter of tiles is left at zero"
+
+
+def _noted(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What the host code makes itself, the kernels may touch; it begins as NaN."""
+
+    def made(*arguments: Any, **others: Any) -> Tensor:
+        x = make(*arguments, **others)
+        if x.is_floating_point():
+            x.fill_(torch.nan)
+        _kept.append(x)
+        if x.numel():
+            _regions.append(region(x))
+        return x
+
+    return made
 
 
 @contextmanager
@@ -104,7 +147,6 @@ def on_cpu(*tensors: Tensor | None, processors: int = 2) -> Iterator[None]:
 
     schedules = [x for made in _schedules for x in (made.items, made.walk)]
     _regions[:] = [region(x) for x in (*tensors, zero, *schedules) if x is not None]
-    os.environ["CUTE_DSL_ARCH"] = "sm_90a"
     with (
         patch.object(library, "load", emulated),
         patch.object(torch.cuda, "current_stream", lambda device: stream),

@@ -60,6 +60,8 @@ class Instruction:
     run: Callable[..., Any] | None = None
     guard: tuple[str, bool] | None = None
     target: int = -1
+    meets: bool = False
+    """All lanes of the warp take part, and wait for each other."""
 
 
 class Memory:
@@ -137,7 +139,8 @@ class Warp:
     number: int
     block: Block
     registers: dict[str, np.ndarray] = field(default_factory=dict)
-    stores: list[Callable[[], None]] = field(default_factory=list)
+    stores: list[list[Callable[[], None]]] = field(default_factory=lambda: [[]])
+    """Groups of TMA stores under way; the last one is not committed yet."""
     met: int = 0
 
     def get(self, name: str, kind: Any) -> np.ndarray:
@@ -154,6 +157,7 @@ class Warp:
         """One step for each value: whether it got anywhere."""
         code = self.block.program.code
         groups: dict[int, np.ndarray] = {0: FULL.copy()}
+        parked: dict[int, np.ndarray] = {}  # lanes that wait for the others of their warp
         while groups:
             pc = min(groups)
             active = groups.pop(pc)
@@ -164,6 +168,11 @@ class Warp:
                     groups[pc] = active | groups[pc] if pc in groups else active
                     break
                 step = code[pc]
+                if step.meets and mask is not None:
+                    parked[pc] = active | parked.get(pc, False)
+                    if parked[pc].all():
+                        groups[pc] = parked.pop(pc)
+                    break
                 if step.kind == "op":
                     step.run(self, mask)  # type: ignore[misc]
                     pc += 1
@@ -192,13 +201,21 @@ class Warp:
                     pc += 1
                 else:
                     break
+        waiting = [code[pc].text for pc in parked]
+        assert not parked, f"lanes of warp {self.number} wait for others that never come, at {waiting}"
 
 
 class Block:
     """A CTA while it runs."""
 
     def __init__(
-        self, program: Program, memory: Memory, params: list[bytes], number: int, grid: int, seed: int
+        self,
+        program: Program,
+        memory: Memory,
+        params: list[bytes],
+        number: tuple[int, int, int],
+        grid: tuple[int, int, int],
+        seed: int,
     ) -> None:
         self.program, self.memory, self.params, self.number, self.grid = program, memory, params, number, grid
         self.shared = np.full(SHARED_BYTES, 0xFF, dtype=np.uint8)
@@ -300,16 +317,14 @@ class Program:
             name, _, more = line.partition("\t")
             name, rest = name.strip(), more
         operands = split_operands(rest)
+        if name.startswith("bar.warp"):
+            return Instruction("op", line, lambda w, mask: None, guard, -1, True), ""
         operation, *kinds = name.split(".")
         if operation == "bra":
             return Instruction("branch", line, None, guard, -1), operands[0]
         if operation == "ret":
             return Instruction("end", line), ""
-        if name.startswith(
-            ("prefetch", "setmaxnreg", "fence", "wgmma.fence", "wgmma.commit", "wgmma.wait", "bar.warp")
-        ):
-            return Instruction("skip", line), ""
-        if name.startswith("cp.async.bulk.commit"):
+        if name.startswith(("prefetch", "setmaxnreg", "fence", "wgmma.fence", "wgmma.commit", "wgmma.wait")):
             return Instruction("skip", line), ""
         builder = getattr(self, "op_" + operation, None)
         assert builder is not None, f"the machine does not know {line}"
@@ -321,7 +336,7 @@ class Program:
             kind = "bar"
         if guard is not None and kind == "op":
             run = self.guarded(run, guard)
-        return Instruction(kind, line, run, guard), ""
+        return Instruction(kind, line, run, guard, -1, operation in ("elect", "shfl")), ""
 
     @staticmethod
     def guarded(run: Callable[..., Any], guard: tuple[str, bool]) -> Callable[..., Any]:
@@ -342,14 +357,15 @@ class Program:
         if text.startswith("__dynamic"):
             value = np.full(LANES, SHARED_BASE, dtype=np.uint32)
             return lambda w: value
-        if text in ("%tid.x", "%laneid", "%ctaid.x", "%nctaid.x", "%cluster_ctarank"):
-            return {
-                "%tid.x": lambda w: LANE + np.uint32(LANES * w.number),
-                "%laneid": lambda w: LANE.copy(),
-                "%ctaid.x": lambda w: np.full(LANES, w.block.number, dtype=np.uint32),
-                "%cluster_ctarank": lambda w: np.full(LANES, w.block.cluster.index(w.block), dtype=np.uint32),
-                "%nctaid.x": lambda w: np.full(LANES, w.block.grid, dtype=np.uint32),
-            }[text]
+        if text == "%tid.x":
+            return lambda w: LANE + np.uint32(LANES * w.number)
+        if text == "%laneid":
+            return lambda w: LANE.copy()
+        if text == "%cluster_ctarank":
+            return lambda w: np.full(LANES, w.block.cluster.index(w.block), dtype=np.uint32)
+        if found := re.fullmatch(r"%(n?)ctaid\.([xyz])", text):
+            axis, size = "xyz".index(found[2]), bool(found[1])
+            return lambda w: np.full(LANES, (w.block.grid if size else w.block.number)[axis], dtype=np.uint32)
         if text.startswith("0f"):
             value = np.full(LANES, int(text[2:], 16), dtype=np.uint32).view(kind)
             return lambda w: value
@@ -358,7 +374,8 @@ class Program:
             bits = np.full(LANES, int(text) % (1 << width), dtype=np.uint32 if width == 32 else np.uint64)
             value = bits.view(kind)
             return lambda w: value
-        return lambda w: w.registers[text].view(kind)
+        unknown = np.full(LANES, -1, dtype=np.int64 if np.dtype(kind).itemsize == 8 else np.int32).view(kind)  # NaN
+        return lambda w: w.registers[text].view(kind) if text in w.registers else unknown
 
     def address(self, text: str) -> Callable[[Warp], np.ndarray]:
         base, _, offset = text.strip("[]").partition("+")
@@ -381,6 +398,17 @@ class Program:
     def op_mov(self, name: str, kinds: list[str], operands: list[str]) -> Any:
         if operands[0].startswith("{"):
             low, high = operands[0].strip("{} ").replace(" ", "").split(",")
+            if kinds[0] == "b32":  # halves are kept as words
+                word = self.source(operands[1], np.uint32)
+
+                def halve(w: Warp, mask: np.ndarray | None) -> None:
+                    value = word(w)
+                    if low != "_":
+                        w.put(low, value & np.uint32(0xFFFF), mask)
+                    if high != "_":
+                        w.put(high, value >> np.uint32(16), mask)
+
+                return halve
             read = self.source(operands[1], np.uint64)
 
             def split(w: Warp, mask: np.ndarray | None) -> None:
@@ -435,6 +463,9 @@ class Program:
     def op_max(self, name: str, kinds: list[str], operands: list[str]) -> Any:
         return self._map(operands, TYPES[kinds[-1]], np.fmax)
 
+    def op_abs(self, name: str, kinds: list[str], operands: list[str]) -> Any:
+        return self._map(operands, TYPES[kinds[-1]], np.abs)
+
     def op_neg(self, name: str, kinds: list[str], operands: list[str]) -> Any:
         return self._map(operands, TYPES[kinds[-1]], np.negative)
 
@@ -480,6 +511,9 @@ class Program:
                 w.put(operands[0], bits, mask)
 
             return pack
+        if kinds[-1] in ("bf16", "f16"):
+            dtype = kinds[-1]
+            return self._map(operands, np.uint32, lambda x: numbers(x.astype(np.uint16), dtype), np.float32)
         to, of = TYPES[kinds[-2]], TYPES[kinds[-1]]
         return self._map(operands, of, lambda x: x.astype(to), to)
 
@@ -566,7 +600,10 @@ class Program:
 
             def parameter(w: Warp, mask: np.ndarray | None) -> None:
                 raw = w.block.params[number][offset_bytes : offset_bytes + size]
-                w.put(targets[0], np.full(LANES, np.frombuffer(raw, dtype=kind)[0]), mask)
+                value = np.full(LANES, np.frombuffer(raw, dtype=kind)[0])
+                if targets[0].startswith("%rd"):  # a wider register: extended
+                    value = value.astype(np.int64 if value.dtype.kind == "i" else np.uint64)
+                w.put(targets[0], value, mask)
 
             return parameter
         at = self.address(operands[1])
@@ -583,6 +620,8 @@ class Program:
                     continue
                 lanes = np.zeros(LANES, dtype=kind)
                 lanes[chosen] = values[:, n]
+                if target.startswith("%rd") and size == 4:
+                    lanes = lanes.astype(np.int64 if lanes.dtype.kind == "i" else np.uint64)
                 w.put(target, lanes, mask)
 
         return run
@@ -638,16 +677,30 @@ class Program:
 
         return run
 
+    def op_red(self, name: str, kinds: list[str], operands: list[str]) -> Any:
+        kind = TYPES[kinds[-1]]
+        at = self.address(operands[0])
+        sources = [self.source(x, kind) for x in operands[1].strip("{} ").replace(" ", "").split(",")]
+
+        def run(w: Warp, mask: np.ndarray | None) -> None:
+            for lane in np.flatnonzero(FULL if mask is None else mask):
+                where = at(w)[lane : lane + 1]
+                added = np.array([source(w)[lane] for source in sources], dtype=kind)
+                sums = w.block.memory.load(where, added.nbytes).view(kind)[0] + added
+                w.block.memory.store(where, sums.view(np.uint8)[None])
+
+        return run
+
     def op_stmatrix(self, name: str, kinds: list[str], operands: list[str]) -> Any:
         at = self.address(operands[0])
         sources = [self.source(x, np.uint32) for x in operands[1].strip("{} ").replace(" ", "").split(",")]
-        assert "trans" not in kinds, name
 
         def run(w: Warp, mask: np.ndarray | None) -> None:
             assert mask is None
             for n, source in enumerate(sources):
                 rows = at(w)[8 * n : 8 * n + 8].astype(np.int64) - SHARED_BASE
-                raw = source(w).copy().view(np.uint8).reshape(8, 16)
+                matrix = source(w).copy().view(np.uint16).reshape(8, 8)
+                raw = np.ascontiguousarray(matrix.T if "trans" in kinds else matrix).view(np.uint8)
                 w.block.shared[rows[:, None] + np.arange(16)] = raw
 
         return run
@@ -731,14 +784,19 @@ class Program:
 
     # the asynchronous units
     def op_cp(self, name: str, kinds: list[str], operands: list[str]) -> Any:
+        if "commit_group" in kinds:
+            return lambda w, mask: w.stores.append([])
         if "wait_group" in kinds:
+            allowed = int(operands[0])
 
             def wait(w: Warp, mask: np.ndarray | None) -> None:
-                for store in w.stores:
-                    store()
-                w.stores.clear()
+                while len(w.stores) > allowed + 1:
+                    for store in w.stores.pop(0):
+                        store()
 
             return wait
+        if kinds[0] == "reduce":
+            return self.reduce(kinds, operands)
         rank = int(kinds[3].removesuffix("d"))
         storing = kinds[4] == "global"
         smem, tensor = (operands[1], operands[0]) if storing else (operands[0], operands[1])
@@ -771,7 +829,7 @@ class Program:
                             raw = block.shared[places(row, columns)]
                             block.memory.store(np.array([address], dtype=np.uint64), raw[None])
 
-                w.stores.append(store)
+                w.stores[-1].append(store)
                 return
             barrier_at = int(bar(w)[lane])  # type: ignore[misc]
             ranks = int(mask_of(w)[lane]) & 0xFFFF if mask_of is not None else 1 << block.cluster.index(block)
@@ -797,6 +855,35 @@ class Program:
 
         return run
 
+    def reduce(self, kinds: list[str], operands: list[str]) -> Any:
+        """A box of 32 fp32 columns in shared memory, added to global memory."""
+        rank = int(kinds[4].removesuffix("d"))
+        desc, coordinates = operands[0].strip("[]").split(",", 1)
+        descriptor = self.source(desc.strip(), np.uint64)
+        reads = [self.source(x.strip(), np.int32) for x in coordinates.strip("{} ").split(",")]
+        at = self.address(operands[1])
+
+        def run(w: Warp, mask: np.ndarray | None) -> None:
+            assert mask is not None and mask.sum() == 1, "TMA by one lane"
+            lane, block = int(np.flatnonzero(mask)[0]), w.block
+            view = TensorMap.of(block.params[(int(descriptor(w)[lane]) - PARAMS_AT) // 4096], rank)
+            where, start = tuple(int(read(w)[lane]) for read in reads), int(at(w)[lane])
+            assert start % 1024 == 0, "the swizzle's pattern begins elsewhere"
+            assert view.box[0] == 32, "a row of 128 bytes"
+
+            def add() -> None:
+                for row, (address, columns) in enumerate(view.rows(where)):
+                    if columns:
+                        places = swizzled(start + 128 * row + np.arange(4 * columns)) - SHARED_BASE
+                        place = np.array([address], dtype=np.uint64)
+                        sums = block.memory.load(place, 4 * columns).view(np.float32)
+                        sums = sums + block.shared[places].view(np.float32)[None]
+                        block.memory.store(place, sums.view(np.uint8))
+
+            w.stores[-1].append(add)
+
+        return run
+
     def op_wgmma(self, name: str, kinds: list[str], operands: list[str]) -> Any:
         m, n, k = map(int, re.fullmatch(r"m(\d+)n(\d+)k(\d+)", kinds[3]).groups())  # type: ignore[union-attr]
         dtype = kinds[-1]
@@ -807,6 +894,7 @@ class Program:
         a_desc = None if from_registers else self.source(operands[1], np.uint64)
         b_desc = self.source(operands[2], np.uint64)
         add, turned = operands[3], operands[-1] == "1"
+        a_turned = not from_registers and operands[-2] == "1"
         adds = self.source(add, np.uint32) if re.fullmatch(r"-?\d+", add) else None
 
         def run(w: Warp, mask: np.ndarray | None) -> None:
@@ -821,8 +909,11 @@ class Program:
                     a[rows, columns], a[rows, columns + 1] = value & 0xFFFF, value >> 16
             else:
                 start, _, stride = fields(int(a_desc(w)[0]))
-                row = 16 * (w.number % 4) + np.arange(16)
-                address = start + (row // 8 * stride + row % 8 * 128)[:, None] + 2 * np.arange(16)
+                row, depth = 16 * (w.number % 4) + np.arange(16)[:, None], np.arange(16)
+                if a_turned:  # m contiguous in rows of 64
+                    address = start + depth // 8 * stride + depth % 8 * 128 + 2 * row
+                else:
+                    address = start + row // 8 * stride + row % 8 * 128 + 2 * depth
                 a = block.rows16(start, address)
             start, leading, stride = fields(int(b_desc(w)[0]))
             if turned:  # (k, n), n contiguous in rows of 64
@@ -876,15 +967,27 @@ def run_cluster(blocks: list[Block], threads: int) -> None:
         if idle > 8:
             raise Deadlock(f"warps {sorted(turns)} wait; barriers {[block.barriers for block in blocks]}")
     for warp in warps:
-        for store in warp.stores:
-            store()
+        for group in warp.stores:
+            for store in group:
+                store()
     assert not any(block.flying for block in blocks), "a load is under way while the CTA ends"
 
 
-def launch(program: Program, memory: Memory, params: list[bytes], grid: int, seed: int = 0, cluster: int = 1) -> None:
-    """All clusters, one after the other."""
-    for start in range(0, grid, cluster):
-        blocks = [Block(program, memory, params, n, grid, seed + n) for n in range(start, start + cluster)]
-        for block in blocks:
-            block.cluster, block.met = blocks, blocks[0].met
-        run_cluster(blocks, program.threads)
+def launch(
+    program: Program,
+    memory: Memory,
+    params: list[bytes],
+    grid: tuple[int, int, int],
+    seed: int = 0,
+    cluster: int = 1,
+) -> None:
+    """All clusters, of CTAs that follow each other in x, one after the other."""
+    for z in range(grid[2]):
+        for y in range(grid[1]):
+            for start in range(0, grid[0], cluster):
+                blocks = [
+                    Block(program, memory, params, (x, y, z), grid, seed + x) for x in range(start, start + cluster)
+                ]
+                for block in blocks:
+                    block.cluster, block.met = blocks, blocks[0].met
+                run_cluster(blocks, program.threads)

@@ -1,36 +1,192 @@
-"""What can be said of the backend without a GPU."""
+"""What can be said of the backend without a GPU and without the DSL."""
 
 from __future__ import annotations
 
+import inspect
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Any
 
 import pytest
 import torch
 
-from ring_core.backend import StagedBackend, UnsupportedError
+import ring_cute
+from ring_core.backend import (
+    ENTRY_POINTS,
+    NO_HEAD_DIMS,
+    Capabilities,
+    HeadDims,
+    Params,
+    StagedBackend,
+    UnsupportedError,
+    check_supported,
+    choose_backend,
+    register_backend,
+)
+from ring_core.functions import AttentionFunctions
 from ring_core.segment import FIRST, LAST
-from ring_cute import CuteBackend, library
-from ring_cute.compile import shipped
+from ring_cute import CuteBackend, backend, library
+from ring_cute.compile import backwards, shipped
+from ring_cute.hopper.backward_settings import BACKWARD, TILE_KEYS, BackwardKind, backward_settings_for
 from ring_cute.settings import FORWARD, SHARED_BYTES, settings_for
 
 
+@pytest.fixture(autouse=True)
+def registry() -> Iterator[None]:
+    """Known by its name, also where nothing is installed, before and after tests that change what it is."""
+    register_backend("cute", CuteBackend())
+    yield
+    register_backend("cute", CuteBackend())
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+IMPORT_SECONDS = 1.0
+"""Of ring_cute alone, where torch and ring_core are there: it takes some hundredths."""
+
+
+def run(code: str, **environment: str) -> str:
+    """What a fresh process prints."""
+    everything = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=everything, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
 def test_import_needs_neither_dsl_nor_gpu() -> None:
-    code = "import sys, ring_cute, ring_cute.hopper.launch; assert not {'cutlass', 'tvm_ffi'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    """Nor do the modules that launch kernels; and it takes no time to speak of."""
+    code = """
+import sys, time, torch, ring_core.functions
+begin = time.perf_counter()
+import ring_cute
+print(time.perf_counter() - begin)
+import ring_cute.hopper.launch
+for name in ("cutlass", "tvm_ffi"):
+    assert name not in sys.modules, name
+"""
+    assert float(run(code)) < IMPORT_SECONDS
 
 
-def test_capabilities_name_another_backend_where_it_cannot() -> None:
-    can = CuteBackend().capabilities(torch.device("cpu"))
-    assert not can.available
-    assert "triton" in can.reason
+def test_import_where_nothing_is_installed() -> None:
+    """As on a machine to which pip brought ring-cute without what it depends on: a reason, and how to get it."""
+    code = """
+import importlib.abc, importlib.metadata, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("cutlass", "tvm_ffi"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+version = importlib.metadata.version
+def hidden(name):
+    if name.startswith("nvidia-cutlass-dsl"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = hidden
+import torch, ring_cute
+from ring_cute import library
+assert not library.dsl_version()
+print(ring_cute.CuteBackend().capabilities(torch.device("cpu")).reason)
+library._tvm_ffi = lambda: True
+print(library.missing())
+library._tvm_ffi = lambda: False
+print(library.missing())
+"""
+    no_gpu, no_dsl, no_ffi = run(code, RING_CUTE_CACHE="/nonexistent").splitlines()
+    assert "compute capability 9.0" in no_gpu and "'triton' (pip install ring-triton)" in no_gpu
+    assert "pip install 'nvidia-cutlass-dsl[cu13]>=4.7,<4.9'" in no_dsl and "/nonexistent" in no_dsl
+    assert "pip install 'apache-tvm-ffi>=0.1.11,<0.2'" in no_ffi
+
+
+def test_the_family_is_whole() -> None:
+    """Every function that ring_core makes, under its name with the prefix, and no other."""
+    names = {f"cute_{name}" for name in AttentionFunctions._fields}
+    assert names == set(ring_cute.__all__) - {"CuteBackend"}
+    for name in names:
+        function: Any = getattr(ring_cute, name)
+        assert (function.__name__, function.__module__) == (name, "ring_cute")
+        assert inspect.signature(function).parameters["group"].default is None
+
+
+def test_it_is_found_by_its_entry_point() -> None:
+    found = [point for point in entry_points(group=ENTRY_POINTS) if point.name == "cute"]
+    if not found:
+        pytest.skip("ring-cute is not installed: its sources are read from a folder")
+    assert found[0].load() is CuteBackend
+
+
+def test_a_call_on_a_cpu_says_who_can() -> None:
+    q = torch.randn(1, 4, 1, 64, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedError, match=r"backend 'cute' cannot do this call: .*9\.0.*not on cpu.*: reference"):
+        ring_cute.cute_ring_flash_attn_func(q, q, q)
+    with pytest.raises(UnsupportedError, match=r"backend 'cute' cannot"):
+        ring_cute.cute_ring_flash_attn_varlen_func(q[0], q[0], q[0], torch.tensor([0, 4]), 4)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> CuteBackend:
+    """Its capabilities as they are on a machine that has all it needs, beside a backend that can do everything."""
+    monkeypatch.setattr(backend, "_missing", lambda device: "")
+    made = CuteBackend()
+    register_backend("cute", made)
+    return made
+
+
+def refusal(head_dim: int, features: frozenset[str] = frozenset(), *, gradients: bool = False) -> str:
+    with pytest.raises(UnsupportedError) as caught:
+        check_supported("cute", CUDA, torch.bfloat16, head_dim, features, gradients)
+    return str(caught.value)
+
+
+def test_capabilities(on_hopper: CuteBackend) -> None:
+    can = on_hopper.capabilities(CUDA)
+    assert can.available and can.flags and can.accumulate
+    assert can.dtypes == {torch.bfloat16, torch.float16}
+    for head_dim in (8, 40, max(FORWARD)):
+        check_supported("cute", CUDA, torch.bfloat16, head_dim, frozenset({"gqa", "packed", "sinks", "window"}))
+    assert f"the head dim is {max(FORWARD) + 8}" in refusal(max(FORWARD) + 8)
+    assert "the head dim is 60" in refusal(60)
+    for feature in ("alibi", "dropout", "softcap"):
+        said = refusal(64, frozenset({feature}))
+        assert f"{feature} is not among its features" in said and said.endswith("reference")
+
+
+def test_gradients_are_those_that_there_are_kernels_for(
+    on_hopper: CuteBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table follows `BACKWARD_HEAD_DIMS`, whatever that says now."""
+    monkeypatch.setattr(backend, "BACKWARD_HEAD_DIMS", NO_HEAD_DIMS)
+    register_backend("cute", on_hopper)
+    assert "it computes no gradients, and an input requires them" in refusal(64, gradients=True)
+    assert choose_backend(CUDA, torch.bfloat16, 64, frozenset(), False) == "cute"
+    assert choose_backend(CUDA, torch.bfloat16, 64, frozenset(), True) != "cute"
+    q = torch.empty(1, 1, 1, 64)
+    with pytest.raises(
+        UnsupportedError, match="the head dim is 64, it takes none with gradients; backend 'triton' can"
+    ):
+        on_hopper.prepare(q, q.shape, q, q, q, None, params=Params(1.0))
+
+    monkeypatch.setattr(backend, "BACKWARD_HEAD_DIMS", HeadDims(64, 128, 64))
+    register_backend("cute", on_hopper)
+    check_supported("cute", CUDA, torch.bfloat16, 64, frozenset({"lse_grad"}), True)
+    assert "requires gradients, which it computes for 64-128 (multiples of 64)" in refusal(40, gradients=True)
+    check_supported("cute", CUDA, torch.bfloat16, 40, frozenset(), False)
 
 
 def test_contract() -> None:
-    backend = CuteBackend()
-    assert isinstance(backend, StagedBackend)
-    with pytest.raises(UnsupportedError, match="triton"):
-        backend.finish(None, params=None)  # type: ignore[arg-type]
+    assert isinstance(CuteBackend(), StagedBackend)
+    assert isinstance(CuteBackend().capabilities(CPU), Capabilities)
+
+
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+def test_scores_of_any_scale(scale: float) -> None:
+    """Kernels need a positive one; the product of what they are given is the same."""
+    q = torch.randn(2, 3, dtype=torch.float64)
+    changed, positive = backend._positive(q, scale)
+    assert positive > 0
+    torch.testing.assert_close(changed * positive, q * scale)
+    assert backend._positive(None, scale) == (None, positive)
 
 
 @pytest.mark.parametrize("head_dim", FORWARD)
@@ -39,7 +195,17 @@ def test_settings_fit(head_dim: int) -> None:
     assert s.stages & (s.stages - 1) == 0
     assert s.consumer_registers % 8 == 0 and s.producer_registers % 8 == 0
     assert 128 * (s.consumers * s.consumer_registers + s.producer_registers) <= 65536
-    assert all(kind.shared_bytes <= SHARED_BYTES for kind in shipped((head_dim,)))
+    assert all(kind.shared_bytes <= SHARED_BYTES for kind in shipped((head_dim,), directions=("forward",)))
+
+
+@pytest.mark.parametrize("head_dim", BACKWARD)
+def test_backward_settings_fit(head_dim: int) -> None:
+    s = backward_settings_for(head_dim)
+    assert s.block % 16 == 0 and s.consumer_registers % 8 == 0 and s.producer_registers % 8 == 0
+    assert 128 * (TILE_KEYS // 64 * s.consumer_registers + s.producer_registers) <= 65536
+    kinds = [kind for kind in backwards(head_dim, "bfloat16") if isinstance(kind, BackwardKind)]
+    assert {kind.gradients for kind in kinds} == {"final", "added", "shared"}
+    assert all(kind.shared_bytes <= SHARED_BYTES for kind in kinds)
 
 
 def test_kinds_have_files_of_their_own() -> None:

@@ -27,6 +27,7 @@ _PACKAGES = (
     "ring-compare",
     "flash-attn",
     "nvidia-cutlass-dsl",
+    "apache-tvm-ffi",
     "nvidia-nccl-cu12",
     "nvidia-nccl-cu13",
 )

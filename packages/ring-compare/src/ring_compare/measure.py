@@ -198,6 +198,12 @@ class CellRun:
         dq, dk, dv = torch.autograd.grad(out, leaves, self._inputs(candidate).dout, allow_unused=True)
         return {"out": out.detach(), "lse": lse if lse is None else lse.detach(), "dq": dq, "dk": dk, "dv": dv}
 
+    def _outputs(self, candidate: _Candidate) -> dict[str, torch.Tensor | None]:
+        shards = self._inputs(candidate)
+        with torch.no_grad():
+            out, lse = candidate.made.call(shards.q, shards.k, shards.v, candidate.cell, self.ranks.group)
+        return {"out": out, "lse": lse}
+
     def _prepared(self, candidate: _Candidate, phase: str) -> Callable[[], object]:
         """The call of a phase. Of the backward alone: its forward runs now, and what it saved lives with the call."""
         if phase == "fwd":
@@ -209,26 +215,34 @@ class CellRun:
         return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True, allow_unused=True)
 
     def _check(self, entry: Entry, expected: Expectation) -> list[Result]:
-        """Memory and accuracy; the results compared are a second call's, which reuses whatever the first kept."""
+        """Memory and accuracy; the results compared are a second call's, which reuses whatever the first kept. Of what
+        has a forward only, that is measured, if the suite asks for it."""
         candidate, ranks = self._candidates[entry], self.ranks
         cell, label, provider = candidate.cell, candidate.label, candidate.provider
         rows = self.task.results(label, cell, provider)
         baseline = allocated(ranks.device)
         self._announce(entry, "first call")
+        measured, compute = rows, self._both
         try:
             self._both(candidate)
         except UnsupportedError as error:  # refused on the host, by all ranks alike, before anything was sent
-            return self.task.results(label, cell, provider, status="skipped", reason=str(error))
+            rows = self.task.results(label, cell, provider, status="skipped", reason=str(error))
+            measured, compute = [row for row in rows if row.phase == "fwd"], self._outputs
+            try:
+                self._forward(candidate)
+            except UnsupportedError:
+                return rows
         self._announce(entry, "memory and accuracy")
-        peaks = [self._peak(candidate, row.phase, baseline) for row in rows]
-        results = self._both(candidate)
+        peaks = [self._peak(candidate, row.phase, baseline) for row in measured]
+        results = compute(candidate)
         arena = arena_bytes(ranks.device) if candidate.traits.uses_arena(cell) else 0
-        for row, peak in zip(rows, peaks, strict=True):
+        for row, peak in zip(measured, peaks, strict=True):
             known = -1 if peak.bytes is None else peak.bytes + arena
             worst = int(ranks.maximum([known])[0])
             row.peak_memory_bytes, row.memory_method = (None if worst < 0 else worst), peak.method
             row.arena_bytes = int(ranks.maximum([arena])[0])
-        self._judge(candidate, rows, results, expected)
+        if measured:
+            self._judge(candidate, measured, results, expected)
         return rows
 
     def _peak(self, candidate: _Candidate, phase: str, baseline: int) -> Peak:

@@ -172,6 +172,7 @@ _LLAMA = Shape(B=1, Hq=32, Hkv=8, D=128)
 _MHA = Shape(B=1, Hq=32, Hkv=32, D=128)
 _BF16 = ("bfloat16",)
 _PROVIDERS = ("native", "native[cudnn]", "native[fa4]")
+_OWN_KERNELS = ("triton", "cute")
 _PEERS = ("ring-flash-attn", "torch-cp", "torch-cp[all-to-all]")
 # Some 25 routes of a problem are measured together: about a second for each.
 _SHORT = Timing(warmup_s=0.1, measure_s=0.3, min_samples=10, max_samples=100)
@@ -299,7 +300,12 @@ _SUITES = (
         timing=_SHORT,
         timeout_s=300,
         limits=_TOO_LARGE,
-        implementations=(*_PROVIDERS, *(f"local[{name}]" for name in _PROVIDERS), *_PEERS),
+        implementations=(
+            *_PROVIDERS,
+            *_OWN_KERNELS,
+            *(f"local[{name}]" for name in (*_PROVIDERS, *_OWN_KERNELS)),
+            *_PEERS,
+        ),
         checked_heads=2,
     ),
     Suite(
@@ -320,7 +326,7 @@ _SUITES = (
         timing=_SHORT,
         timeout_s=300,
         limits=_TOO_LARGE,
-        implementations=(*_PROVIDERS, "local-varlen", "ring-flash-attn", "ring-flash-attn[llama3]"),
+        implementations=(*_PROVIDERS, *_OWN_KERNELS, "local-varlen", "ring-flash-attn", "ring-flash-attn[llama3]"),
         checked_heads=2,
     ),
     _of_kernels(

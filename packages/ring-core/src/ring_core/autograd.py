@@ -67,6 +67,7 @@ class Call:
     backend: str  # "": chosen by capability
     group_name: str  # NO_GROUP: this process alone
     packed: PackedProblem | None = None
+    gradients: bool = False  # an input requires them: part of what the backend must be able to do
 
     @property
     def numbers(self) -> list[float]:
@@ -74,7 +75,7 @@ class Call:
 
     @property
     def integers(self) -> list[int]:
-        flags = [int(self.deterministic), int(self.shared_seed)]
+        flags = [int(self.deterministic), int(self.shared_seed), int(self.gradients)]
         return [self.left, self.right, self.q_total, self.k_total, *flags, self.heads_at_once]
 
     @property
@@ -84,14 +85,18 @@ class Call:
     @staticmethod
     def of(code: Tensor | None, numbers: Sequence[float], integers: Sequence[int], *names: str) -> Call:
         scale, softcap, dropout_p = numbers
-        left, right, q_total, k_total, deterministic, shared_seed, heads_at_once = integers
+        left, right, q_total, k_total, deterministic, shared_seed, gradients, heads_at_once = integers
         bounds = left, right, q_total, k_total
         flags = bool(deterministic), bool(shared_seed)
         layout, schedule, backend, group_name = names
         packed = None if code is None else _problem(code.numpy().tobytes())
-        return Call(
-            scale, softcap, dropout_p, *bounds, *flags, heads_at_once, layout, schedule, backend, group_name, packed
-        )
+        where = layout, schedule, backend, group_name
+        return Call(scale, softcap, dropout_p, *bounds, *flags, heads_at_once, *where, packed, bool(gradients))
+
+
+def needs_gradients(*inputs: Tensor | None) -> bool:
+    """Whether a backward may follow."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 @lru_cache(maxsize=256)
@@ -407,8 +412,9 @@ def _way(
     }
     features = frozenset(feature for feature, wanted in asked.items() if wanted)
     head_dim = q_shape[3]
-    name = call.backend or choose_backend(device, dtype, head_dim, features)
-    check_supported(name, device, dtype, head_dim, features)
+    asked_for = device, dtype, head_dim, features, call.gradients
+    name = call.backend or choose_backend(*asked_for)
+    check_supported(name, *asked_for)
 
     problem = _problem_of(q_shape, k_shape, rank, world_size, call)
     schedule = call.schedule

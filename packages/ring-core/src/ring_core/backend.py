@@ -55,7 +55,12 @@ class HeadDims:
         return self.smallest <= head_dim <= self.largest and head_dim % self.multiple == 0
 
     def __str__(self) -> str:
+        if self.largest < self.smallest:
+            return "none"
         return f"{self.smallest}-{self.largest}" + (f" (multiples of {self.multiple})" if self.multiple > 1 else "")
+
+
+NO_HEAD_DIMS = HeadDims(1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,8 @@ class Capabilities:
     """The library whose kernels run, where they are not the backend's own."""
     dtypes: frozenset[torch.dtype] = frozenset()
     head_dims: HeadDims = HeadDims()
+    gradient_head_dims: HeadDims | None = None
+    """Those of calls that need gradients, where its backward takes fewer; `NO_HEAD_DIMS` where it has none."""
     features: frozenset[str] = frozenset()
     accumulate: bool = True
     """Continues from (state, lse) and walks several segments a strip. Where False, ring-core merges."""
@@ -85,6 +92,26 @@ class Capabilities:
     flags: bool = False
     """Waits in the kernel for pieces that are still arriving and counts departures, at least in some calls: see
     `StagedBackend`."""
+
+    def takes(self, head_dim: int, *, gradients: bool) -> bool:
+        """Whether there are kernels for that head dim, with gradients those for them, too."""
+        return head_dim in self.head_dims and not (gradients and head_dim not in self._for_gradients)
+
+    @property
+    def _for_gradients(self) -> HeadDims:
+        return self.head_dims if self.gradient_head_dims is None else self.gradient_head_dims
+
+    def refusal(self, head_dim: int, *, gradients: bool) -> str:
+        """Why it does not take that head dim; "" where it does."""
+        if self.takes(head_dim, gradients=gradients):
+            return ""
+        if head_dim not in self.head_dims:
+            return f"the head dim is {head_dim}, it takes {self.head_dims}"
+        if self._for_gradients == NO_HEAD_DIMS:
+            return "it computes no gradients, and an input requires them"
+        return (
+            f"the head dim is {head_dim} and an input requires gradients, which it computes for {self._for_gradients}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,28 +399,36 @@ AUTOMATIC = ("cute", "triton", "native", "reference")
 
 @cache
 def check_supported(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    features: frozenset[str],
+    gradients: bool = False,
 ) -> None:
     """Raises UnsupportedError, naming the argument and the alternatives, unless the backend can do all of it."""
-    problems = _shortcomings(load_backend(name).capabilities(device), device, dtype, head_dim, features)
+    asked = device, dtype, head_dim, features, gradients
+    problems = _shortcomings(load_backend(name).capabilities(device), *asked)
     if not problems:
         return
     able = [
         other
         for other in backend_names()
-        if other != name and not _shortcomings(_capabilities_or_none(other, device), device, dtype, head_dim, features)
+        if other != name and not _shortcomings(_capabilities_or_none(other, device), *asked)
     ]
     alternatives = f"backends here that can: {', '.join(able)}" if able else "no backend installed here can"
     raise UnsupportedError(f"backend {name!r} cannot do this call: {'; '.join(problems)}; {alternatives}")
 
 
 @cache
-def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str:
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str], gradients: bool = False
+) -> str:
     """What `backend=None` means for a call: by capability, fastest first. Logged once per kind of call."""
     candidates = AUTOMATIC if device.type == "cuda" else ("reference",)
     for name in candidates:
         if name in backend_names() and not _shortcomings(
-            _capabilities_or_none(name, device), device, dtype, head_dim, features
+            _capabilities_or_none(name, device), device, dtype, head_dim, features, gradients
         ):
             _log.info("backend=None on %s, %s, head dim %d: %s", device.type, dtype, head_dim, name)
             return name
@@ -408,15 +443,20 @@ def _capabilities_or_none(name: str, device: torch.device) -> Capabilities:
 
 
 def _shortcomings(
-    can: Capabilities, device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]
+    can: Capabilities,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    features: frozenset[str],
+    gradients: bool,
 ) -> list[str]:
     if not can.available:
         return [can.reason or f"it does not run on {device.type}"]
     problems = []
     if dtype not in can.dtypes:
         problems.append(f"q, k, v are {dtype}, it takes {', '.join(sorted(map(str, can.dtypes)))}")
-    if head_dim not in can.head_dims:
-        problems.append(f"the head dim is {head_dim}, it takes {can.head_dims}")
+    if refusal := can.refusal(head_dim, gradients=gradients):
+        problems.append(refusal)
     lacking = sorted(features - can.features)
     problems += [f"{feature} is not among its features ({ASKED_BY[feature]})" for feature in lacking]
     return problems

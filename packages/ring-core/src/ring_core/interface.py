@@ -192,6 +192,7 @@ def attend(
         schedule=schedule,
         backend="" if backend is None else backend,
         group_name=autograd.NO_GROUP if members is None else members.group_name,
+        gradients=autograd.needs_gradients(q, k, v, sinks),
     )
     seed = seed_of(q, dropout_p, dropout_seed)
     return autograd.attention(q, k, v, alibi_slopes, sinks, seed, call)

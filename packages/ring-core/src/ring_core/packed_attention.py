@@ -219,6 +219,7 @@ def attend_packed(
         schedule=schedule,
         backend="" if backend is None else backend,
         group_name=autograd.NO_GROUP if members is None else members.group_name,
+        gradients=autograd.needs_gradients(q, k, v, sinks),
     )
     out, lse = autograd.attention(q, k, v, alibi_slopes, sinks, seed_of(q, dropout_p, dropout_seed), call, plan)
     return out.squeeze(0), lse.squeeze(0)  # whose gradients are views, unlike those of an index

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import permutations
-
 import pytest
 import torch
 
-from ring_core.backend import Params, load_backend, takes_flags
+from ring_core.backend import load_backend
 from ring_core.testing.conformance import StagedCase, check_departures, check_late_arrivals, check_poison
 
 BACKEND = "triton"
@@ -21,33 +19,17 @@ CASES = [
 ]
 
 
-def needs_flags(case: StagedCase, *, backward: bool) -> None:
-    q = torch.empty(1, 1, case.heads[0], case.head_dim, dtype=case.dtype, device="cuda")
-    if not takes_flags(load_backend(BACKEND), q, q if backward else None, Params(1.0)):
-        direction = "backward" if backward else "forward"
-        pytest.skip(f"no kernel here waits in the {direction}: only those of compute capability 9.0 do")
-
-
-def orders_of(case: StagedCase) -> list[list[int]]:
-    """Every order of up to four pieces; of more, some in which each is first and last once."""
-    count = case.plan.piece_count
-    if count <= 4:
-        return [list(order) for order in permutations(range(count))]
-    forward = [[(first + n) % count for n in range(count)] for first in range(count)]
-    return forward + [order[::-1] for order in forward]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_late_pieces(case: StagedCase, seed: int) -> None:
-    needs_flags(case, backward=False)
-    check_late_arrivals(load_backend(BACKEND), case, orders_of(case), seed=seed)
+    case.skip_unless_staged(BACKEND, backward=False)
+    check_late_arrivals(load_backend(BACKEND), case, case.orders, seed=seed)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_poison_ends_waiting(case: StagedCase, seed: int) -> None:
-    needs_flags(case, backward=False)
+    case.skip_unless_staged(BACKEND, backward=False)
     check_poison(load_backend(BACKEND), case, seed=seed)
 
 
@@ -55,7 +37,7 @@ def test_poison_ends_waiting(case: StagedCase, seed: int) -> None:
 @pytest.mark.parametrize("repeatable", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_departs_is_final(case: StagedCase, repeatable: bool, seed: int) -> None:
-    needs_flags(case, backward=True)
+    case.skip_unless_staged(BACKEND, backward=True)
     last_first = list(range(case.plan.piece_count))[::-1]
     check_departures(load_backend(BACKEND), case, last_first, repeatable=repeatable, seed=seed)
 
@@ -63,6 +45,6 @@ def test_what_departs_is_final(case: StagedCase, repeatable: bool, seed: int) ->
 @pytest.mark.gpu
 def test_pieces_depart_while_others_are_computed(seed: int) -> None:
     case = StagedCase(length=32768, heads=(16, 4))
-    needs_flags(case, backward=True)
+    case.skip_unless_staged(BACKEND, backward=True)
     early = check_departures(load_backend(BACKEND), case, repeatable=False, seed=seed).early
     assert max(early) > 0.2, f"pieces left {early} ms before the end of the kernel"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ring_core.key_tiles import ITEM, WALK, Schedule
 from ring_core.segment import Table
-from ring_triton.hopper.backward_schedule import ITEM, WALK, Schedule
 
 
 def blocks_of(schedule: Schedule, item: dict[str, int], members: int = 1) -> Iterator[tuple[dict[str, int], int, int]]:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hopper_backward_walk import blocks_of
 
+from ring_core.key_tiles import ITEM, make_schedule
 from ring_core.plan import Problem, make_plan
 from ring_triton.hopper import backward_launch
-from ring_triton.hopper.backward_schedule import ITEM, make_schedule
 from ring_triton.portable.settings import INTERPRETED
 
 BLOCK = 64

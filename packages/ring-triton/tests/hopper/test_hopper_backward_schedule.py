@@ -7,9 +7,9 @@ import pytest
 from hopper_backward_walk import blocks_of, visible_pairs, visits
 from hopper_plans import PLANS, problem, table_of
 
+from ring_core.key_tiles import ITEM, Schedule, make_schedule
 from ring_core.plan import PackedProblem, make_plan
 from ring_core.segment import Segment, Table
-from ring_triton.hopper.backward_schedule import ITEM, Schedule, make_schedule
 
 BLOCKS = (64, 128)
 

@@ -169,3 +169,45 @@ def fma(a: Any, b: Any, c: Any, *, loc: Any = None, ip: Any = None) -> Float32:
     """a b + c, rounded once."""
     values = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
     return Float32(_asm(T.f32(), values, "fma.rn.ftz.f32 $0, $1, $2, $3;", "=f,f,f,f", effects=False))
+
+
+@dsl_user_op
+def shared_address(pointer: Any, *, loc: Any = None, ip: Any = None) -> Int32:
+    """Of a pointer to shared memory."""
+    return Int32(pointer.toint(loc=loc, ip=ip))
+
+
+@dsl_user_op
+def store_shared(address: Any, x: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """One fp32 number to shared memory."""
+    values = [Int32(address).ir_value(loc=loc, ip=ip), Float32(x).ir_value(loc=loc, ip=ip)]
+    _asm(None, values, "st.shared.f32 [$0], $1;", "r,f,~{memory}", effects=True)
+
+
+@dsl_user_op
+def store_matrices_turned(address: Any, *words: Any, loc: Any = None, ip: Any = None) -> None:
+    """Four 8 x 8 matrices of 16-bit numbers to shared memory, transposed; a lane names a row of one of them."""
+    values = [Int32(x).ir_value(loc=loc, ip=ip) for x in (address, *words)]
+    code = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};"
+    _asm(None, values, code, "r,r,r,r,r,~{memory}", effects=True)
+
+
+@dsl_user_op
+def add_pair(address: Any, x: Any, y: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """Two fp32 numbers, added to global memory that others may add to at the same time."""
+    where = address.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip)
+    values = [where, Float32(x).ir_value(loc=loc, ip=ip), Float32(y).ir_value(loc=loc, ip=ip)]
+    _asm(None, values, "red.relaxed.gpu.global.add.v2.f32 [$0], {$1, $2};", "l,f,f,~{memory}", effects=True)
+
+
+@dsl_user_op
+def add_release_sys(address: Any, x: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """Adds to a counter that other devices read, after all that came before is visible to them."""
+    values = [address.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip), Int32(x).ir_value(loc=loc, ip=ip)]
+    _asm(None, values, "red.release.sys.global.add.u32 [$0], $1;", "l,r,~{memory}", effects=True)
+
+
+@dsl_user_op
+def opaque(x: Any, *, loc: Any = None, ip: Any = None) -> Int32:
+    """x, but the compiler does not know: what depends on it is worked out where it is needed, not kept in registers."""
+    return Int32(_asm(T.i32(), [Int32(x).ir_value(loc=loc, ip=ip)], "mov.b32 $0, $1;", "=r,r", effects=True))

@@ -39,7 +39,8 @@ class AttentionCase:
     """One attention call over whole sequences; lengths are global and include padding.
 
     dtype: None is the finest that the backend has. q_total, k_total: true lengths, None without padding. alibi: slopes
-    (Hq,) for "head", (B, Hq) for "batch". dlse: whether lse has a gradient (where the backend can do that).
+    (Hq,) for "head", (B, Hq) for "batch". dlse: whether lse has a gradient (where the backend can do that). gradients:
+    whether anything has; without them out and lse are compared alone.
     """
 
     name: str
@@ -64,6 +65,7 @@ class AttentionCase:
     alibi: str = ""
     dropout_p: float = 0.0
     dlse: bool = True
+    gradients: bool = True
     deterministic: bool = False
 
     def __str__(self) -> str:
@@ -100,10 +102,12 @@ class AttentionCase:
         return None if left < 0 else left, None if right < 0 else right
 
     def resolved(self: Case, can: Capabilities) -> Case:
-        """The case with what depends on the backend filled in: the finest dtype, and no gradient of lse where it has
-        none."""
+        """The case with what depends on the backend filled in: the finest dtype, and no gradients, or none of lse,
+        where it has none."""
         dtype = self.dtype or next((dtype for dtype in FINEST_FIRST if dtype in can.dtypes), torch.float32)
-        return replace(self, dtype=dtype, dlse=self.dlse and "lse_grad" in can.features)
+        gradients = self.gradients and can.takes(self.head_dim, gradients=True)
+        dlse = gradients and self.dlse and "lse_grad" in can.features
+        return replace(self, dtype=dtype, dlse=dlse, gradients=gradients)
 
     def missing(self, can: Capabilities) -> set[str]:
         """What the case (resolved) asks and the backend cannot do, in words that its error message must have."""
@@ -170,7 +174,7 @@ def oracle_options(case: AttentionCase, tensors: Tensors) -> dict[str, Any]:
         "dropout_p": case.dropout_p,
         "dropout_seed": tensors.dropout_seed,
         "total_length": case.total_length,
-        "dout": tensors.dout,
+        "dout": tensors.dout if case.gradients else None,
         "dlse": tensors.dlse,
     }
 
@@ -288,6 +292,14 @@ def check_refused(case: AttentionCase, backend: Backend, device: torch.device | 
     else:
         call = partial(ring_attention, x.q, x.k, x.v, **options)
     _check_named(case, backend, missing, call)
+
+
+def check_gradients_refused(case: AttentionCase, backend: Backend, device: torch.device) -> None:
+    """Raises AssertionError unless a (resolved) case, with gradients where the backend has none, would be refused in
+    words that help."""
+    assert case.dtype is not None and not case.gradients
+    ask = partial(check_supported, backend.name, device, case.dtype, case.head_dim, case.features, True)
+    _check_named(case, backend, {"gradients"}, ask)
 
 
 def _ask(case: AttentionCase, backend: Backend, device: torch.device) -> None:

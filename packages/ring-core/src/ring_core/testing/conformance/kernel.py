@@ -26,6 +26,7 @@ from ring_core.segment import LAST
 from ring_core.testing.conformance.case import (
     AttentionCase,
     Tensors,
+    check_gradients_refused,
     check_refused,
     check_results,
     make_tensors,
@@ -90,6 +91,8 @@ def check_kernel_case(case: KernelCase, backend: Backend, device: torch.device |
     if case.missing(can):
         check_refused(case, backend, device)
         return
+    if not case.gradients:
+        check_gradients_refused(case, backend, device)
     tensors = make_tensors(case, seed, device)
     if case.reveal:
         one_hot = torch.eye(case.head_dim, dtype=tensors.v.dtype, device=device)[: case.k_length]
@@ -123,7 +126,7 @@ class _Run:
         self.params = Params(scale, case.softcap, tensors.alibi_slopes, tensors.sinks, dropout, case.deterministic)
 
     def all_shares(self) -> dict[str, Tensor]:
-        """Global out, lse, dq, dk, dv and dsinks, from the parts of all simulated ranks."""
+        """Global out, lse and, with gradients, dq, dk, dv and dsinks, from the parts of all simulated ranks."""
         x = self.tensors
 
         def wide_zeros(x: Tensor) -> Tensor:
@@ -131,10 +134,11 @@ class _Run:
 
         out, dq = torch.zeros_like(x.q), torch.zeros_like(x.q)
         lse = torch.empty(x.q.shape[0], x.q.shape[2], x.q.shape[1], dtype=self.sums, device=self.device)
-        results = {"out": out, "lse": lse, "dq": dq}
-        results |= {"dk": wide_zeros(x.k), "dv": wide_zeros(x.v)}
-        if x.sinks is not None:
-            results["dsinks"] = wide_zeros(x.sinks)
+        results = {"out": out, "lse": lse}
+        if self.case.gradients:
+            results |= {"dq": dq, "dk": wide_zeros(x.k), "dv": wide_zeros(x.v)}
+            if x.sinks is not None:
+                results["dsinks"] = wide_zeros(x.sinks)
         for share in shares(self.case):
             self._share(share, results)
         return results
@@ -151,6 +155,8 @@ class _Run:
         out = out.masked_fill(~written[..., None, None], 0.0)
         lse = lse.masked_fill(hidden[:, None], -torch.inf)
         results["out"][:, rows], results["lse"][:, :, rows] = out, lse
+        if not self.case.gradients:
+            return
         dq, dsinks = self._backward(share, q, pieces, out, dout, lse, dlse, results)
         assert (dq.dtype, dq.shape) == (q.dtype, q.shape), f"{self.case}: dq is {dq.dtype} {tuple(dq.shape)}"
         results["dq"][:, rows] = dq

@@ -23,6 +23,7 @@ from ring_core.packed_attention import ring_attention_packed
 from ring_core.plan import PACKED_LAYOUTS, PackedLayoutName
 from ring_core.testing.conformance.case import (
     AttentionCase,
+    check_gradients_refused,
     check_refused,
     check_results,
     make_tensors,
@@ -77,7 +78,8 @@ class PackedCase(AttentionCase):
 
 
 def run_packed_case(case: PackedCase, backend: str, seed: int, device: str = "cpu") -> dict[str, Tensor] | None:
-    """This rank's part of a case: its local out, lse, dq, dk, dv and, with sinks, dsinks (on the CPU).
+    """This rank's part of a case: its local out, lse, dq, dk, dv and, with sinks, dsinks (on the CPU); out and lse
+    alone where the backend has no gradients.
 
     None where the backend's Capabilities lack something and `ring_attention_packed` has refused, as it must.
     """
@@ -90,13 +92,15 @@ def run_packed_case(case: PackedCase, backend: str, seed: int, device: str = "cp
     if case.missing(can):
         check_refused(case, chosen, place)
         return None
+    if not case.gradients:
+        check_gradients_refused(case, chosen, place)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     assert world_size == case.world_size, f"{case} is for {case.world_size} ranks, run on {world_size}"
     x = make_tensors(case, seed, place)
     plan = case.plan()
-    q = plan.shard(x.q[0]).clone().requires_grad_()
-    k, v = (plan.shard(whole[0], keys=True).clone().requires_grad_() for whole in (x.k, x.v))
-    sinks = None if x.sinks is None else x.sinks.clone().requires_grad_()
+    q = plan.shard(x.q[0]).clone().requires_grad_(case.gradients)
+    k, v = (plan.shard(whole[0], keys=True).clone().requires_grad_(case.gradients) for whole in (x.k, x.v))
+    sinks = None if x.sinks is None else x.sinks.clone().requires_grad_(case.gradients)
     with gather_through(case.through):
         out, lse = ring_attention_packed(
             q,
@@ -114,6 +118,8 @@ def run_packed_case(case: PackedCase, backend: str, seed: int, device: str = "cp
             dropout_seed=x.dropout_seed if case.dropout_p else None,
             deterministic=case.deterministic,
         )
+        if not case.gradients:
+            return {"out": out.cpu(), "lse": lse.cpu()}
         results, grads = [out], [plan.shard(x.dout[0])]
         if x.dlse is not None:
             results.append(lse)
@@ -140,9 +146,9 @@ def check_packed_case(
     plan = case.plan(0)
     joined = {
         name: plan.join([part[name] for part in parts], dim=1 if name == "lse" else 0, keys=name in ("dk", "dv"))[None]
-        for name in ("out", "lse", "dq", "dk", "dv")
+        for name in (("out", "lse", "dq", "dk", "dv") if case.gradients else ("out", "lse"))
     }
-    if case.sinks:  # each rank has its part of it
+    if case.sinks and case.gradients:  # each rank has its part of it
         joined["dsinks"] = torch.stack([part["dsinks"].double() for part in parts]).sum(0)
     tensors = make_tensors(case, seed)
     options = oracle_options(case, tensors)

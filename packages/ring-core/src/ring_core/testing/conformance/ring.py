@@ -19,7 +19,13 @@ from ring_core.backend import load_backend
 from ring_core.comm import gather_through
 from ring_core.interface import ScheduleName, ring_attention
 from ring_core.layout import LayoutName, join_shards, multiple, shard_sequence
-from ring_core.testing.conformance.case import AttentionCase, check_refused, check_results, make_tensors
+from ring_core.testing.conformance.case import (
+    AttentionCase,
+    check_gradients_refused,
+    check_refused,
+    check_results,
+    make_tensors,
+)
 
 LAYOUTS: tuple[LayoutName, ...] = ("contiguous", "zigzag", "stripe")
 
@@ -37,7 +43,8 @@ class RingCase(AttentionCase):
 
 
 def run_ring_case(case: RingCase, backend: str, seed: int, device: str = "cpu") -> dict[str, Tensor] | None:
-    """This rank's part of a case: its local out, lse, dq, dk, dv and, with sinks, dsinks (on the CPU).
+    """This rank's part of a case: its local out, lse, dq, dk, dv and, with sinks, dsinks (on the CPU); out and lse
+    alone where the backend has no gradients.
 
     None where the backend's Capabilities lack something and `ring_attention` has refused, as it must.
     """
@@ -50,6 +57,8 @@ def run_ring_case(case: RingCase, backend: str, seed: int, device: str = "cpu") 
     if case.missing(can):
         check_refused(case, chosen, place)
         return None
+    if not case.gradients:
+        check_gradients_refused(case, chosen, place)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     assert world_size == case.world_size, f"{case} is for {case.world_size} ranks, run on {world_size}"
     tensors = make_tensors(case, seed, place)
@@ -63,9 +72,10 @@ def run_ring_case(case: RingCase, backend: str, seed: int, device: str = "cpu") 
         return shard_sequence(x, layout=layout, dim=dim, rank=rank, world_size=world_size)
 
     q, k, v = (
-        mine(x, n).requires_grad_() for x, n in ((tensors.q, q_total), (tensors.k, k_total), (tensors.v, k_total))
+        mine(x, n).requires_grad_(case.gradients)
+        for x, n in ((tensors.q, q_total), (tensors.k, k_total), (tensors.v, k_total))
     )
-    sinks = None if tensors.sinks is None else tensors.sinks.clone().requires_grad_()
+    sinks = None if tensors.sinks is None else tensors.sinks.clone().requires_grad_(case.gradients)
     with gather_through(case.through):
         out, lse = ring_attention(
             q,
@@ -86,6 +96,8 @@ def run_ring_case(case: RingCase, backend: str, seed: int, device: str = "cpu") 
             dropout_seed=tensors.dropout_seed if case.dropout_p else None,
             deterministic=case.deterministic,
         )
+        if not case.gradients:
+            return {"out": out.cpu(), "lse": lse.cpu()}
         results, grads = [out], [mine(tensors.dout, q_total)]
         if tensors.dlse is not None:
             results.append(lse)
@@ -113,9 +125,9 @@ def check_ring_case(
     layout = cast(LayoutName, case.layout)
     joined = {
         name: join_shards([part[name] for part in parts], layout=layout, dim=2 if name == "lse" else 1)
-        for name in ("out", "lse", "dq", "dk", "dv")
+        for name in (("out", "lse", "dq", "dk", "dv") if case.gradients else ("out", "lse"))
     }
-    if case.sinks:  # each rank has its part of it
+    if case.sinks and case.gradients:  # each rank has its part of it
         joined["dsinks"] = torch.stack([part["dsinks"].double() for part in parts]).sum(0)
     check_results(case, make_tensors(case, seed), joined)
 

@@ -9,12 +9,23 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from ring_core.backend import POISON, Backend, Flags, Params, departures_of, on_device
+from ring_core.backend import (
+    POISON,
+    Backend,
+    Flags,
+    Params,
+    departures_of,
+    load_backend,
+    on_device,
+    takes_flags,
+)
 from ring_core.comm.stream_memory import Wait, Write, enqueue
 from ring_core.plan import GatherPlan, Problem, make_plan
 
@@ -46,6 +57,24 @@ class StagedCase:
         plan = make_plan(problem, self.rank, "gather")
         assert isinstance(plan, GatherPlan)
         return plan
+
+    @property
+    def orders(self) -> list[list[int]]:
+        """Every order of up to four pieces; of more, some in which each is first and last once."""
+        count = self.plan.piece_count
+        if count <= 4:
+            return [list(order) for order in permutations(range(count))]
+        forward = [[(first + n) % count for n in range(count)] for first in range(count)]
+        return forward + [order[::-1] for order in forward]
+
+    def skip_unless_staged(self, backend: str, *, backward: bool) -> None:
+        """Skips a test whose kernels do not watch pieces on this device."""
+        q = torch.empty(1, 1, self.heads[0], self.head_dim, dtype=self.dtype, device="cuda")
+        can = load_backend(backend).capabilities(q.device)
+        able = can.available and can.takes(self.head_dim, gradients=backward)
+        if not able or not takes_flags(load_backend(backend), q, q if backward else None, Params(1.0)):
+            direction = "backward" if backward else "forward"
+            pytest.skip(f"backend {backend!r} has no kernel here that waits in the {direction}: {can.reason or self}")
 
 
 class _Pieces:

@@ -1,0 +1,347 @@
+"""The backward in CuTe DSL: one launch over all key tiles of a table.
+
+    warpgroup 0: three warps, few registers           warpgroups 1 and 2: 64 keys each, many registers
+    ┌───────────── load ───────────────┐              ┌──────────────── consumer ────────────────┐
+    │ K and V tile, then blocks of     │── full ────► │ s  = exp2(K Q[n]ᵀ - lse)  (keys, queries) │
+    │ queries by TMA: Q and dO rings   │◄── empty ─── │ dv += s dO[n]             s in registers  │
+    ├──────────── describe ────────────┤              │ ds = s (V dO[n]ᵀ - delta) ──► shared      │
+    │ lse, delta, edges of each block  │── full ────► │ ─── both consumers have written ds ───    │
+    ├─────────── add_queries ──────────┤              │ dqᵀ = Kᵀ ds (a half each) ──► shared      │
+    │ dq by TMA reduce-add to memory   │◄── full ──── │ dk += ds Q[n]            ds in registers  │
+    └──────────────────────────────────┘              └───────────────────────────────────────────┘
+
+A CTA computes one tile of 128 keys of one key head after the other (which one is next says a counter; longest first),
+and walks the queries that see it, of every query head of the group, or of a part of the group. dk and dv never leave
+the registers before a tile's end. dq is summed in fp32 in global memory by every CTA that has a part of it: rows of D
+numbers, so that a block may begin at any row.
+
+Shared memory: `k`, `v` (64, D) for each consumer; `q` (BLOCK, D) Q_STAGES, with `lse`, `delta`, `bounds`; `do`
+(BLOCK, D) DO_STAGES; `ds` (BLOCK, 128 keys) twice; `dq` in fp32 for each consumer: its 64 columns of D of all rows, or
+at head dim 64 all columns of its half of the rows.
+
+Barriers, of which phases follow from counts over the whole life of the CTA: `q_full`/`q_empty` (q_full: the loads and
+the description), `do_full`/`do_empty` one a stage, `k_full`/`k_empty`, `v_full`/`v_empty`, `dq_full`/`dq_empty` one a
+consumer, `record_full`/`record_empty` one a record. "full" takes one arrival and the bytes of the load, or one of each
+warp that writes, "empty" one of each warp that has read. A named barrier of both consumers stands between writing ds
+and reading it: since ds has two buffers, one a block is enough.
+
+Order of a block, plain: s and dp issued; exponentials; ds; dv issued; ds shared; dq and dk issued; dq to shared memory.
+Ahead: the next block's s is issued between dq and dk, its dp after dq, so that some product is always under way:
+
+    dp[n], dk[n-1] end │ dv │ ds[n] made │ shared │ dq │ s[n+1] │ dk │ dq ends, goes │ dp[n+1] │ exponentials of s[n+1]
+
+A thread has keys r and r + 8 of its warp's 16, and queries 8 j + 2 (lane % 4) + {0, 1}: element c + 2 half + 4 j of s
+and dp. P and ds have the same order as operands, which is that of wgmma's first operand. ds is also stored for dq,
+transposed (stmatrix), keys contiguous. dq is computed transposed: its words then lie in shared memory without bank
+conflicts.
+
+Rows beyond a segment arrive as zeros, whatever memory holds there (`views.ragged_view`), with an lse of +inf.
+
+After Shah et al. (arXiv:2407.08608) and Spector et al. (arXiv:2410.20399): transposed scores, dq by asynchronous
+reduction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cutlass
+from cutlass import Float32, Int32, Int64, cute
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.utils import hopper_helpers
+
+from ring_cute.hopper.backward_consumer import CONSUMERS, BackwardConsumer
+from ring_cute.hopper.backward_producer import (
+    KeyLoads,
+    KeyShared,
+    add_queries,
+    describe,
+    load,
+)
+from ring_cute.hopper.backward_records import (
+    RECORDS,
+    KeyWork,
+)
+from ring_cute.hopper.backward_settings import TILE_KEYS, BackwardKind
+from ring_cute.hopper.dsl import LayoutEnum, SmemAllocator
+from ring_cute.hopper.views import flat, ragged_view
+
+WARPS = 4 * CONSUMERS
+HELPERS = 2
+"""Warps, besides the one that loads, that read records."""
+THREADS = 128 * (1 + CONSUMERS)
+
+
+class HopperBackward:
+    """One kernel: `cute.compile(HopperBackward(kind), …)`; `compiling.compile_backward` knows how."""
+
+    def __init__(self, kind: BackwardKind) -> None:
+        self.kind = kind
+        self.consumer = BackwardConsumer(kind)
+        self.dtype = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}[kind.dtype]
+        self.dim = kind.padded
+        self.head_dim = kind.head_dim
+        self.block = kind.settings.block
+        self.q_stages = kind.settings.q_stages
+        self.do_stages = kind.settings.do_stages
+        self.row_parts, self.dq_rows = self.consumer.row_parts, self.consumer.dq_rows
+        assert self.dim in (64, 128), "a consumer's dq has 64 columns"
+        assert self.block % (16 * self.row_parts) == 0, "a product's depth is 16"
+
+    @cute.jit
+    def __call__(
+        self,
+        q: Int64,
+        k: Int64,
+        v: Int64,
+        dout: Int64,
+        lse: Int64,
+        delta: Int64,
+        dq: Int64,
+        dk: Int64,
+        dv: Int64,
+        items: Int64,
+        walk: Int64,
+        counter: Int64,
+        flags: Int64,
+        epoch: Int64,
+        departures: Int64,
+        score_scale: Float32,  # the softmax's times log2(e)
+        scale: Float32,
+        q_len: Int32,
+        num_heads: Int32,
+        num_kv_heads: Int32,
+        q_s: Int64,
+        q_h: Int64,
+        k_s: Int64,
+        k_h: Int64,
+        v_s: Int64,
+        v_h: Int64,
+        do_s: Int64,
+        do_h: Int64,
+        dk_c: Int64,
+        dk_b: Int64,
+        dk_s: Int64,
+        dk_h: Int64,
+        dv_c: Int64,
+        dv_b: Int64,
+        dv_s: Int64,
+        dv_h: Int64,
+        num_items: Int32,
+        section: Int32,
+        head_batches: Int32,
+        total: Int32,
+        split: Int32,
+        members: Int32,
+        piece_length: Int32,
+        q_batch_rows: Int32,
+        do_batch_rows: Int32,
+        k_batch_rows: Int32,
+        polls: Int32,
+        grid: Int32,
+        stream: Any,
+    ):
+        """Addresses, sizes and strides in elements; q, dout (B, Sq, Hq, D), lse (times log2(e)), delta (B, Hq, Sq), dq
+        (B, Hq, Sq, D) fp32, k, v, dk, dv (C, B, S, Hkv, D)."""
+        atom = warpgroup.make_smem_layout_atom(
+            hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, 64), self.dtype
+        )
+        wide = warpgroup.make_smem_layout_atom(
+            hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, Float32, 32), Float32
+        )
+        q_layout = cute.tile_to_shape(atom, (self.block, self.dim, self.q_stages), (0, 1, 2))
+        do_layout = cute.tile_to_shape(atom, (self.block, self.dim, self.do_stages), (0, 1, 2))
+        k_layout = cute.tile_to_shape(atom, (64, self.dim, CONSUMERS), (0, 1, 2))
+        ds_layout = cute.tile_to_shape(atom, (self.block, TILE_KEYS, 2), (0, 1, 2))
+        dq_layout = cute.tile_to_shape(wide, (self.dq_rows, 64, CONSUMERS), (0, 1, 2))
+        bring, one = cpasync.CopyBulkTensorTileG2SOp(), lambda layout: cute.select(layout, mode=[0, 1])
+        rows, keys = (self.block, self.dim), (64, self.dim)
+        view = lambda x, heads, s, h: ragged_view(x, self.dtype, self.head_dim, heads, s, h)  # noqa: E731
+        q_atom, q_tma = cpasync.make_tiled_tma_atom(bring, view(q, num_heads, q_s, q_h), one(q_layout), rows)
+        do_atom, do_tma = cpasync.make_tiled_tma_atom(bring, view(dout, num_heads, do_s, do_h), one(do_layout), rows)
+        k_atom, k_tma = cpasync.make_tiled_tma_atom(bring, view(k, num_kv_heads, k_s, k_h), one(k_layout), keys)
+        v_atom, v_tma = cpasync.make_tiled_tma_atom(bring, view(v, num_kv_heads, v_s, v_h), one(k_layout), keys)
+        width = Int64(self.head_dim)
+        dq_atom, dq_tma = cpasync.make_tiled_tma_atom(
+            cpasync.CopyReduceBulkTensorTileS2GOp(),
+            ragged_view(
+                dq, Float32, self.head_dim, num_heads, width, width
+            ),  # heads are not used, but a size must vary
+            one(dq_layout),
+            (self.dq_rows, 64),
+        )
+        scores = self.product(OperandMajorMode.K, OperandMajorMode.K, self.block)
+        sums = self.product(OperandMajorMode.K, OperandMajorMode.MN, self.dim, warpgroup.OperandSource.RMEM)
+        turned = self.product(OperandMajorMode.MN, OperandMajorMode.K, self.dq_rows)
+
+        @cute.struct
+        class Storage:
+            k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(k_layout)], 1024]
+            v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(k_layout)], 1024]
+            q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(q_layout)], 1024]
+            do: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(do_layout)], 1024]
+            ds: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(ds_layout)], 1024]
+            dq: cute.struct.Align[cute.struct.MemRange[Float32, cute.cosize(dq_layout)], 1024]
+            lse: cute.struct.Align[cute.struct.MemRange[Float32, self.block * self.q_stages], 128]
+            delta: cute.struct.Align[cute.struct.MemRange[Float32, self.block * self.q_stages], 128]
+            bounds: cute.struct.Align[cute.struct.MemRange[Int32, 4 * self.q_stages], 16]
+            records: cute.struct.Align[cute.struct.MemRange[Int32, 16 * RECORDS], 64]
+            q_full: cute.struct.MemRange[Int64, self.q_stages]
+            q_empty: cute.struct.MemRange[Int64, self.q_stages]
+            do_full: cute.struct.MemRange[Int64, self.do_stages]
+            do_empty: cute.struct.MemRange[Int64, self.do_stages]
+            k_full: cute.struct.MemRange[Int64, 1]
+            k_empty: cute.struct.MemRange[Int64, 1]
+            v_full: cute.struct.MemRange[Int64, 1]
+            v_empty: cute.struct.MemRange[Int64, 1]
+            dq_full: cute.struct.MemRange[Int64, CONSUMERS]
+            dq_empty: cute.struct.MemRange[Int64, CONSUMERS]
+            record_full: cute.struct.MemRange[Int64, RECORDS]
+            record_empty: cute.struct.MemRange[Int64, RECORDS]
+
+        self.storage = Storage
+        self.kernel(
+            q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, do_atom, do_tma, dq_atom, dq_tma,
+            q_layout, do_layout, k_layout, ds_layout, dq_layout, scores, sums, turned,
+            flat(lse, Float32), flat(delta, Float32), flat(dk, Int32 if self.kind.gradients == "final" else Int64),
+            flat(dv, Int32 if self.kind.gradients == "final" else Int64),
+            flat(items, Int32), flat(walk, Int32), flat(counter, Int32), flat(flags, cutlass.Uint32),
+            flat(epoch, cutlass.Uint32), flat(departures, Int32), score_scale, scale, q_len, num_heads, num_kv_heads,
+            dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h, num_items, section, head_batches, total, split, members,
+            piece_length, q_batch_rows, do_batch_rows, k_batch_rows, polls,
+        ).launch(grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
+
+    def product(self, a, b, columns, source=warpgroup.OperandSource.SMEM):
+        """64 rows by so many columns, in fp32, by one warpgroup."""
+        return hopper_helpers.make_trivial_tiled_mma(
+            self.dtype, self.dtype, a, b, Float32, (1, 1, 1), (64, columns), source
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        q_atom: cute.CopyAtom,
+        q_tma: cute.Tensor,
+        k_atom: cute.CopyAtom,
+        k_tma: cute.Tensor,
+        v_atom: cute.CopyAtom,
+        v_tma: cute.Tensor,
+        do_atom: cute.CopyAtom,
+        do_tma: cute.Tensor,
+        dq_atom: cute.CopyAtom,
+        dq_tma: cute.Tensor,
+        q_layout: cute.ComposedLayout,
+        do_layout: cute.ComposedLayout,
+        k_layout: cute.ComposedLayout,
+        ds_layout: cute.ComposedLayout,
+        dq_layout: cute.ComposedLayout,
+        scores: cute.TiledMma,
+        sums: cute.TiledMma,
+        turned: cute.TiledMma,
+        lse: cute.Tensor,
+        delta: cute.Tensor,
+        dk: cute.Tensor,
+        dv: cute.Tensor,
+        items: cute.Tensor,
+        walk: cute.Tensor,
+        counter: cute.Tensor,
+        flags: cute.Tensor,
+        epoch: cute.Tensor,
+        departures: cute.Tensor,
+        score_scale: Float32,
+        scale: Float32,
+        q_len: Int32,
+        num_heads: Int32,
+        num_kv_heads: Int32,
+        dk_c: Int64,
+        dk_b: Int64,
+        dk_s: Int64,
+        dk_h: Int64,
+        dv_c: Int64,
+        dv_b: Int64,
+        dv_s: Int64,
+        dv_h: Int64,
+        num_items: Int32,
+        section: Int32,
+        head_batches: Int32,
+        total: Int32,
+        split: Int32,
+        members: Int32,
+        piece_length: Int32,
+        q_batch_rows: Int32,
+        do_batch_rows: Int32,
+        k_batch_rows: Int32,
+        polls: Int32,
+    ):
+        storage = SmemAllocator().allocate(self.storage)
+        stats = cute.make_layout((self.block, self.q_stages))
+        shared = KeyShared(
+            q=storage.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
+            do=storage.do.get_tensor(do_layout.outer, swizzle=do_layout.inner),
+            k=storage.k.get_tensor(k_layout.outer, swizzle=k_layout.inner),
+            v=storage.v.get_tensor(k_layout.outer, swizzle=k_layout.inner),
+            ds=storage.ds.get_tensor(ds_layout.outer, swizzle=ds_layout.inner),
+            dq=storage.dq.get_tensor(dq_layout.outer, swizzle=dq_layout.inner),
+            lse=storage.lse.get_tensor(stats),
+            delta=storage.delta.get_tensor(stats),
+            bounds=storage.bounds.get_tensor(cute.make_layout((4, self.q_stages))),
+            records=storage.records.get_tensor(cute.make_layout((16, RECORDS))),
+            q_full=storage.q_full.data_ptr(),
+            q_empty=storage.q_empty.data_ptr(),
+            do_full=storage.do_full.data_ptr(),
+            do_empty=storage.do_empty.data_ptr(),
+            k_full=storage.k_full.data_ptr(),
+            k_empty=storage.k_empty.data_ptr(),
+            v_full=storage.v_full.data_ptr(),
+            v_empty=storage.v_empty.data_ptr(),
+            dq_full=storage.dq_full.data_ptr(),
+            dq_empty=storage.dq_empty.data_ptr(),
+            record_full=storage.record_full.data_ptr(),
+            record_empty=storage.record_empty.data_ptr(),
+        )
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == 0:
+            for loads in (q_atom, k_atom, v_atom, do_atom, dq_atom):
+                cpasync.prefetch_descriptor(loads)
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(self.q_stages):
+                    cute.arch.mbarrier_init(shared.q_full + i, 2)
+                    cute.arch.mbarrier_init(shared.q_empty + i, WARPS)
+                for i in cutlass.range_constexpr(self.do_stages):
+                    cute.arch.mbarrier_init(shared.do_full + i, 1)
+                    cute.arch.mbarrier_init(shared.do_empty + i, WARPS)
+                cute.arch.mbarrier_init(shared.k_full, 1)
+                cute.arch.mbarrier_init(shared.k_empty, WARPS)
+                cute.arch.mbarrier_init(shared.v_full, 1)
+                cute.arch.mbarrier_init(shared.v_empty, WARPS)
+                for i in cutlass.range_constexpr(CONSUMERS):
+                    cute.arch.mbarrier_init(shared.dq_full + i, 4)
+                    cute.arch.mbarrier_init(shared.dq_empty + i, 1)
+                for i in cutlass.range_constexpr(RECORDS):
+                    cute.arch.mbarrier_init(shared.record_full + i, 1)
+                    cute.arch.mbarrier_init(shared.record_empty + i, WARPS + HELPERS)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(self.kind.settings.producer_registers)
+            work = KeyWork(
+                items, walk, counter, num_items, section, num_kv_heads, head_batches, total, split, members,
+                num_heads // num_kv_heads,
+            )  # fmt: skip
+            if warp == 0:
+                loads = KeyLoads(q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, do_atom, do_tma)
+                load(
+                    work, loads, shared, flags, epoch, polls, (piece_length, q_batch_rows, do_batch_rows, k_batch_rows),
+                    self.block, self.q_stages, self.do_stages, self.kind.flags,
+                )  # fmt: skip
+            if warp == 1:
+                describe(work, shared, lse, delta, num_heads, q_len, self.block, self.q_stages)
+            if warp == 2:
+                add_queries(work, shared, dq_atom, dq_tma, num_heads, q_len, self.block, self.row_parts)
+        else:
+            cute.arch.setmaxregister_increase(self.kind.settings.consumer_registers)
+            self.consumer.consume(
+                shared, scores, sums, turned, dk, dv, departures, score_scale, scale,
+                dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h,
+            )  # fmt: skip

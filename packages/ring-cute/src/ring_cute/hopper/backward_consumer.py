@@ -1,0 +1,358 @@
+"""The consumers of the backward (`backward`): products, and what is done to their results in registers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+from cutlass import Float32, Int32, Int64, cute
+from cutlass.cute.nvgpu import warpgroup
+
+from ring_cute.hopper import ptx
+from ring_cute.hopper.backward_producer import EDGE, FIRST_OFFSET, LAST_OFFSET, next_stage
+from ring_cute.hopper.backward_records import (
+    BATCH,
+    BLOCKS,
+    EXISTS,
+    HEAD,
+    KEYS,
+    PIECE,
+    RECORD_BITS,
+    RECORDS,
+    TOKEN,
+)
+from ring_cute.hopper.backward_settings import TILE_KEYS, BackwardKind
+from ring_cute.hopper.softmax import multiply, to_operand
+
+CONSUMERS = 2
+DS_BARRIER, END_BARRIER = 1, 2
+"""Named barriers of both consumers."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A consumer's products, their operands in shared memory, and what it holds in registers."""
+
+    scores: Any
+    sums: Any
+    turned: Any
+    keys: Any  # its 64 keys
+    values: Any
+    queries: Any  # of each stage
+    douts: Any
+    queries_turned: Any
+    douts_turned: Any
+    keys_turned: Any  # its 64 columns of D by each consumer's keys
+    ds_read: Any  # its share of a block's rows by all keys, of each buffer
+    dk: Any
+    dv: Any
+    ds_at: Any  # where this thread writes, in bytes
+    dq_at: Any
+
+
+class BackwardConsumer:
+    """A warpgroup's part of `backward.HopperBackward`."""
+
+    def __init__(self, kind: BackwardKind) -> None:
+        self.kind = kind
+        self.dtype = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}[kind.dtype]
+        self.dim = kind.padded
+        self.head_dim = kind.head_dim
+        self.block = kind.settings.block
+        self.q_stages = kind.settings.q_stages
+        self.do_stages = kind.settings.do_stages
+        self.row_parts = 2 if self.dim == 64 else 1  # its share of dq: half of the rows, or of the columns
+        self.dq_rows = self.block // self.row_parts
+
+    @cute.jit
+    def consume(
+        self, shared, scores, sums, turned, dk_out, dv_out, departures, score_scale, scale,
+        dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h,
+    ):  # fmt: skip
+        """A consumer warpgroup, for all of the CTA's tiles."""
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4
+        cid = warp >> 2
+        lane = cute.arch.lane_idx()
+        leader = lane == 0
+        row = (warp & 3) * 16 + (lane >> 2)  # of the consumer's 64 keys, and this + 8
+        column = 2 * (lane & 3)
+        records = shared.records
+
+        # operands in shared memory are the same for all threads
+        flip = lambda x: cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, 2]))  # noqa: E731
+        one = scores.get_slice(0)
+        keys = scores.make_fragment_A(one.partition_A(shared.k))[None, None, None, cid]
+        values = scores.make_fragment_A(one.partition_A(shared.v))[None, None, None, cid]
+        queries = scores.make_fragment_B(one.partition_B(shared.q))
+        douts = scores.make_fragment_B(one.partition_B(shared.do))
+        queries_turned = sums.make_fragment_B(sums.get_slice(0).partition_B(flip(shared.q)))  # (D, BLOCK, stages)
+        douts_turned = sums.make_fragment_B(sums.get_slice(0).partition_B(flip(shared.do)))
+        one = turned.get_slice(0)
+        k_turned = flip(shared.k)  # (D, 64, consumers)
+        keys_turned = []
+        for half in cutlass.range_constexpr(2):
+            columns = cute.local_tile(
+                k_turned[None, None, half], (64, 64), (cid if cutlass.const_expr(self.row_parts == 1) else 0, 0)
+            )
+            keys_turned.append(turned.make_fragment_A(one.partition_A(columns)))
+        mine = cute.local_tile(  # (rows, keys, buffers)
+            shared.ds, (self.dq_rows, TILE_KEYS, 2), (cid if cutlass.const_expr(self.row_parts == 2) else 0, 0, 0)
+        )
+        ds_read = turned.make_fragment_B(one.partition_B(mine))
+
+        dk = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), Float32)
+        dv = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), Float32)
+
+        # where a thread writes: ds (its row of a matrix of stmatrix), dq (the first number); both in bytes
+        query = lane & 7
+        chunk = 2 * (warp & 3) + ((lane >> 3) & 1)
+        ds_at = cid * self.block * 128 + (query + 8 * (lane >> 4)) * 128 + ((chunk ^ query) << 4)
+        chunk = 4 * (warp & 1) + (lane >> 4)
+        dq_at = (cid * 2 + ((warp & 3) >> 1)) * self.dq_rows * 128 + column * 128
+        dq_at += ((chunk ^ column) << 4) + ((lane >> 2) & 3) * 4
+
+        tiles, turn, blocks = Int32(0), Int32(0), Int32(0)
+        q_stage, q_phase, do_stage, do_phase = Int32(0), Int32(0), Int32(0), Int32(0)
+        ptx.wait(shared.record_full, 0)
+        going = records[EXISTS, 0] != 0
+        while going:
+            slot = turn & (RECORDS - 1)
+            total, count = records[BLOCKS, slot], records[KEYS, slot]
+            if total > 0:
+                dk.fill(0.0)
+                dv.fill(0.0)
+                ptx.wait(shared.k_full, tiles & 1)
+                parts = Parts(
+                    scores, sums, turned, keys, values, queries, douts, queries_turned, douts_turned, keys_turned,
+                    ds_read, dk, dv, ds_at, dq_at,
+                )  # fmt: skip
+                thread = (cid, leader, cid * 64 + row, column)
+                state = (q_stage, q_phase, do_stage, do_phase, blocks)
+                if cutlass.const_expr(self.kind.settings.ahead):
+                    s, dp = self.block_scores(scores), self.block_scores(scores)
+                    ptx.wait(shared.q_full + q_stage, q_phase)
+                    multiply(scores, keys, queries[None, None, None, q_stage], s, False)
+                    ptx.wait(shared.v_full, tiles & 1)
+                    ptx.wait(shared.do_full + do_stage, do_phase)
+                    multiply(scores, values, douts[None, None, None, do_stage], dp, False)
+                    warpgroup.wait_group(1)
+                    self.probabilities(shared, s, q_stage, score_scale, cid * 64 + row, column, count)
+                    warpgroup.wait_group(0)
+                    for _ in cutlass.range(total - 1, unroll=1):
+                        state = self.block_and_next(shared, parts, s, dp, thread, state, score_scale, count, False)
+                    state = self.block_and_next(shared, parts, s, dp, thread, state, score_scale, count, True)
+                else:
+                    ptx.wait(shared.v_full, tiles & 1)
+                    before = Int32(-1)  # the stage that the block before has read
+                    for _ in cutlass.range(total, unroll=1):
+                        then = state[0]
+                        state = self.block_alone(shared, parts, thread, state, before, score_scale, count)
+                        before = then
+                    if cutlass.const_expr(self.kind.settings.rolling):
+                        warpgroup.wait_group(0)
+                        ptx.arrive(shared.q_empty + before, leader)
+                q_stage, q_phase, do_stage, do_phase, blocks = state
+                ptx.arrive(shared.k_empty, leader)
+                ptx.arrive(shared.v_empty, leader)
+                tiles += 1
+                piece, batch, head = (
+                    Int64(records[PIECE, slot]),
+                    Int64(records[BATCH, slot]),
+                    Int64(records[HEAD, slot]),
+                )
+                token = Int64(records[TOKEN, slot] + cid * 64)
+                dv_at = piece * dv_c + batch * dv_b + token * dv_s + head * dv_h + column
+                dk_at = piece * dk_c + batch * dk_b + token * dk_s + head * dk_h + column
+                self.leave(dv_out, dv, dv_at, dv_s, row, count - cid * 64)
+                for e in cutlass.range_constexpr(cute.size(dk) // 4):
+                    for c in cutlass.range_constexpr(4):
+                        dk[4 * e + c] = dk[4 * e + c] * scale
+                self.leave(dk_out, dk, dk_at, dk_s, row, count - cid * 64)
+            if cutlass.const_expr(self.kind.departures):
+                # every thread's additions come before the count
+                cute.arch.barrier(barrier_id=END_BARRIER, number_of_threads=128 * CONSUMERS)
+                if warp == 0 and leader:
+                    ptx.add_release_sys(departures.iterator + records[PIECE, slot], count)
+            cute.arch.sync_warp()  # all lanes have read the record
+            ptx.arrive(shared.record_empty + slot, leader)
+            turn += 1
+            slot = turn & (RECORDS - 1)
+            ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
+            going = records[EXISTS, slot] != 0
+
+    def block_scores(self, scores):
+        """Registers for scores: new ones, or what they held before a product would stay alive until then."""
+        return cute.make_rmem_tensor(scores.partition_shape_C((64, self.block)), Float32)
+
+    def operand(self, sums):
+        """Registers for P or ds as an operand."""
+        return cute.make_rmem_tensor(sums.partition_shape_A((64, self.block)), self.dtype)
+
+    @cute.jit
+    def block_alone(self, shared, parts, thread, state, before, scale, count):
+        """A block from beginning to end."""
+        cid, leader, row, column = thread
+        q_stage, q_phase, do_stage, do_phase, blocks = state
+        s, dp = self.block_scores(parts.scores), self.block_scores(parts.scores)
+        ptx.wait(shared.q_full + q_stage, q_phase)
+        multiply(parts.scores, parts.keys, parts.queries[None, None, None, q_stage], s, False)
+        ptx.wait(shared.do_full + do_stage, do_phase)
+        multiply(parts.scores, parts.values, parts.douts[None, None, None, do_stage], dp, False)
+        warpgroup.wait_group(1)
+        if cutlass.const_expr(self.kind.settings.rolling):
+            ptx.arrive(shared.q_empty + cute.math.max(before, 0), leader & (before >= 0))
+        self.probabilities(shared, s, q_stage, scale, row, column, count)
+        p16, ds16 = self.operand(parts.sums), self.operand(parts.sums)
+        to_operand(s, p16)
+        warpgroup.wait_group(0)
+        multiply(parts.sums, p16, parts.douts_turned[None, None, None, do_stage], parts.dv, True)
+        self.share_differences(shared, parts, s, dp, ds16, q_stage, column, blocks)
+        dq = self.multiply_dq(parts, blocks & 1)
+        warpgroup.wait_group(1)
+        ptx.arrive(shared.do_empty + do_stage, leader)
+        multiply(parts.sums, ds16, parts.queries_turned[None, None, None, q_stage], parts.dk, True)
+        warpgroup.wait_group(1)
+        self.store_dq(shared, parts, dq, cid, leader, blocks)
+        if cutlass.const_expr(not self.kind.settings.rolling):
+            warpgroup.wait_group(0)
+            ptx.arrive(shared.q_empty + q_stage, leader)
+        q_stage, q_phase = next_stage(q_stage, q_phase, self.q_stages)
+        do_stage, do_phase = next_stage(do_stage, do_phase, self.do_stages)
+        return q_stage, q_phase, do_stage, do_phase, blocks + 1
+
+    @cute.jit
+    def block_and_next(self, shared, parts, s, dp, thread, state, scale, count, last: cutlass.Constexpr):
+        """A block whose P and dP are in s and dp, and P and dP of the next one, unless this is the last."""
+        cid, leader, row, column = thread
+        q_stage, q_phase, do_stage, do_phase, blocks = state
+        next_q, next_q_phase = next_stage(q_stage, q_phase, self.q_stages)
+        next_do, next_do_phase = next_stage(do_stage, do_phase, self.do_stages)
+        p16, ds16 = self.operand(parts.sums), self.operand(parts.sums)
+        to_operand(s, p16)
+        multiply(parts.sums, p16, parts.douts_turned[None, None, None, do_stage], parts.dv, True)
+        self.share_differences(shared, parts, s, dp, ds16, q_stage, column, blocks)
+        dq = self.multiply_dq(parts, blocks & 1)
+        warpgroup.wait_group(1)  # over by now: the registers of P are free again, and so is dO
+        ptx.arrive(shared.do_empty + do_stage, leader)
+        next_s, next_dp = self.block_scores(parts.scores), self.block_scores(parts.scores)
+        if cutlass.const_expr(not last):
+            ptx.wait(shared.q_full + next_q, next_q_phase)
+            multiply(parts.scores, parts.keys, parts.queries[None, None, None, next_q], next_s, False)
+        multiply(parts.sums, ds16, parts.queries_turned[None, None, None, q_stage], parts.dk, True)
+        warpgroup.wait_group(1 if cutlass.const_expr(last) else 2)
+        self.store_dq(shared, parts, dq, cid, leader, blocks)
+        if cutlass.const_expr(not last):
+            ptx.wait(shared.do_full + next_do, next_do_phase)
+            multiply(parts.scores, parts.values, parts.douts[None, None, None, next_do], next_dp, False)
+            warpgroup.wait_group(2)
+            self.probabilities(shared, next_s, next_q, scale, row, column, count)
+        warpgroup.wait_group(0)
+        ptx.arrive(shared.q_empty + q_stage, leader)
+        if cutlass.const_expr(not last):
+            for e in cutlass.range_constexpr(cute.size(s)):
+                s[e] = next_s[e]
+                dp[e] = next_dp[e]
+        return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
+
+    @cute.jit
+    def share_differences(self, shared, parts, s, dp, ds16, stage, column, blocks):
+        """ds from P and dP, in registers and in shared memory, where both consumers' are when this returns."""
+        self.differences(shared, s, dp, stage, column)
+        to_operand(dp, ds16)
+        self.store_ds(shared, ds16, parts.ds_at, blocks & 1)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=128 * CONSUMERS)
+
+    @cute.jit
+    def probabilities(self, shared, s, stage, scale, row, column, count):
+        """s becomes exp2(s scale - lse), 0 where a pair takes no part."""
+        for j in cutlass.range_constexpr(cute.size(s) // 4):
+            for c in cutlass.range_constexpr(2):
+                lse = shared.lse[8 * j + column + c, stage]
+                for half in cutlass.range_constexpr(2):
+                    e = 4 * j + 2 * half + c
+                    s[e] = ptx.exp2(ptx.fma(s[e], scale, -lse))
+        if shared.bounds[EDGE, stage] != 0:
+            for half in cutlass.range_constexpr(2):
+                own = row + 8 * half
+                first = own - shared.bounds[FIRST_OFFSET, stage] - column
+                last = own - shared.bounds[LAST_OFFSET, stage] - column
+                if own >= count:
+                    last = Int32(-8)
+                for j in cutlass.range_constexpr(cute.size(s) // 4):
+                    for c in cutlass.range_constexpr(2):
+                        here, e = 8 * j + c, 4 * j + 2 * half + c
+                        s[e] = cutlass.select_((first <= here) & (last >= here), s[e], Float32(0.0))
+
+    @cute.jit
+    def differences(self, shared, s, dp, stage, column):
+        """dp becomes s (dp - delta)."""
+        for j in cutlass.range_constexpr(cute.size(s) // 4):
+            for c in cutlass.range_constexpr(2):
+                delta = shared.delta[8 * j + column + c, stage]
+                for half in cutlass.range_constexpr(2):
+                    e = 4 * j + 2 * half + c
+                    dp[e] = s[e] * (dp[e] - delta)
+
+    @cute.jit
+    def store_ds(self, shared, ds16, at, buffer):
+        """A thread's ds, queries by keys."""
+        words = cute.recast_tensor(ds16, Int32)
+        start = ptx.shared_address(shared.ds.iterator) + at + buffer * (self.block * TILE_KEYS * 2)
+        for j in cutlass.range_constexpr(self.block // 16):
+            ptx.store_matrices_turned(start + j * 2048, *(words[4 * j + e] for e in range(4)))
+
+    @cute.jit
+    def multiply_dq(self, parts, buffer):
+        """dqᵀ = Kᵀ ds over both consumers' keys: issued, one group."""
+        atom = cute.make_mma_atom(parts.turned.op)
+        dq = cute.make_rmem_tensor(parts.turned.partition_shape_C((64, self.dq_rows)), Float32)
+        warpgroup.fence()
+        for part in cutlass.range_constexpr(TILE_KEYS // 16):
+            atom.set(warpgroup.Field.ACCUMULATE, part > 0)
+            k = parts.keys_turned[part // 4][None, None, part % 4]
+            cute.gemm(atom, dq, k, parts.ds_read[None, None, part, buffer], dq)
+        warpgroup.commit_group()
+        return dq
+
+    @cute.jit
+    def store_dq(self, shared, parts, dq, cid, leader, blocks):
+        """A thread's share of dq to shared memory, and word of it to the warp that sends it on."""
+        ptx.wait(shared.dq_empty + cid, (blocks & 1) ^ 1)
+        # the swizzle of the other three of four numbers is that of the first but for a bit
+        start = ptx.opaque(parts.dq_at) + ptx.shared_address(shared.dq.iterator)
+        for half in cutlass.range_constexpr(2):
+            for c in cutlass.range_constexpr(2):
+                here = (start ^ (16 * c + 32 * half)) + 128 * c
+                for j in cutlass.range_constexpr(self.dq_rows // 8):
+                    ptx.store_shared(here + 1024 * j, dq[4 * j + 2 * half + c])
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        ptx.arrive(shared.dq_full + cid, leader)
+
+    @cute.jit
+    def leave(self, memory, x, at, stride, row, count):
+        """A thread's share of dk or dv to its rows of global memory, `count` of them."""
+        for half in cutlass.range_constexpr(2):
+            own = row + 8 * half
+            if own < count:
+                pairs = cute.make_tensor(
+                    memory.iterator + ((at + own * stride) >> 1), cute.make_layout(self.head_dim // 8, stride=4)
+                )
+                if cutlass.const_expr(self.kind.gradients == "final"):
+                    for n in cutlass.range_constexpr(self.head_dim // 8):
+                        pairs[n] = ptx.pack(x[4 * n + 2 * half], x[4 * n + 2 * half + 1], self.dtype)
+                else:
+                    if cutlass.const_expr(self.kind.gradients == "added"):
+                        earlier = cute.make_rmem_tensor(self.head_dim // 8, Int64)
+                        for n in cutlass.range_constexpr(self.head_dim // 8):
+                            earlier[n] = pairs[n]
+                        sums = cute.recast_tensor(earlier, Float32)
+                        for n in cutlass.range_constexpr(self.head_dim // 8):
+                            for c in cutlass.range_constexpr(2):
+                                sums[2 * n + c] = sums[2 * n + c] + x[4 * n + 2 * half + c]
+                            pairs[n] = earlier[n]
+                    else:
+                        for n in cutlass.range_constexpr(self.head_dim // 8):
+                            ptx.add_pair(pairs.iterator + 4 * n, x[4 * n + 2 * half], x[4 * n + 2 * half + 1])

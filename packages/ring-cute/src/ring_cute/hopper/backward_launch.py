@@ -1,0 +1,419 @@
+"""Launches the backward: schedule, counters, numbers, what lives from `prepare` to `finish`. Imports no DSL."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ring_core.backend import DeviceTable, Flags, Params
+from ring_core.key_tiles import make_schedule
+from ring_cute import library
+from ring_cute.hopper.backward_settings import (
+    BACKWARD,
+    TILE_KEYS,
+    BackwardKind,
+    BackwardSettings,
+    EndsKind,
+    backward_settings_for,
+)
+from ring_cute.hopper.launch import DTYPES, L2_BYTES, POLLS, _counter, _processors, dense_keys
+
+LOG2E = math.log2(math.e)
+EVEN_TILES = 4
+"""Tiles for each processor that a section has at least: with one head a section causal calls of 64/8 heads reached 0.92
+of cuDNN's speed where others had 1.1."""
+ROWS = 0x7FFF0000
+"""Rows of dq that 32-bit coordinates reach."""
+
+
+@dataclass(slots=True)
+class BackwardState:
+    """What lives from `prepare` to `finish`: for each row of q delta, lse times log2(e) (+inf where a row has seen
+    nothing), and dq before it is scaled, one after the other in one piece of memory."""
+
+    memory: Tensor  # (2 * pitch + rows * D,) fp32, the pitch a multiple of 4
+    shape: torch.Size  # (B, Sq, Hq, D)
+    dtype: torch.dtype
+    dout: Tensor | None  # (B, Sq, Hq, D): instead of a dout that TMA cannot read
+
+    def _part(self, start: int, *shape: int) -> Tensor:
+        return self.memory[start : start + math.prod(shape)].view(shape)
+
+    @property
+    def delta(self) -> Tensor:
+        """(B, Hq, Sq)."""
+        batch, length, heads, _ = self.shape
+        return self._part(0, batch, heads, length)
+
+    @property
+    def scaled_lse(self) -> Tensor:
+        """(B, Hq, Sq)."""
+        batch, length, heads, _ = self.shape
+        return self._part(_pitch(self.shape), batch, heads, length)
+
+    @property
+    def sums(self) -> Tensor:
+        """(B, Hq, Sq, D)."""
+        batch, length, heads, head_dim = self.shape
+        return self._part(2 * _pitch(self.shape), batch, heads, length, head_dim)
+
+
+def _pitch(shape: torch.Size) -> int:
+    """Numbers from delta to lse and from lse to the sums of q of such a shape: 16-byte aligned."""
+    return -(-shape[0] * shape[1] * shape[2] // 4) * 4
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedKeys:
+    """A table's schedule on a device, for one batch size."""
+
+    items: Tensor  # (N, 8) int32
+    count: int
+    walk: Tensor  # (M, 12) int32
+    repeats: int  # batch entries that all items are about
+    keys: int  # in tiles that some query sees, of all batch entries
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A kind of call that has been made: its kernel and every number that does not change."""
+
+    kernel: Any
+    items: int
+    walk: int
+    pitch: int  # of the state, in bytes
+    numbers: tuple[int | float, ...]
+
+
+def backward_supports(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> str:
+    """Why these tensors cannot take this path, or "" if they can."""
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"dtype {q.dtype}, it takes {', '.join(map(str, DTYPES))}"
+    if q.shape[-1] % 8 or q.shape[-1] > max(BACKWARD):
+        return f"head dim {q.shape[-1]}, it takes multiples of 8 up to {max(BACKWARD)}"
+    for name, x in (("q", q[None]), ("k", k), ("v", v)):
+        if why := _unreadable(x):
+            return f"{name} {why}"
+    if k.shape[1] > 1 and k.stride(1) * v.stride(2) != v.stride(1) * k.stride(2):
+        return "k and v with different numbers of tokens between batch entries"
+    if math.prod(q.shape[:3]) > ROWS:
+        return f"{math.prod(q.shape[:3])} rows of q, it counts them in 32 bits"
+    for name, x in (("dk", dk), ("dv", dv)):
+        if x.dtype not in (torch.float32, q.dtype) or x.stride(-1) != 1:
+            return f"{name} of {x.dtype} with strides {x.stride()}, it takes fp32 or q's with a dense last dim"
+        if any(stride % 2 for stride in x.stride()[:-1]) or x.data_ptr() % (2 * x.element_size()):
+            return f"{name} with strides {x.stride()}, whose rows it writes in pairs"
+    return ""
+
+
+def _unreadable(x: Tensor) -> str:
+    """Why TMA cannot read (C, B, S, H, D) as rows token by token, or ""."""
+    if x.stride(-1) != 1 or x.data_ptr() % 16 or any(stride * 2 % 16 or not stride for stride in x.stride()[1:-1]):
+        return f"with strides {x.stride()}, it takes a dense last dim and 16-byte aligned others"
+    if x.shape[0] > 1 and x.stride(0) != x.shape[2] * x.stride(2):
+        return "whose pieces do not follow each other token by token"
+    if x.shape[1] > 1 and x.stride(1) % x.stride(2):
+        return "whose batch stride is no multiple of its token stride"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """A kind of `prepare` or `finish` that has been called."""
+
+    kernel: Any
+    size: int  # of a state's memory
+    pitch: int  # in bytes
+    numbers: tuple[int | float, ...]
+
+
+_prepared: dict[Any, _End] = {}
+_finished: dict[Any, _End] = {}
+
+
+def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> BackwardState:
+    """See `ring_core.backend.Backend.prepare`."""
+    shape, device = q.shape, q.get_device()
+    key = (
+        shape, out.stride(), dout.stride(), lse.stride(), None if dlse is None else dlse.stride(), q.dtype, device
+    )  # fmt: skip
+    known = _prepared.get(key)
+    if known is None or (out.data_ptr() | dout.data_ptr()) & 15:
+        if _unreadable(out[None]) or _unreadable(dout[None]):
+            copied = dout.clone(memory_format=torch.contiguous_format)
+            state = prepare(q, out.clone(memory_format=torch.contiguous_format), copied, lse, dlse)
+            state.dout = copied
+            return state
+        known = _prepare_end(q, out, dout, lse, dlse)
+        if known is not None:
+            _prepared[key] = known
+    if known is None:
+        return BackwardState(torch.empty(0, dtype=torch.float32, device=q.device), shape, q.dtype, None)
+    memory = torch.empty(known.size, dtype=torch.float32, device=q.device)
+    start = memory.data_ptr()
+    known.kernel(
+        out.data_ptr(),
+        dout.data_ptr(),
+        lse.data_ptr(),
+        0 if dlse is None else dlse.data_ptr(),
+        start,
+        start + known.pitch,
+        start + 2 * known.pitch,
+        *known.numbers,
+        torch.cuda.current_stream(device).cuda_stream,
+    )
+    return BackwardState(memory, shape, q.dtype, None)
+
+
+def _prepare_end(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> _End | None:
+    """What such a call needs to know; None where there are no rows."""
+    batch, length, num_heads, head_dim = q.shape
+    if not q.numel():
+        return None
+    strides = (0, 0, 0) if dlse is None else dlse.stride()
+    kernel = library.load(EndsKind("prepare", DTYPES[q.dtype], head_dim, dlse is not None))
+    numbers = (*out.stride()[:3], *dout.stride()[:3], *lse.stride()[:2], *strides, length, num_heads, batch)
+    pitch = _pitch(q.shape)
+    return _End(kernel, 2 * pitch + q.numel(), 4 * pitch, numbers)
+
+
+def backward(
+    state: BackwardState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    table: DeviceTable,
+    *,
+    params: Params,
+    flags: Flags | None = None,
+    departures: Tensor | None = None,
+    settings: BackwardSettings | None = None,
+) -> None:
+    """Walks a key-major table in one launch, as `ring_core.backend.Backend.backward` describes.
+
+    Args:
+        state: of `prepare`.
+        q, dout: (B, Sq, Hq, D), fp16 or bf16. k, v: (C, B, S, Hkv, D). dk, dv: shaped as k, fp32, added to, or in q's
+            dtype, written: see `ring_core.backend.Capabilities.final_gradients`.
+        flags: arrival of the pieces; a piece's keys are read once its flag says so.
+        departures: (C,) int32: the keys of each finished tile are added, for every key head and batch entry of its
+            piece: see `ring_core.backend.departures_of`.
+        settings: instead of those for this head dim.
+
+    Raises:
+        ValueError: tensors are of other kinds.
+    """
+    final = None if dk.dtype == torch.float32 else (dk, dv)
+    if final is not None:
+        assert flags is None and departures is None, "final gradients are those of keys that stay"
+        dk, dv = _where_final(q, dk, dv, table, settings)
+    if q.numel() and len(table.host):
+        dout = dout if state.dout is None else state.dout
+        _launch(state, q, k, v, dout, dk, dv, table, params.scale, flags, departures, settings)
+    if final is not None and dk is not final[0]:
+        final[0].copy_(dk)
+        final[1].copy_(dv)
+
+
+def _where_final(
+    q: Tensor, dk: Tensor, dv: Tensor, table: DeviceTable, settings: BackwardSettings | None
+) -> tuple[Tensor, Tensor]:
+    """What the kernel is given for final dk and dv: these, zeroed first where it does not write all of them; or zeros
+    in fp32, where several CTAs have a part of each, which are calls too small for the GPU."""
+    key = ("cute final", q.get_device(), q.shape, dk.shape, settings)
+    known: tuple[bool, bool] | None = table.host.cache.get(key)
+    if known is None:
+        dealt_out = written = False
+        if q.numel() and len(table.host):
+            chosen = settings or backward_settings_for(q.shape[-1])
+            prepared = schedule_for(table, q.shape[0], chosen.block, False)
+            dealt_out = _parts(prepared, q, dk.shape[3], whole=False) > 1
+            written = prepared.keys == math.prod(dk.shape[:3])
+        known = table.host.cache[key] = dealt_out, written
+    dealt_out, written = known
+    if dealt_out:
+        sums = torch.zeros((2, *dk.shape), dtype=torch.float32, device=dk.device)
+        return sums[0], sums[1]
+    if not written:
+        dk.zero_()
+        dv.zero_()
+    return dk, dv
+
+
+def _launch(
+    state: BackwardState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    table: DeviceTable,
+    scale: float,
+    flags: Flags | None,
+    departures: Tensor | None,
+    settings: BackwardSettings | None,
+) -> None:
+    device = q.get_device()
+    key = (
+        q.shape, k.shape, q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride(), dv.stride(), dk.dtype,
+        flags is None, departures is None, scale, settings, q.dtype, device,
+    )  # fmt: skip
+    calls = table.host.cache.setdefault("cute backward", {})
+    known = calls.get(key)
+    if known is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 or (dk.data_ptr() | dv.data_ptr()) & 7:
+        if backward_supports(q, k, v, dk, dv):
+            q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
+            if reason := backward_supports(q, k, v, dk, dv):
+                raise ValueError(f"the Hopper kernels do not take {reason}")
+            _launch(state, q, k, v, dout, dk, dv, table, scale, flags, departures, settings)
+            return
+        known = _prepare_call(q, k, v, dout, dk, dv, table, scale, flags, departures, settings)
+        if known is None:
+            return
+        calls[key] = known
+    stream = torch.cuda.current_stream(device).cuda_stream
+    memory = state.memory.data_ptr()
+    known.kernel(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        dout.data_ptr(),
+        memory + known.pitch,
+        memory,
+        memory + 2 * known.pitch,
+        dk.data_ptr(),
+        dv.data_ptr(),
+        known.items,
+        known.walk,
+        _counter(device, stream),
+        0 if flags is None else flags.values.data_ptr(),
+        0 if flags is None else flags.epoch.data_ptr(),
+        0 if departures is None else departures.data_ptr(),
+        *known.numbers,
+        stream,
+    )
+
+
+def _prepare_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    table: DeviceTable,
+    scale: float,
+    flags: Flags | None,
+    departures: Tensor | None,
+    settings: BackwardSettings | None,
+) -> _Known | None:
+    """What a call of this kind needs to know; None where there is nothing to compute."""
+    batch, length, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[3]
+    chosen = settings or backward_settings_for(head_dim)
+    by_piece = flags is not None or departures is not None
+    prepared = schedule_for(table, batch, chosen.block, by_piece)
+    group = num_heads // num_kv_heads
+    split = _parts(prepared, q, num_kv_heads, whole=departures is not None)
+    head_batches = prepared.repeats * num_kv_heads * split
+    total = prepared.count * head_batches
+    if not total or not k.numel():
+        return None
+    members = group // split
+    gradients = "final" if dk.dtype != torch.float32 else "shared" if split > 1 else "added"
+    kind = BackwardKind(DTYPES[q.dtype], head_dim, gradients, flags is not None, departures is not None, chosen)
+    numbers = (
+        scale * LOG2E,
+        scale,
+        length,
+        num_heads,
+        num_kv_heads,
+        q.stride(1),
+        q.stride(2),
+        k.stride(2),
+        k.stride(3),
+        v.stride(2),
+        v.stride(3),
+        dout.stride(1),
+        dout.stride(2),
+        *dk.stride()[:4],
+        *dv.stride()[:4],
+        prepared.count,
+        _section(prepared.count, head_batches, members * length * head_dim * 8, _processors(q.device)),
+        head_batches,
+        total,
+        split,
+        members,
+        k.shape[2],
+        *(x.stride(-4) // x.stride(-3) if batch > 1 else 0 for x in (q, dout, k)),
+        POLLS,
+        min(total, _processors(q.device)),
+    )
+    return _Known(library.load(kind), prepared.items.data_ptr(), prepared.walk.data_ptr(), 4 * _pitch(q.shape), numbers)
+
+
+def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
+    """See `ring_core.backend.Backend.finish`."""
+    memory = state.memory
+    dq = torch.empty(state.shape, dtype=state.dtype, device=memory.device)
+    if dq.numel():
+        device = memory.get_device()
+        key = (state.shape, params.scale, state.dtype, device)
+        known = _finished.get(key)
+        if known is None:
+            batch, length, num_heads, head_dim = state.shape
+            kernel = library.load(EndsKind("finish", DTYPES[state.dtype], head_dim))
+            numbers = (params.scale, *dq.stride()[:3], length, num_heads, batch)
+            known = _finished[key] = _End(kernel, 0, 4 * _pitch(state.shape), numbers)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        known.kernel(memory.data_ptr() + 2 * known.pitch, dq.data_ptr(), *known.numbers, stream)
+    if params.sinks is None:
+        return dq, None
+    if not dq.numel():
+        return dq, torch.zeros_like(params.sinks)
+    # what the sink's share of a row's softmax takes from its delta
+    share = torch.exp2(params.sinks.float()[:, None] * LOG2E - state.scaled_lse)
+    return dq, -(share * state.delta).sum((0, 2)).to(params.sinks.dtype)
+
+
+def schedule_for(table: DeviceTable, batch: int, block: int, by_piece: bool) -> PreparedKeys:
+    """The table's schedule on its device, made once and kept with the table."""
+    key = ("cute backward", str(table.device), batch, block, by_piece)
+    known = table.host.cache.get(key)
+    if known is None:
+        schedule = make_schedule(table.host, tile_keys=TILE_KEYS, block=block, by_piece=by_piece)
+        items = schedule.items if schedule.every_batch else schedule.for_batch(batch)
+        walk = schedule.walk if len(schedule.walk) else np.zeros((1, schedule.walk.shape[1]), dtype=np.int32)
+        known = table.host.cache[key] = PreparedKeys(
+            torch.from_numpy(items).to(table.device),
+            len(items),
+            torch.from_numpy(walk).to(table.device),
+            batch if schedule.every_batch else 1,
+            schedule.seen_keys(batch),
+        )
+    prepared: PreparedKeys = known
+    return prepared
+
+
+def _section(tiles: int, head_batches: int, row_bytes: int, processors: int) -> int:
+    """Heads whose tiles are computed together, longest first among them: as many as share the L2 with their rows, but
+    enough tiles that the last section ends evenly, also where its first tiles are long."""
+    return min(head_batches, max(1, L2_BYTES // row_bytes, -(-EVEN_TILES * processors // tiles)))
+
+
+def _parts(prepared: PreparedKeys, q: Tensor, num_kv_heads: int, *, whole: bool) -> int:
+    """How many CTAs share a tile of keys of a key head, so that there are two for each processor; whole: it is one."""
+    group = q.shape[2] // num_kv_heads
+    if whole or group == 1:
+        return 1
+    tiles, wanted = prepared.count * prepared.repeats * num_kv_heads, 2 * _processors(q.device)
+    return next((n for n in range(1, group) if group % n == 0 and tiles * n >= wanted), group)

@@ -1,0 +1,299 @@
+"""The backward's three warps that compute nothing: loads, what is known of rows, and dq's way to global memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+from cutlass import Float32, Int32, Int64, cute
+from cutlass.cute.nvgpu import cpasync
+
+from ring_cute.hopper import ptx
+from ring_cute.hopper.backward_records import (
+    BATCH,
+    BLOCKS,
+    EXISTS,
+    HEAD,
+    I_LO,
+    KEYS,
+    LOWER,
+    PIECE,
+    Q_HEAD,
+    Q_LEN,
+    Q_START,
+    RECORD_BITS,
+    RECORDS,
+    START,
+    TOKEN,
+    UPPER,
+    WALK_COLUMNS,
+    WHOLE_FROM,
+    WHOLE_TO,
+    following,
+    publish,
+)
+from ring_cute.hopper.producer import await_piece
+from ring_cute.hopper.records import ask
+from ring_cute.hopper.views import FAR
+
+EDGE, FIRST_OFFSET, LAST_OFFSET = 0, 1, 2
+"""Of a block's `bounds`: whether some pair takes no part; key r of the tile sees query c of the block iff
+r - FIRST_OFFSET <= c <= r - LAST_OFFSET."""
+
+
+@dataclass(frozen=True)
+class KeyLoads:
+    """TMA atoms and the tensors of coordinates that go with them, all (row, D, heads, end, far)."""
+
+    q_atom: Any
+    q: Any
+    k_atom: Any
+    k: Any
+    v_atom: Any
+    v: Any
+    do_atom: Any
+    do: Any
+
+
+@dataclass(frozen=True)
+class KeyShared:
+    """What lives in shared memory: buffers, and barriers as pointers to the first of each kind."""
+
+    q: Any  # (BLOCK, D, Q_STAGES)
+    do: Any  # (BLOCK, D, DO_STAGES)
+    k: Any  # (64, D, 2)
+    v: Any  # (64, D, 2)
+    ds: Any  # (BLOCK, 128, 2)
+    dq: Any  # (rows, 64, 2) fp32
+    lse: Any  # (BLOCK, Q_STAGES) fp32
+    delta: Any  # (BLOCK, Q_STAGES) fp32
+    bounds: Any  # (4, Q_STAGES) int32
+    records: Any  # (16, RECORDS) int32
+    q_full: Any
+    q_empty: Any
+    do_full: Any
+    do_empty: Any
+    k_full: Any
+    k_empty: Any
+    v_full: Any
+    v_empty: Any
+    dq_full: Any  # one for each consumer
+    dq_empty: Any
+    record_full: Any
+    record_empty: Any
+
+
+@cute.jit
+def _copy(atom, tensor, x, head, end, buffer, barrier):
+    """A box of rows from x on to a buffer (rows, D), by TMA."""
+    rows = cute.domain_offset((x, 0), tensor[None, None, head, end, FAR])
+    sizes = (cute.size(buffer, mode=[0]), cute.size(buffer, mode=[1]))
+    tile = cute.local_tile(rows, sizes, (0, 0))
+    target, source = cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(buffer, 0, 2), cute.group_modes(tile, 0, 2)
+    )
+    cute.copy(atom, source, target, tma_bar_ptr=barrier)
+
+
+@cute.jit
+def _expect(barrier, buffer, times: cutlass.Constexpr):
+    """The barrier's arrival, and the bytes of `times` buffers (rows, D)."""
+    size = cute.size(buffer, mode=[0]) * cute.size(buffer, mode=[1]) * buffer.element_type.width // 8
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive_and_expect_tx(barrier, size * times)
+
+
+@cute.jit
+def next_stage(stage, phase, stages: cutlass.Constexpr):
+    """Of a ring: the stage after this one, and its parity."""
+    stage += 1
+    if stage == stages:
+        stage = Int32(0)
+        phase = phase ^ 1
+    return stage, phase
+
+
+@cute.jit
+def load(
+    work,
+    loads,
+    shared,
+    flags,
+    epoch,
+    polls,
+    sizes,
+    block: cutlass.Constexpr,
+    q_stages: cutlass.Constexpr,
+    do_stages: cutlass.Constexpr,
+    flagged: cutlass.Constexpr,
+):
+    """Brings each tile's keys and values, its blocks of Q and dO. sizes: piece length, batch rows of q, dO, k."""
+    piece_length, q_batch_rows, do_batch_rows, k_batch_rows = sizes
+    lane = cute.arch.lane_idx()
+    grid, _, _ = cute.arch.grid_dim()
+    first_tile, _, _ = cute.arch.block_idx()
+    records, walk = shared.records, work.walk
+    turn, tiles = Int32(0), Int32(0)
+    q_stage, q_phase, do_stage, do_phase = Int32(0), Int32(0), Int32(0), Int32(0)
+    publish(first_tile, turn, lane, work, records, shared.record_full, shared.record_empty)
+    going = first_tile < work.total
+    while going:
+        slot = turn & (RECORDS - 1)
+        total, batch, head, q_head = (
+            records[BLOCKS, slot],
+            records[BATCH, slot],
+            records[HEAD, slot],
+            records[Q_HEAD, slot],
+        )
+        if total > 0:
+            piece, count = records[PIECE, slot], records[KEYS, slot]
+            if cutlass.const_expr(flagged):
+                await_piece(flags, epoch, piece, polls)
+            k_end = batch * k_batch_rows + piece * piece_length + records[TOKEN, slot] + count
+            w, b = records[START, slot], Int32(0)
+            for n in cutlass.range(total, unroll=1):
+                entry = w * WALK_COLUMNS
+                q_len = walk[entry + Q_LEN]
+                end = walk[entry + Q_START] + q_len
+                x = FAR - q_len + walk[entry + I_LO] + b * block
+                if n == 0:
+                    ptx.wait(shared.k_empty, (tiles & 1) ^ 1)
+                    _expect(shared.k_full, shared.k, 2)
+                    for c in cutlass.range_constexpr(2):
+                        _copy(
+                            loads.k_atom, loads.k, FAR - count + 64 * c, head, k_end, shared.k[None, None, c],
+                            shared.k_full,
+                        )  # fmt: skip
+                ptx.wait(shared.q_empty + q_stage, q_phase ^ 1)
+                _expect(shared.q_full + q_stage, shared.q, 1)
+                _copy(
+                    loads.q_atom, loads.q, x, q_head, batch * q_batch_rows + end, shared.q[None, None, q_stage],
+                    shared.q_full + q_stage,
+                )  # fmt: skip
+                if n == 0:
+                    ptx.wait(shared.v_empty, (tiles & 1) ^ 1)
+                    _expect(shared.v_full, shared.v, 2)
+                    for c in cutlass.range_constexpr(2):
+                        _copy(
+                            loads.v_atom, loads.v, FAR - count + 64 * c, head, k_end, shared.v[None, None, c],
+                            shared.v_full,
+                        )  # fmt: skip
+                ptx.wait(shared.do_empty + do_stage, do_phase ^ 1)
+                _expect(shared.do_full + do_stage, shared.do, 1)
+                _copy(
+                    loads.do_atom, loads.do, x, q_head, batch * do_batch_rows + end, shared.do[None, None, do_stage],
+                    shared.do_full + do_stage,
+                )  # fmt: skip
+                q_stage, q_phase = next_stage(q_stage, q_phase, q_stages)
+                do_stage, do_phase = next_stage(do_stage, do_phase, do_stages)
+                w, b, q_head = following(walk, w, b, q_head)
+            tiles += 1
+        asked = ask(lane, work)
+        publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
+        going = asked + grid < work.total
+        turn += 1
+
+
+@cute.jit
+def describe(
+    work, shared, lse, delta, num_heads, q_len_all, block: cutlass.Constexpr, q_stages: cutlass.Constexpr
+):  # fmt: skip
+    """Brings what is known of each block's rows: lse, delta, and which pairs take part. Rows beyond the segment get an
+    lse of +inf: their P is 0."""
+    lane = cute.arch.lane_idx()
+    records, walk = shared.records, work.walk
+    turn = Int32(0)
+    stage, phase = Int32(0), Int32(0)
+    rounds = -(-block // 32)
+    values = cute.make_rmem_tensor(2 * rounds, Float32)
+    ptx.wait(shared.record_full, 0)
+    going = records[EXISTS, 0] != 0
+    while going:
+        slot = turn & (RECORDS - 1)
+        batch, q_head = records[BATCH, slot], records[Q_HEAD, slot]
+        w, b = records[START, slot], Int32(0)
+        for _ in cutlass.range(records[BLOCKS, slot], unroll=1):
+            entry = w * WALK_COLUMNS
+            q_len, i = walk[entry + Q_LEN], walk[entry + I_LO] + b * block
+            at = Int64(batch * num_heads + q_head) * q_len_all + walk[entry + Q_START] + i
+            for t in cutlass.range_constexpr(rounds):
+                values[2 * t] = Float32.inf
+                values[2 * t + 1] = Float32(0.0)
+                row = lane + 32 * t
+                if i + row < q_len:
+                    values[2 * t] = lse[at + row]
+                    values[2 * t + 1] = delta[at + row]
+            value = walk[entry + LOWER] + i
+            if lane == FIRST_OFFSET:
+                value = walk[entry + UPPER] + i
+            if lane == EDGE:
+                value = Int32(0)
+                if b < walk[entry + WHOLE_FROM] or b >= walk[entry + WHOLE_TO]:
+                    value = Int32(1)
+            ptx.wait(shared.q_empty + stage, phase ^ 1)
+            for t in cutlass.range_constexpr(rounds):
+                row = lane + 32 * t
+                if row < block:
+                    shared.lse[row, stage] = values[2 * t]
+                    shared.delta[row, stage] = values[2 * t + 1]
+            if lane < 4:
+                shared.bounds[lane, stage] = value
+            cute.arch.sync_warp()
+            ptx.arrive(shared.q_full + stage, lane == 0)
+            stage, phase = next_stage(stage, phase, q_stages)
+            w, b, q_head = following(walk, w, b, q_head)
+        cute.arch.sync_warp()
+        ptx.arrive(shared.record_empty + slot, lane == 0)
+        turn += 1
+        slot = turn & (RECORDS - 1)
+        ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
+        going = records[EXISTS, slot] != 0
+
+
+@cute.jit
+def add_queries(
+    work, shared, dq_atom, dq_tensor, num_heads, q_len_all, block: cutlass.Constexpr, parts: cutlass.Constexpr
+):  # fmt: skip
+    """Sends each consumer's share of a block's dq on its way to be added to global memory. parts: of the block's rows,
+    where a consumer has not all of them."""
+    lane = cute.arch.lane_idx()
+    records, walk = shared.records, work.walk
+    turn, blocks = Int32(0), Int32(0)
+    ptx.wait(shared.record_full, 0)
+    going = records[EXISTS, 0] != 0
+    while going:
+        slot = turn & (RECORDS - 1)
+        batch, q_head = records[BATCH, slot], records[Q_HEAD, slot]
+        w, b = records[START, slot], Int32(0)
+        for _ in cutlass.range(records[BLOCKS, slot], unroll=1):
+            entry = w * WALK_COLUMNS
+            q_len = walk[entry + Q_LEN]
+            end = (batch * num_heads + q_head) * q_len_all + walk[entry + Q_START] + q_len
+            x = FAR - q_len + walk[entry + I_LO] + b * block
+            for c in cutlass.range_constexpr(2):
+                buffer = shared.dq[None, None, c]
+                ptx.wait(shared.dq_full + c, blocks & 1)
+                sizes = (cute.size(buffer, mode=[0]), cute.size(buffer, mode=[1]))
+                row = x + (c * sizes[0] if parts > 1 else 0)
+                rows = cute.domain_offset((row, 0), dq_tensor[None, None, 0, end, FAR])
+                tile = cute.local_tile(rows, sizes, (0, 0 if parts > 1 else c))
+                source, target = cpasync.tma_partition(
+                    dq_atom, 0, cute.make_layout(1), cute.group_modes(buffer, 0, 2), cute.group_modes(tile, 0, 2)
+                )
+                cute.copy(dq_atom, source, target)  # of reductions the DSL elects a lane by itself, and always the same
+                with cute.arch.elect_one():
+                    cute.arch.cp_async_bulk_commit_group()
+            for c in cutlass.range_constexpr(2):
+                cute.arch.cp_async_bulk_wait_group(1 - c, read=True)
+                cute.arch.sync_warp()
+                ptx.arrive(shared.dq_empty + c, lane == 0)
+            blocks += 1
+            w, b, q_head = following(walk, w, b, q_head)
+        cute.arch.sync_warp()
+        ptx.arrive(shared.record_empty + slot, lane == 0)
+        turn += 1
+        slot = turn & (RECORDS - 1)
+        ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
+        going = records[EXISTS, slot] != 0
+    cute.arch.cp_async_bulk_wait_group(0)  # all of it is added before the CTA ends

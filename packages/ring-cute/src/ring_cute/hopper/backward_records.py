@@ -1,0 +1,85 @@
+"""Which tile of keys a CTA computes next, and what there is to know of it, in shared memory.
+
+A record is sixteen numbers: the first eight columns of `ring_core.key_tiles.ITEM`, batch entry and blocks (of all query
+heads that the CTA walks) filled in, then the key head, the first query head, and "there is such a tile".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cutlass import Int32, cute
+
+from ring_cute.hopper import ptx
+
+RECORD_BITS = 1
+RECORDS = 1 << RECORD_BITS
+"""Tiles, this one and the next, whose records are kept."""
+START, TOKEN, KEYS, BATCH, PIECE, BLOCKS, HEAD, Q_HEAD, EXISTS = 0, 2, 3, 4, 5, 6, 8, 9, 10
+Q_START, Q_LEN, I_LO, NUMBER, WHOLE_FROM, WHOLE_TO, LOWER, UPPER, NEXT = 0, 1, 2, 3, 5, 6, 7, 8, 9
+"""Columns of `ring_core.key_tiles.WALK`."""
+WALK_COLUMNS = 12
+
+
+@dataclass(frozen=True)
+class KeyWork:
+    """How tiles are numbered: heads come in sections whose rows fit the L2, tiles longest first within one."""
+
+    items: Any  # (N * 8) int32
+    walk: Any  # (M * 12) int32
+    counter: Any  # (1) int32
+    num_items: Any
+    section: Any
+    num_kv_heads: Any
+    head_batches: Any  # batch entries x key heads x parts of a group
+    total: Any
+    split: Any  # parts that a group's query heads are dealt out in
+    members: Any  # query heads of a part
+    group: Any
+
+
+@cute.jit
+def publish(number: Int32, turn: Int32, lane: Int32, work, records, full, empty):
+    """Tile number `number` as the record of the CTA's tile `turn`. By one warp."""
+    nth = number // (work.num_items * work.section)
+    rest = number - nth * (work.num_items * work.section)
+    here = cute.math.max(cute.math.min(work.section, work.head_batches - nth * work.section), 1)
+    item = rest // here
+    head_batch = nth * work.section + rest - item * here
+    part = head_batch % work.split
+    head_batch = head_batch // work.split
+    head = head_batch % work.num_kv_heads
+    slot = turn & (RECORDS - 1)
+    ptx.wait(empty + slot, ((turn >> RECORD_BITS) & 1) ^ 1)
+    if lane < 16:
+        value = Int32(0)
+        if number < work.total:
+            if lane < 8:
+                value = work.items[item * 8 + lane]
+            if lane == BATCH and value < 0:
+                value = head_batch // work.num_kv_heads
+            if lane == BLOCKS:
+                value = value * work.members
+            if lane == HEAD:
+                value = head
+            if lane == Q_HEAD:
+                value = head * work.group + part * work.members
+            if lane == EXISTS:
+                value = Int32(1)
+        records[lane, slot] = value
+    cute.arch.sync_warp()
+    ptx.arrive(full + slot, lane == 0)
+
+
+@cute.jit
+def following(walk, w, block, q_head):
+    """The next block: of this row of the walk, of the next row, or of the next query head's first row."""
+    block += 1
+    if block == walk[w * WALK_COLUMNS + NUMBER]:
+        block = Int32(0)
+        then = walk[w * WALK_COLUMNS + NEXT]
+        if then <= w:
+            q_head += 1
+        w = then
+    return w, block, q_head

@@ -1,0 +1,101 @@
+"""Launch settings of the backward, as data. No DSL is needed to read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+TILE_KEYS = 128
+"""Keys that a tile owns: two consumer warpgroups of 64 each."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardSettings:
+    """How one kind of backward is launched."""
+
+    block: int = 64
+    """Queries a block; a multiple of 16."""
+    q_stages: int = 2
+    """Blocks of Q, with lse and delta, in shared memory."""
+    do_stages: int = 2
+    """Blocks of dO in shared memory."""
+    ahead: bool = False
+    """The next block's scores are under way while dq and dk of this one are computed: the tensor cores are never idle,
+    at the price of registers."""
+    rolling: bool = False
+    """The next block's scores are issued behind dk, before it is waited for."""
+    consumer_registers: int = 240
+    producer_registers: int = 24
+    """Per thread, after they are moved: a CTA starts with 168 each, so 2 x consumers' + producer's are at most 504."""
+    reason: str = field(default="", compare=False)
+    """Why these: what was measured."""
+
+
+BACKWARD: dict[int, BackwardSettings] = {
+    # padded head dim: dk and dv (128 x D), P and dP (128 x block) and dq (block x D) live in the registers of two
+    # warpgroups; K, V, ds twice, dq in fp32 and the stages in 227 KiB
+    64: BackwardSettings(block=64, q_stages=3, ahead=True, reason="not measured yet"),
+    128: BackwardSettings(q_stages=3, ahead=True, reason="not measured yet"),
+}
+"""By head dim, rounded up to the next key."""
+
+
+def backward_head_dim(head_dim: int) -> int:
+    """The head dim that is computed with; columns beyond the true one are zeros that TMA fills in."""
+    return next(width for width in BACKWARD if head_dim <= width)
+
+
+def backward_settings_for(head_dim: int) -> BackwardSettings:
+    """The settings for a head dim."""
+    return BACKWARD[backward_head_dim(head_dim)]
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardKind:
+    """What a compiled backward is for: one kernel each."""
+
+    dtype: str
+    """ "float16" or "bfloat16"."""
+    head_dim: int
+    gradients: str
+    """What becomes of dk and dv: "final", written in the inputs' dtype; "added" to fp32 that one CTA owns; "shared",
+    added to fp32 that several CTAs add to."""
+    flags: bool
+    departures: bool
+    settings: BackwardSettings
+
+    @property
+    def padded(self) -> int:
+        return backward_head_dim(self.head_dim)
+
+    @property
+    def words(self) -> str:
+        """As part of a file's name."""
+        s = self.settings
+        on = [word for word in ("flags", "departures") if getattr(self, word)] + [
+            word for word in ("ahead", "rolling") if getattr(s, word)
+        ]
+        numbers = f"b{s.block}x{s.q_stages}x{s.do_stages}-r{s.consumer_registers}.{s.producer_registers}"
+        return "-".join(["backward", self.dtype, f"d{self.head_dim}", numbers, self.gradients, *on])
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of buffers: K, V, stages of Q and dO, ds twice, dq."""
+        s = self.settings
+        keys_and_stages = self.padded * (2 * TILE_KEYS + (s.q_stages + s.do_stages) * s.block)
+        return 2 * keys_and_stages + 4 * s.block * TILE_KEYS + 4 * s.block * self.padded + 8 * s.block * s.q_stages
+
+
+@dataclass(frozen=True, slots=True)
+class EndsKind:
+    """What a compiled `prepare` or `finish` is for."""
+
+    step: str
+    """ "prepare" or "finish"."""
+    dtype: str
+    head_dim: int
+    dlse: bool = False
+
+    @property
+    def words(self) -> str:
+        """As part of a file's name."""
+        return "-".join([self.step, self.dtype, f"d{self.head_dim}", *(["dlse"] if self.dlse else [])])

@@ -1,0 +1,65 @@
+"""Compiles the backward's kernels for sm_90a without a GPU and holds what comes out to account, as `cute_compiling`
+does for the forward's: `python cute_compiling_backward.py [GROUP…]`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from cute_compiling import Compiled, compile_kind
+
+from ring_cute.compile import backwards
+from ring_cute.hopper.backward_settings import BACKWARD, TILE_KEYS, BackwardKind
+from ring_cute.settings import SHARED_BYTES
+
+GROUPS: dict[str, tuple[int, str]] = {
+    **{f"backward-{head_dim}": (head_dim, "bfloat16") for head_dim in BACKWARD},
+    "backward-padded": (40, "float16"),
+}
+
+
+def problems(compiled: Compiled, kind: Any) -> list[str]:
+    """What is wrong with a compiled kernel."""
+    wrong = {
+        f"{compiled.stack} bytes of stack, {compiled.spilled} moves to and from it": compiled.stack > 0,
+        f"{compiled.spilled} moves to and from local memory": compiled.spilled > 0,
+        f"{compiled.local} bytes of local memory": compiled.local > 0,
+        f"{compiled.registers} registers": not 0 < compiled.registers <= 168,
+        "not for sm_90a": ".target sm_90a" not in compiled.ptx,
+    }
+    if isinstance(kind, BackwardKind):
+        # of a consumer's block: scores and dP over the head dim, dk and dv over the queries, dq over the tile's keys
+        products = 2 * (kind.padded // 16) + 2 * (kind.settings.block // 16) + TILE_KEYS // 16
+        loads = 4 * (kind.padded // 64)  # boxes are 64 columns wide: K, V, Q, dO
+        sums = len(re.findall(r"\bUTMAREDG\b", compiled.sass))
+        wrong |= {
+            f"{compiled.hgmma} wgmma instructions, fewer than {products}": compiled.hgmma < products,
+            "products that are not wgmma": bool(re.search(r"\bHMMA\b", compiled.sass)),
+            f"{compiled.loads} TMA loads, fewer than {loads}": compiled.loads < loads,
+            f"{sums} TMA reductions of dq": sums < kind.padded // 64,
+            f"{kind.shared_bytes} bytes of shared memory": kind.shared_bytes > SHARED_BYTES,
+        }
+    return [message for message, is_so in wrong.items() if is_so]
+
+
+def main() -> int:
+    failed = 0
+    for group in sys.argv[1:] or GROUPS:
+        for kind in backwards(*GROUPS[group]):
+            got = compile_kind(kind)
+            wrong = problems(got, kind)
+            failed += bool(wrong)
+            what = f"{getattr(kind, 'step', 'backward')} {getattr(kind, 'gradients', '')}".strip()
+            what += " staged" if getattr(kind, "flags", False) else ""
+            print(
+                f"D {kind.head_dim} {kind.dtype} {what}: {got.registers} registers, {got.stack} B stack, "
+                f"{getattr(kind, 'shared_bytes', 0)} B shared, {got.hgmma} wgmma, {got.loads} TMA loads, "
+                f"compiled in {got.seconds:.1f} s {wrong or ''}",
+                flush=True,
+            )
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

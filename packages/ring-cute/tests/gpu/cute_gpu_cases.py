@@ -1,0 +1,59 @@
+"""Which cases the GPU tests run: data, so that `needed.py` knows on a machine without a GPU which kernels they take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ring_core.testing.conformance import (
+    KernelCase,
+    PackedCase,
+    RingCase,
+    StagedCase,
+    kernel_cases,
+    packed_cases,
+    ring_cases,
+)
+
+SCALE = 31
+"""Lengths of about 2,000 tokens, multiples of nothing."""
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (8, 24, 40, 64, 80, 96, 112, 128, 160, 192, 256)
+PROPERTY_HEAD_DIMS = (64, 128)
+STAGED = [
+    StagedCase(),
+    StagedCase(causal=True, head_dim=64, dtype=torch.float16),
+    StagedCase(layout="zigzag", causal=True, world_size=2, rank=1),
+    StagedCase(layout="zigzag", causal=True, rank=0),
+    StagedCase(layout="stripe", causal=True, head_dim=64, rank=2),
+    StagedCase(length=4000, layout="stripe", head_dim=256, heads=(6, 2), rank=1),
+]
+LONG_STAGED = StagedCase(length=32768, heads=(16, 4))
+
+
+def kernels() -> list[KernelCase]:
+    """Every case of the contract; where it leaves the dtype open, in both."""
+    return [
+        replace(case, dtype=dtype, name=f"{case.name}-{str(dtype).removeprefix('torch.')}")
+        for case in kernel_cases(scale=SCALE)
+        for dtype in ([case.dtype] if case.dtype else DTYPES)
+    ]
+
+
+def head_dims() -> list[KernelCase]:
+    (case,) = (case for case in kernel_cases(scale=SCALE) if case.name == "causal-contiguous-ring-3")
+    return [
+        replace(case, name=f"dim {head_dim}", head_dim=head_dim, dtype=torch.bfloat16, batch=1)
+        for head_dim in HEAD_DIMS
+    ]
+
+
+def rings() -> list[RingCase]:
+    """On 1, 2 and 4 ranks; where the case leaves the dtype open, in bf16."""
+    cases = ring_cases([1, 2, 4], scale=SCALE, through=("collectives", "peer_memory"))
+    return [replace(case, dtype=case.dtype or torch.bfloat16) for case in cases]
+
+
+def packed() -> list[PackedCase]:
+    return packed_cases([1, 2, 4])
