@@ -50,30 +50,14 @@ TRIED: dict[int, list[dict[str, Any]]] = {
     128: [
         {},
         {"overlap": 1},
-        {"rescale": "after"},
-        {"query_registers": True, "ping_pong": True},
         {"block": 176},
         {"cluster": 2},
         {"cluster": 2, "overlap": 1},
-        {"cluster": 2, "block": 160},
         {"cluster": 2, "block": 176},
-        {"cache_hints": True},
-        {"consumers": 3, "consumer_registers": 160, "block": 80},
     ],
-    64: [
-        {},
-        {"rescale": "after"},
-        {"overlap": 1},
-        {"block": 112},
-        {"block": 96},
-        {"stages": 4, "block": 96},
-        {"cluster": 2},
-        {"cluster": 2, "overlap": 1},
-        {"consumers": 2, "consumer_registers": 240},
-        {"consumers": 2, "consumer_registers": 240, "cluster": 2},
-    ],
-    192: [{}, {"overlap": 1}, {"rescale": "after"}, {"block": 96}, {"cluster": 2}],
-    256: [{}, {"overlap": 1}, {"rescale": "after"}, {"block": 64}, {"cluster": 2}],
+    64: [{}, {"rescale": "after"}, {"overlap": 1}, {"block": 112}, {"cluster": 2}],
+    192: [{}, {"overlap": 1}, {"block": 96}, {"cluster": 2}],
+    256: [{}, {"overlap": 1}, {"block": 64}, {"cluster": 2}],
 }
 VARIANTS: dict[int, dict[str, Settings]] = {
     dim: {

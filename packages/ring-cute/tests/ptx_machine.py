@@ -361,11 +361,11 @@ class Program:
             return lambda w: LANE + np.uint32(LANES * w.number)
         if text == "%laneid":
             return lambda w: LANE.copy()
+        if text == "%cluster_ctarank":
+            return lambda w: np.full(LANES, w.block.cluster.index(w.block), dtype=np.uint32)
         if found := re.fullmatch(r"%(n?)ctaid\.([xyz])", text):
             axis, size = "xyz".index(found[2]), bool(found[1])
             return lambda w: np.full(LANES, (w.block.grid if size else w.block.number)[axis], dtype=np.uint32)
-        if text == "%cluster_ctarank":
-            return lambda w: np.full(LANES, w.block.cluster.index(w.block), dtype=np.uint32)
         if text.startswith("0f"):
             value = np.full(LANES, int(text[2:], 16), dtype=np.uint32).view(kind)
             return lambda w: value

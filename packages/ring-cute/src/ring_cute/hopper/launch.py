@@ -121,7 +121,7 @@ def forward(
             return
         if k.numel():
             calls[key] = known
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = current_stream(device)
     known.kernel(
         q.data_ptr(),
         k.data_ptr() or q.data_ptr(),  # nobody sees anything, but a descriptor wants an address
@@ -229,6 +229,13 @@ def prepare(table: DeviceTable, batch: int, piece_length: int, block: int, tile_
         )
     prepared: Prepared = known
     return prepared
+
+
+def current_stream(device: int) -> int:
+    """The driver's handle of a GPU's current stream, without the object that `torch.cuda.current_stream` makes: 0.2 µs
+    of the host's time instead of 3."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device)
+    return handle
 
 
 @cache
