@@ -92,8 +92,8 @@ def compiled_and_ptx(kind: Kind, cubin_to: Path | None = None) -> tuple[Any, str
         return compiled, ptx.read_text()
 
 
-def compile_kind(kind: ForwardKind) -> Compiled:
-    """A forward for sm_90a, taken apart."""
+def compile_kind(kind: Kind) -> Compiled:
+    """A kernel for sm_90a, taken apart."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         begin = time.monotonic()
