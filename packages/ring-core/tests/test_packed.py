@@ -376,6 +376,39 @@ def test_bytes_are_those_of_the_plan_and_no_more_than_needed(
         assert keys == per_token * sum(foreign for _, _, foreign in results)
 
 
+def kept(transport: str, lengths: list[int]) -> tuple[Any, Any, float]:
+    """(counted over a forward and two backwards, predicted, distance from gathering again for each)."""
+    plan = plan_packed([0, *np.cumsum(lengths).tolist()], layout="balanced", causal=True)
+    made = make_plan(plan.problem, plan.rank, "gather")
+    q, k, v = (plan.shard(x).requires_grad_() for x in whole(3, sum(lengths)))
+    results: list[list[Tensor]] = []
+    sent: list[dict[Any, int]] = []
+    for keep in (True, False):
+        with pytest.MonkeyPatch.context() as patch, gather_through(transport), record_traffic() as traffic:
+            if not keep:
+                patch.setattr("ring_core.comm.keeps", lambda *_: False)
+            out = ring_attention_packed(q, k, v, plan, schedule="gather")
+            for seed in (1, 2):
+                dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=out.dtype)
+                gradients = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+            results.append([out, *gradients])
+        sent.append({peer: n for peer, n in traffic.sent.items() if n})
+    shape = {"batch": 1, "num_kv_heads": 2, "head_dim": 8, "element_size": 8}
+    predicted = {("keys", peer): message_bytes(n, **shape) for peer, n in made.key_tokens.items()}
+    predicted |= {("gradients", peer): 2 * message_bytes(n, **shape) for peer, n in made.gradient_tokens.items()}
+    again = {peer: n * (3 if peer[0] == "keys" else 1) for peer, n in predicted.items()}
+    return sent, [predicted, again], max(compare(a, b).max_abs for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("transport", ["collectives", "shared_memory"])
+def test_few_gathered_keys_stay_for_the_backward(ranks: RunRanks, transport: str) -> None:
+    results = ranks(3, kept, transport, [9, 5, 14, 3, 11, 6, 12, 4, 8])
+    assert any(("keys", peer) in counted[0] for counted, _, _ in results for peer in range(3)), "some travel"
+    for counted, predicted, distance in results:
+        assert counted == predicted
+        assert distance == 0.0
+
+
 def test_documents_of_one_rank_send_nothing(ranks: RunRanks) -> None:
     for counted, predicted, foreign in ranks(3, sent, "contiguous", "ring", {}, [8, 4, 12, 6, 6]):
         assert counted == predicted == {} and foreign == 0

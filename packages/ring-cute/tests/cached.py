@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from ring_cute import compile as command
@@ -43,6 +44,14 @@ def unlinked(*compilers: str) -> None:
         library.load.cache_clear()
         found.append({"reason": made.reason, "kept": made.path is not None, "callable": library.load(KIND) is compiled})
     print(json.dumps(found))
+
+
+def write(path: Path, number: int) -> int:
+    """Keeps contents of one's own, and counts how often what is there, whoever wrote it, is whole."""
+    for turn in range(40):
+        library.keep(bytes([number]) * (10_000 * (1 + (number + turn) % 7)), path)
+        library.check(path)
+    return 40
 
 
 if __name__ == "__main__":

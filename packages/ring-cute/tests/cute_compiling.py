@@ -129,12 +129,10 @@ GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "padded": [(40, {}), (96, {"state": True})],
     "fp16": [(64, {"dtype": "float16"}), (128, {"dtype": "float16"})],
     "variants": [
-        (128, {"ping_pong": True, "overlap": 1}),
-        (128, {"rescale": "lazy", "query_registers": True}),
-        (128, {"rescale": "before", "block": 160}),
-        (128, {"rescale": "lazy", "block": 176}),
-        (64, {"overlap": 1, "polynomial": 2}),
-        (64, {"consumers": 3, "consumer_registers": 160}),
+        (128, {"ping_pong": True, "overlap": True}),
+        (128, {"query_registers": True, "cache_hints": True}),
+        (128, {"cluster": 2, "block": 176}),
+        (64, {"consumers": 2, "consumer_registers": 240, "lazy": False}),
     ],
 }
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -76,7 +75,9 @@ def emulated(kind: library.Kind) -> Callable[..., None]:
 
     def run(*numbers: Any) -> None:
         host(*numbers)
-        launch(program, Memory(list(_regions)), [buffer.raw for buffer in memory], tuple(stand_in.launched()[:3]))
+        cluster = getattr(getattr(kind, "settings", None), "cluster", 1)
+        params = [buffer.raw for buffer in memory]
+        launch(program, Memory(list(_regions)), params, tuple(stand_in.launched()[:3]), cluster=cluster)
 
     return run
 
@@ -105,7 +106,7 @@ def backward_on_cpu(*tensors: Tensor | None, processors: int = 2) -> Iterator[li
     _regions[:] = [region(x) for x in (*tensors, zero, *schedules) if x is not None]
     with (
         patch.object(library, "load", emulated),
-        patch.object(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0)),
+        patch.object(backward_launching, "current_stream", lambda device: 0),
         patch.object(backward_launching, "_processors", lambda device: processors),
         patch.object(backward_launching, "_counter", lambda device, stream: zero.data_ptr()),
         patch.object(backward_launching, "schedule_for", scheduled),
@@ -134,7 +135,6 @@ def _noted(make: Callable[..., Tensor], value: float) -> Callable[..., Tensor]:
 @contextmanager
 def on_cpu(*tensors: Tensor | None, processors: int = 2) -> Iterator[None]:
     """`launch.forward` on tensors of the CPU; it may touch these and what it makes itself, and nothing else."""
-    stream = SimpleNamespace(cuda_stream=0)
     zero = torch.zeros(1, dtype=torch.int32)
     prepare = launching.prepare
 
@@ -148,7 +148,7 @@ def on_cpu(*tensors: Tensor | None, processors: int = 2) -> Iterator[None]:
     _regions[:] = [region(x) for x in (*tensors, zero, *schedules) if x is not None]
     with (
         patch.object(library, "load", emulated),
-        patch.object(torch.cuda, "current_stream", lambda device: stream),
+        patch.object(launching, "current_stream", lambda device: 0),
         patch.object(launching, "_processors", lambda device: processors),
         patch.object(launching, "_counter", lambda device, stream: zero.data_ptr()),
         patch.object(launching, "prepare", prepared),

@@ -19,12 +19,15 @@ from typing import Any
 import numpy as np
 
 LANES = 32
+RANK_SHIFT = 24
+LOCAL = (1 << RANK_SHIFT) - 1
 SHARED_BASE = 1024
 SHARED_BYTES = 232 << 10
 PARAMS_AT = 1 << 60
 FULL = np.ones(LANES, dtype=bool)
 LANE = np.arange(LANES, dtype=np.uint32)
 TYPES: dict[str, Any] = {
+    "b16": np.uint16,
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
     "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
 }  # fmt: skip
@@ -138,6 +141,7 @@ class Warp:
     registers: dict[str, np.ndarray] = field(default_factory=dict)
     stores: list[list[Callable[[], None]]] = field(default_factory=lambda: [[]])
     """Groups of TMA stores under way; the last one is not committed yet."""
+    met: int = 0
 
     def get(self, name: str, kind: Any) -> np.ndarray:
         return self.registers[name].view(kind)
@@ -221,6 +225,8 @@ class Block:
         self.flying: list[tuple[int, Callable[[], None]]] = []
         self.time = 0
         self.random = random.Random(seed)
+        self.cluster = [self]
+        self.met = [0, 0]  # threads at the cluster's barrier, and how often all were; the first CTA's counts
 
     def arrive(self, number: int, threads: int) -> int:
         generation = self.generations.get(number, 0)
@@ -230,31 +236,9 @@ class Block:
             self.generations[number] = generation + 1
         return generation
 
-    def run(self, threads: int) -> None:
-        warps = [Warp(n, self) for n in range(threads // LANES)]
-        turns = {warp.number: warp.run() for warp in warps}
-        idle = 0
-        while turns:
-            moved = False
-            for number in self.random.sample(list(turns), len(turns)):
-                try:
-                    moved |= next(turns[number])
-                except StopIteration:
-                    del turns[number]
-                    moved = True
-            self.time += 1
-            landed = [action for at, action in self.flying if at <= self.time]
-            self.flying = [(at, action) for at, action in self.flying if at > self.time]
-            for action in landed:
-                action()
-            idle = 0 if moved or landed or self.flying else idle + 1
-            if idle > 8:
-                raise Deadlock(f"warps {sorted(turns)} wait; barriers {self.barriers}")
-        for warp in warps:
-            for group in warp.stores:
-                for store in group:
-                    store()
-            assert not self.flying, "a load is under way while the CTA ends"
+    def at(self, address: int) -> tuple[Block, int]:
+        """The cluster's CTA that an address is of (`mapa` marks others' with their rank), and the address there."""
+        return (self.cluster[(address >> RANK_SHIFT) - 1] if address >> RANK_SHIFT else self), address & LOCAL
 
     # shared memory, by address
     def words(self, addresses: np.ndarray, size: int) -> np.ndarray:
@@ -346,9 +330,9 @@ class Program:
         assert builder is not None, f"the machine does not know {line}"
         run = builder(name, kinds, operands)
         kind = "op"
-        if name.startswith("mbarrier.try_wait"):
+        if name.startswith(("mbarrier.try_wait", "barrier.cluster.wait")):
             kind = "wait"
-        if operation in ("bar", "barrier"):
+        if operation in ("bar", "barrier") and kinds[0] != "cluster":
             kind = "bar"
         if guard is not None and kind == "op":
             run = self.guarded(run, guard)
@@ -377,6 +361,8 @@ class Program:
             return lambda w: LANE + np.uint32(LANES * w.number)
         if text == "%laneid":
             return lambda w: LANE.copy()
+        if text == "%cluster_ctarank":
+            return lambda w: np.full(LANES, w.block.cluster.index(w.block), dtype=np.uint32)
         if found := re.fullmatch(r"%(n?)ctaid\.([xyz])", text):
             axis, size = "xyz".index(found[2]), bool(found[1])
             return lambda w: np.full(LANES, (w.block.grid if size else w.block.number)[axis], dtype=np.uint32)
@@ -640,7 +626,25 @@ class Program:
 
         return run
 
+    def op_mapa(self, name: str, kinds: list[str], operands: list[str]) -> Any:
+        address, rank = (self.source(x, np.uint32) for x in operands[1:])
+        return lambda w, mask: w.put(operands[0], address(w) + (rank(w) + 1 << RANK_SHIFT).astype(np.uint32), mask)
+
     def op_st(self, name: str, kinds: list[str], operands: list[str]) -> Any:
+        if kinds[0] == "async":
+            to, number, bar = self.address(operands[0]), self.source(operands[1], np.uint32), self.address(operands[2])
+
+            def send(w: Warp, mask: np.ndarray | None) -> None:
+                for lane in np.flatnonzero(FULL if mask is None else mask):
+                    block, where = w.block.at(int(to(w)[lane]))
+                    word = number(w)[lane : lane + 1].copy().view(np.uint8)
+                    block.shared[where - SHARED_BASE : where - SHARED_BASE + 4] = word
+                    same, barrier_at = w.block.at(int(bar(w)[lane]))
+                    assert same is block, "a word for one CTA and the barrier of another"
+                    block.barriers[barrier_at].bytes -= 4
+                    block.barriers[barrier_at].check()
+
+            return send
         kind = TYPES[kinds[-1]]
         at = self.address(operands[0])
         sources = [self.source(x, kind) for x in operands[1].strip("{} ").replace(" ", "").split(",")]
@@ -744,7 +748,8 @@ class Program:
 
         def arrive(w: Warp, mask: np.ndarray | None) -> None:
             for lane in np.flatnonzero(FULL if mask is None else mask):
-                barrier = w.block.barriers[int(at(w)[lane])]
+                block, where = w.block.at(int(at(w)[lane]))
+                barrier = block.barriers[where]
                 if size is not None:
                     barrier.bytes += int(size(w)[lane])
                 barrier.pending -= 1
@@ -753,6 +758,19 @@ class Program:
         return arrive
 
     def op_bar(self, name: str, kinds: list[str], operands: list[str]) -> Any:
+        if kinds[0] == "cluster":
+
+            def meet(w: Warp, mask: np.ndarray | None) -> bool:
+                assert mask is None, "a barrier of lanes that have parted"
+                met, everybody = w.block.met, len(w.block.cluster) * self.threads
+                if kinds[1] == "arrive":
+                    w.met = met[1]
+                    met[0] += LANES
+                    if met[0] == everybody:
+                        met[:] = 0, met[1] + 1
+                return met[1] != w.met
+
+            return meet
         number = self.source(operands[0], np.uint32)
         threads = self.source(operands[1], np.uint32) if len(operands) > 1 else None
 
@@ -787,6 +805,8 @@ class Program:
         reads = [self.source(x.strip(), np.int32) for x in coordinates.strip("{} ").split(",")]
         at = self.address(smem)
         bar = None if storing else self.address(operands[2])
+        several = "multicast::cluster" in kinds
+        mask_of = self.source(operands[3], np.uint32) if several else None
 
         def run(w: Warp, mask: np.ndarray | None) -> None:
             assert mask is not None and mask.sum() == 1, "TMA by one lane"
@@ -812,22 +832,26 @@ class Program:
                 w.stores[-1].append(store)
                 return
             barrier_at = int(bar(w)[lane])  # type: ignore[misc]
+            ranks = int(mask_of(w)[lane]) & 0xFFFF if mask_of is not None else 1 << block.cluster.index(block)
 
-            def land() -> None:
+            def land(there: Block) -> None:
                 for row, (address, columns) in enumerate(view.rows(where)):
-                    block.shared[places(row, view.box[0])] = 0
+                    there.shared[places(row, view.box[0])] = 0
                     if columns:
                         size = view.width * columns
                         raw = block.memory.load(np.array([address], dtype=np.uint64), size)[0]
-                        block.shared[places(row, columns)] = raw
-                barrier = block.barriers[barrier_at]
+                        there.shared[places(row, columns)] = raw
+                barrier = there.barriers[barrier_at]
                 barrier.bytes -= 128 * view.box[1]
                 barrier.check()
 
-            if block.random.random() < 0.5:
-                land()
-            else:
-                block.flying.append((block.time + block.random.randrange(1, 12), land))
+            for number, there in enumerate(block.cluster):
+                if ranks >> number & 1:
+                    if block.random.random() < 0.5:
+                        land(there)
+                    else:
+                        late = block.time + block.random.randrange(1, 12)
+                        block.flying.append((late, lambda there=there: land(there)))  # type: ignore[misc]
 
         return run
 
@@ -919,9 +943,50 @@ def fields(descriptor: int) -> tuple[int, int, int]:
     return (descriptor & 0x3FFF) << 4, (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
 
 
-def launch(program: Program, memory: Memory, params: list[bytes], grid: tuple[int, int, int], seed: int = 0) -> None:
-    """All CTAs, one after the other."""
+def run_cluster(blocks: list[Block], threads: int) -> None:
+    """The CTAs of a cluster, all warps in turn."""
+    warps = [Warp(n, block) for block in blocks for n in range(threads // LANES)]
+    turns = dict(enumerate(warp.run() for warp in warps))
+    first, idle = blocks[0], 0
+    while turns:
+        moved = False
+        for number in first.random.sample(list(turns), len(turns)):
+            try:
+                moved |= next(turns[number])
+            except StopIteration:
+                del turns[number]
+                moved = True
+        for block in blocks:
+            block.time += 1
+            landed = [action for at, action in block.flying if at <= block.time]
+            block.flying = [(at, action) for at, action in block.flying if at > block.time]
+            for action in landed:
+                action()
+            moved |= bool(landed or block.flying)
+        idle = 0 if moved else idle + 1
+        if idle > 8:
+            raise Deadlock(f"warps {sorted(turns)} wait; barriers {[block.barriers for block in blocks]}")
+    for warp in warps:
+        for group in warp.stores:
+            for store in group:
+                store()
+    assert not any(block.flying for block in blocks), "a load is under way while the CTA ends"
+
+
+def launch(
+    program: Program,
+    memory: Memory,
+    params: list[bytes],
+    grid: tuple[int, int, int],
+    seed: int = 0,
+    cluster: int = 1,
+) -> None:
+    """All clusters, one after the other; their CTAs are neighbours along x."""
     for z in range(grid[2]):
         for y in range(grid[1]):
-            for x in range(grid[0]):
-                Block(program, memory, params, (x, y, z), grid, seed + x).run(program.threads)
+            for start in range(0, grid[0], cluster):
+                places = [(x, y, z) for x in range(start, start + cluster)]
+                blocks = [Block(program, memory, params, place, grid, seed + place[0]) for place in places]
+                for block in blocks:
+                    block.cluster, block.met = blocks, blocks[0].met
+                run_cluster(blocks, program.threads)

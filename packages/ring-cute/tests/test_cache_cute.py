@@ -262,16 +262,8 @@ def test_the_command_says_what_is_wrong(
     assert "nvidia-cutlass-dsl is not installed: pip install" in capsys.readouterr().err
 
 
-def write(path: Path, number: int) -> int:
-    """Keeps contents of one's own, and counts how often what is there, whoever wrote it, is whole."""
-    for turn in range(40):
-        library.keep(bytes([number]) * (10_000 * (1 + (number + turn) % 7)), path)
-        library.check(path)
-    return 40
-
-
 def test_several_processes_at_once(tmp_path: Path) -> None:
     path = tmp_path / "made" / "kernel.so"
     with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
-        assert sum(pool.map(write, [path] * 3, range(3))) == 120
+        assert sum(pool.map(cached.write, [path] * 3, range(3))) == 120
     assert list(path.parent.iterdir()) == [path], "nothing half-written is left"

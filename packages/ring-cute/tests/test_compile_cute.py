@@ -33,8 +33,10 @@ def has_cuobjdump() -> bool:
 
 
 @pytest.fixture(scope="module")
-def compiling() -> Iterator[Compiling]:
-    """Each group, by a process of its own."""
+def compiling(request: pytest.FixtureRequest) -> Iterator[Compiling]:
+    """Each group that is tested, by a process of its own."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    groups = [call.params["group"] for call in calls if call is not None and "group" in call.params]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
     environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
 
@@ -43,7 +45,7 @@ def compiling() -> Iterator[Compiling]:
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield {group: pool.submit(run, group) for group in SCRIPTS}
+        yield {group: pool.submit(run, group) for group in groups if group in SCRIPTS}
         pool.shutdown(cancel_futures=True)
 
 

@@ -16,7 +16,7 @@ from gpu_probe import VARIANTS, causal_steps, causal_table, random_table, short_
 from torch import Tensor
 
 from ring_core.backend import DeviceTable, Flags, on_device
-from ring_core.segment import FIRST, LAST, Segment
+from ring_core.segment import FIRST, LAST, Segment, Table
 from ring_cute.hopper.launch import forward
 from ring_cute.settings import settings_for
 
@@ -30,6 +30,17 @@ OWN = table_of(
     [Segment(0, 200, 0, 0, 300, -200, 300, 0, 0, 1, 0, FIRST | LAST)],
     [Segment(50, 100, 0, 0, 77, -100, 5, 0, 0, 1, 1, FIRST | LAST)],
 )
+
+
+def two_steps(q_len: int) -> list[Table]:
+    """A strip whose first keys come second."""
+    k_len = q_len // 2
+    return [
+        causal_table(q_len, k_len, causal=True, k_position=k_len, flags=FIRST),
+        causal_table(q_len, k_len, causal=True, flags=LAST),
+    ]
+
+
 CASES: dict[str, dict[str, Any]] = {
     "two blocks": {"tables": [causal_table(128, 256, causal=False)], "q_len": 128, "dim": 128},
     "causal, GQA": {"tables": [causal_table(300, 300, causal=True)], "q_len": 300, "heads": (2, 1)},
@@ -47,6 +58,18 @@ CASES: dict[str, dict[str, Any]] = {
         "dtype": torch.float16,
     },
     "D 200, four steps": {"tables": causal_steps(200, (3, 2, 1, 0)), "q_len": 200, "dim": 200},
+    "clusters, two steps": {
+        "tables": two_steps(500),
+        "q_len": 500,
+        "heads": (2, 1),
+        "settings": replace(settings_for(64), cluster=2, cache_hints=True),
+    },
+    "clusters, no key": {
+        "tables": [causal_table(200, 0, causal=False)],
+        "q_len": 200,
+        "heads": (9, 1),
+        "settings": replace(settings_for(64), cluster=2),
+    },
     "fp16": {"tables": [causal_table(128, 256, causal=False)], "q_len": 128, "dtype": torch.float16},
     "short keys": {"tables": [causal_table(200, 17, causal=False)], "q_len": 200},
     "no key": {"tables": [causal_table(200, 0, causal=False)], "q_len": 200},
@@ -68,10 +91,10 @@ CASES: dict[str, dict[str, Any]] = {
             "settings": replace(settings_for(128), **changed),
         }
         for changed in (
-            {"query_registers": True, "rescale": "lazy", "overlap": 1},
-            {"rescale": "before", "ping_pong": True, "block": 160},
-            {"rescale": "lazy", "block": 176},
-            {"rescale": "lazy", "cache_hints": True, "consumers": 3, "consumer_registers": 160, "block": 80},
+            {"query_registers": True, "lazy": False, "overlap": True},
+            {"ping_pong": True, "block": 160},
+            {"cluster": 2, "block": 176},
+            {"cache_hints": True, "consumers": 3, "consumer_registers": 160, "block": 80},
         )
     },
 }

@@ -83,7 +83,10 @@ def backends_table(device: torch.device) -> Table:
         dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found.dtypes))
         available = "yes" if found.available else f"no: {found.reason}"
         features = ", ".join(sorted(found.features))
-        table.add_row(name, available, found.provider or "own kernels", dtypes, str(found.head_dims), features)
+        dims = str(found.head_dims) if found.available else ""
+        if found.gradient_head_dims is not None:
+            dims += f"; with gradients {found.gradient_head_dims}"
+        table.add_row(name, available, found.provider or "own kernels", dtypes, dims, features)
     return table
 
 

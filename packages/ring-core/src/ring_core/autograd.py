@@ -138,19 +138,20 @@ class _Attention(torch.autograd.Function):
         seed: Tensor | None,
         call: Call,
     ) -> tuple[Tensor, Tensor]:
-        out, lse, seed = _forward(q, k, v, alibi_slopes, sinks, seed, call)
-        ctx.save_for_backward(q, k, v, out, lse, alibi_slopes, sinks, seed)
+        out, lse, seed, gathered = _forward(q, k, v, alibi_slopes, sinks, seed, call)
+        ctx.save_for_backward(q, k, v, out, lse, alibi_slopes, sinks, seed, gathered)
         ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, alibi_slopes, sinks, seed = ctx.saved_tensors
+        q, k, v, out, lse, alibi_slopes, sinks, seed, gathered = ctx.saved_tensors
         if dout is None:  # only lse was used
             dout = torch.zeros_like(out)
         with torch.no_grad():
-            dq, dk, dv, dsinks = _backward(dout, dlse, q, k, v, out, lse, alibi_slopes, sinks, seed, ctx.call)
+            saved = q, k, v, out, lse, alibi_slopes, sinks, seed
+            dq, dk, dv, dsinks = _backward(dout, dlse, *saved, ctx.call, gathered)
         if torch.is_grad_enabled():  # create_graph=True
             dq, dk, dv = _Once.apply(dq, dk, dv, q, k, v, dout)  # type: ignore[no-untyped-call]
         return dq, dk, dv, None, dsinks, None, None
@@ -186,7 +187,7 @@ def _attention_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and the dropout seed that all ranks used ((0,) without dropout)."""
     call = Call.of(code, numbers, integers, layout, schedule, backend, group_name)
-    out, lse, seed = _forward(q, k, v, alibi_slopes, sinks, seed, call)
+    out, lse, seed, _ = _forward(q, k, v, alibi_slopes, sinks, seed, call)
     return out, lse, q.new_empty(0, dtype=torch.int64) if seed is None else seed.clone()
 
 
@@ -273,8 +274,8 @@ _attention_backward_op.register_autograd(_refuse, setup_context=lambda ctx, inpu
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None, call: Call
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """out, lse and the seed that all ranks use."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """out, lse, the seed that all ranks use, and gathered keys that the backward may be given."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     group = _group(call)
     if group is not None and agreement.wanted():
@@ -286,16 +287,17 @@ def _forward(
     params = _params(call, alibi_slopes, sinks, seed)
     staged = way.staged(q, None, params)
     with _device_of(q):
+        moving = transport(way.plan, group, q.shape[2], k, "forward", call.heads_at_once, staged=staged)
         out, lse = orchestration_forward.forward(
             q,
             k,
             v,
             plan=way.plan,
-            transport=transport(way.plan, group, q.shape[2], k, "forward", call.heads_at_once, staged=staged),
+            transport=moving,
             backend=way.backend,
             params=params,
         )
-    return out, lse, seed
+    return out, lse, seed, moving.gathered
 
 
 def _backward(
@@ -310,6 +312,7 @@ def _backward(
     sinks: Tensor | None,
     seed: Tensor | None,
     call: Call,
+    gathered: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dsinks."""
     q, k, v, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, dout))
@@ -329,6 +332,7 @@ def _backward(
             staged=staged,
             final_gradients=way.can.final_gradients,
             rounds_gradients=way.can.rounds_gradients,
+            gathered=gathered,
         )
         return orchestration_backward.backward(
             dout,

@@ -58,10 +58,10 @@ class Launch:
         grid: of that launch.
         arguments: those of the kernel that are no constants, in order. Numbers stay; tensors and descriptors are
             replaced at each launch.
-        note: whatever its user wants to find with it.
+        note: pointers that stay the same from launch to launch, for its user to find with it.
     """
 
-    def __init__(self, kernel: Any, grid: Sequence[int], arguments: Sequence[Any], note: Any = None) -> None:
+    def __init__(self, kernel: Any, grid: Sequence[int], arguments: Sequence[Any], note: tuple[int, ...] = ()) -> None:
         self.note = note
         signature = list(kernel.src.signature.values())
         pointers = sum(isinstance(kind, str) and kind.startswith("*") for kind in signature)
@@ -180,7 +180,9 @@ class Launches:
         known(current_stream()(device), (*before, *known.note, *after))
         return True
 
-    def add(self, key: Any, kernel: Any, grid: Sequence[int], arguments: Sequence[Any], note: Any = None) -> None:
+    def add(
+        self, key: Any, kernel: Any, grid: Sequence[int], arguments: Sequence[Any], note: tuple[int, ...] = ()
+    ) -> None:
         """Remembers what Triton has just launched, where `Launch` can repeat it."""
         if launchable(kernel, arguments):
             if len(self._known) >= LAUNCHES_KEPT:

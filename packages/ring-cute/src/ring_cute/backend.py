@@ -106,14 +106,16 @@ class CuteBackend:
     ) -> None:
         _check(q, BACKWARD_HEAD_DIMS, params)
         q, scale = _positive(q, params.scale)
-        others: dict[str, Any] = {"params": replace(params, scale=scale), "flags": flags, "departures": departures}
+        params = params if scale == params.scale else replace(params, scale=scale)
+        others: dict[str, Any] = {"params": params, "flags": flags, "departures": departures}
         with _on(q):
             _backward().backward(state, q, k, v, dout, dk, dv, table, **others)
 
     def finish(self, state: Any, *, params: Params) -> tuple[Tensor, Tensor | None]:
         _, scale = _positive(None, params.scale)
         with _on(state.delta):
-            dq, dsinks = _backward().finish(state, params=replace(params, scale=scale))
+            given = params if scale == params.scale else replace(params, scale=scale)
+            dq, dsinks = _backward().finish(state, params=given)
             if params.scale <= 0:  # the gradient of what `_positive` made of q
                 dq = -dq if params.scale < 0 else torch.zeros_like(dq)
             return dq, dsinks

@@ -43,11 +43,11 @@ def noted() -> Iterator[dict[Any, None]]:
         kinds[kind] = None
         return lambda *numbers: None
 
-    stream = SimpleNamespace(cuda_stream=0)
     with (
         patch.object(library, "load", load),
         patch.object(backend, "_missing", lambda device: ""),
-        patch.object(torch.cuda, "current_stream", lambda device=None: stream),
+        patch.object(launch, "current_stream", lambda device: 0),
+        patch.object(backward_launch, "current_stream", lambda device: 0),
         patch.object(kernel, "check_results", lambda *given, **more: SimpleNamespace(out=None)),
         patch.object(kernel._Run, "_untouched", lambda *given: None),
         patch.object(kernel, "departures_of", lambda table, pieces, batch, heads: (0,) * pieces),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ring_core import direct
 from ring_core.backend import Params, on_device
 from ring_core.plan import Problem, make_plan
-from ring_triton import PATHS, TritonBackend, direct
+from ring_triton import PATHS, TritonBackend
 
 SHAPE = (2, 300, 6, 128)  # of q; half as many key heads
 

@@ -9,10 +9,12 @@ from unittest.mock import patch
 
 import torch
 import triton
-from fake_driver import inputs, no_gpu, no_gpu_backward, no_gpu_portable, parameters_of
+from fake_driver import inputs, no_gpu, no_gpu_backward, no_gpu_core, no_gpu_portable, parameters_of
 from triton import knobs
 
+from ring_core import merge_triton
 from ring_core.backend import DeviceTable, Dropout, Flags, Params, on_device
+from ring_core.comm import pack_triton, sum_triton
 from ring_core.plan import Problem, make_plan
 from ring_triton.hopper import backward_launch, launch
 from ring_triton.portable import launch as portable
@@ -176,6 +178,28 @@ def portable_kernels() -> None:
         assert len(parameters) == len(parameters_of(kernel.asm["ptx"])), name
         got = [number(address, ctypes.c_uint64) for address in parameters[: len(fresh[name])]]
         assert got == [x.data_ptr() for x in fresh[name]], name
+
+
+def core_kernels() -> None:
+    """Merge, packing and the sum of contributions, twice: the second time by the driver alone, with its pointers."""
+    seen = Launched()
+    with no_gpu_core(seen) as kernels:
+        for _ in range(2):
+            out, block = torch.zeros(2, 1, 32, 4, 64)
+            lse, block_lse = torch.zeros(2, 1, 4, 32)
+            merge_triton.merge_kernel_(out, lse, block, block_lse, out)
+            k, v = torch.zeros(2, 1, 32, 4, 64)
+            target, places = torch.zeros(1, 16, 2, 4, 64), torch.tensor([[0, 4, 8], [16, 12, 4]], dtype=torch.int32)
+            pack_triton.pack(k, v, target, places, 8)
+            own, arrived = torch.zeros(2, 1, 16, 2, 4, 64)
+            cells = torch.zeros(2, 5, dtype=torch.int32)
+            sum_triton.sum_contributions(own, None, arrived, cells, 8, 0, 2, k, v, home_in_place=True)
+        assert [kernel.compiled for kernel in kernels] == [1] * 3
+    fresh = ([out, lse, block, block_lse, out], [k, v, target, places], [own, own[:, :0], arrived, cells, k, v])
+    for kernel, tensors, (*_, parameters) in zip(kernels, fresh, seen.calls, strict=True):
+        assert len(parameters) == len(parameters_of(kernel.last.asm["ptx"]))
+        got = [number(address, ctypes.c_uint64) for address in parameters[: len(tensors)]]
+        assert got == [x.data_ptr() for x in tensors]
 
 
 def hopper_backward() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +13,8 @@ import torch
 import triton
 from hopper_compiling import NoGpu
 
-from ring_core import direct
+from ring_core import direct, merge_triton
+from ring_core.comm import pack_triton, sum_triton
 from ring_triton.hopper import backward_launch, launch
 from ring_triton.portable import launch as portable
 from ring_triton.portable.settings import listed, width_of
@@ -54,7 +55,7 @@ def no_gpu(driver_launch: Callable[..., int]) -> Iterator[CompileOnly]:
     encoded: Callable[[Any, Any], list[Any]] = lambda moved, metadata: [Map(moved.base.data_ptr())]  # noqa: E731
     with (
         patch.object(launch, "forward_kernel", compile_only),
-        patch.object(launch, "_processors", lambda device: 132),
+        patch.object(launch, "processors", lambda device: 132),
         patch.object(launch, "current_stream", lambda: lambda index: 7),
         patch.object(direct, "driver_launch", lambda: driver_launch),
         patch.object(direct, "make_tensordesc_arg", encoded),
@@ -79,6 +80,21 @@ def no_gpu_portable(driver_launch: Callable[..., int]) -> Iterator[dict[str, Com
         yield kernels
 
 
+@contextmanager
+def no_gpu_core(driver_launch: Callable[..., int]) -> Iterator[list[CompileOnly]]:
+    """ring-core's own kernels on CPU tensors while it lasts: merge, packing, sum of contributions."""
+    triton.runtime.driver.set_active(NoGpu())
+    kernels = [CompileOnly(merge_triton._merge), CompileOnly(pack_triton._pack), CompileOnly(sum_triton._sum)]
+    with (
+        patch.object(merge_triton, "_merge", kernels[0]),
+        patch.object(pack_triton, "_pack", kernels[1]),
+        patch.object(sum_triton, "_sum", kernels[2]),
+        patch.object(torch.cuda, "device", lambda device: nullcontext()),
+        patch.multiple(direct, current_stream=lambda: lambda index: 7, driver_launch=lambda: driver_launch),
+    ):
+        yield kernels
+
+
 BACKWARD = ("backward_kernel", "prepare_kernel", "finish_kernel")
 
 
@@ -90,7 +106,9 @@ def no_gpu_backward(driver_launch: Callable[..., int]) -> Iterator[dict[str, Com
     encoded: Callable[[Any, Any], list[Any]] = lambda moved, metadata: [Map(moved.base.data_ptr())]  # noqa: E731
     streams: Callable[[], Any] = lambda: lambda index: 7  # noqa: E731
     with (
-        patch.multiple(backward_launch, _split=lambda *_: 1, current_stream=streams, **kernels),
+        patch.multiple(
+            backward_launch, _split=lambda *_: 1, processors=lambda device: 132, current_stream=streams, **kernels
+        ),
         patch.multiple(
             direct, current_stream=streams, driver_launch=lambda: driver_launch, make_tensordesc_arg=encoded
         ),

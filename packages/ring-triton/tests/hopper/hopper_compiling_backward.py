@@ -72,6 +72,7 @@ def compile_backward(
         mock.patch.object(backward_launch, "prepare_kernel", other),
         mock.patch.object(backward_launch, "finish_kernel", last),
         mock.patch.object(backward_launch, "_split", return_value=parts),
+        mock.patch.object(backward_launch, "processors", return_value=132),
         mock.patch.object(backward_launch.portable, "launch_gradients_q"),
     ):
         lse = torch.zeros(1, heads[0], length)

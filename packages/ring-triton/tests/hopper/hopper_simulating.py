@@ -139,7 +139,7 @@ def install(simulated: Simulated) -> None:
             original(q, k, v, *args, **options)
 
     launch.forward_kernel = simulated
-    launch._processors = lambda _: PROCESSORS
+    launch.processors = lambda _: PROCESSORS
     zero = counters.setdefault(0, torch.zeros(1, dtype=torch.int32))
     launch._counter = lambda q, stream: (zero, zero.data_ptr())
     launch.current_stream = lambda: lambda device: 0

@@ -23,6 +23,7 @@ CHECKS = Path(__file__).parent / "direct_checks.py"
         "profilers",
         "copies",
         "portable_kernels",
+        "core_kernels",
         "hopper_backward",
         "hopper_backward_final",
     ],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 import pytest
 from hopper_backward_walk import blocks_of, visible_pairs, visits
 from hopper_plans import PLANS, problem, table_of
 
 from ring_core.key_tiles import ITEM, Schedule, make_schedule
-from ring_core.plan import PackedProblem, make_plan
+from ring_core.plan import PackedProblem, Problem, make_plan
 from ring_core.segment import Segment, Table
 
 BLOCKS = (64, 128)
@@ -138,3 +140,24 @@ def test_batch_entries_of_their_own_are_told_apart() -> None:
     assert not schedule.every_batch
     pairs = sorted((int(item[2]), int(item[4])) for item in schedule.for_batch(3))
     assert pairs == [(0, 0), (0, 1), (0, 2), (128, 0), (128, 1), (128, 2), (200, 1), (328, 1)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_batches", [8, 16, 32, 64])
+@pytest.mark.parametrize("length", [4096, 8192, 16384])
+def test_sections_keep_processors_busy(length: int, head_batches: int, causal: bool) -> None:
+    """Tiles dealt out in the kernel's order to whoever is free."""
+    right, processors = 0 if causal else None, 132
+    step = make_plan(Problem(length, length, length, length, None, right, "contiguous", 1), 0, "gather").steps[0]
+    schedule = make_schedule(step.backward, tile_keys=128, block=64)
+    blocks = schedule.items[:, ITEM.index("blocks")].tolist()
+    section = schedule.section(head_batches, 1, processors)
+    until = [0] * processors
+    for first in range(0, head_batches, section):
+        for tile in blocks:
+            for _ in range(min(section, head_batches - first)):
+                heapq.heapreplace(until, until[0] + tile)
+    busy = sum(blocks) * head_batches / processors / max(until)
+    work = sum(blocks) / blocks[0]  # longest tiles a head
+    assert busy > min(0.95, work * head_batches / processors / -(-work * head_batches // processors) - 0.01)
+    assert schedule.section(head_batches, head_batches, processors) == head_batches

@@ -15,6 +15,7 @@ from ring_core.comm.channel import RingCommError
 from ring_core.comm.collectives import CollectiveCourier
 from ring_core.comm.gather import Courier, GatherTransport
 from ring_core.comm.heads import Direction, head_groups
+from ring_core.comm.keeping import keeps
 from ring_core.comm.lane import Lane, Turns, compute_after
 from ring_core.comm.peer import PeerCourier
 from ring_core.comm.ring import RingTransport
@@ -72,6 +73,7 @@ def transport(
     staged: bool = False,
     final_gradients: bool = False,
     rounds_gradients: bool = False,
+    gathered: Tensor | None = None,
 ) -> Transport:
     """What moves keys and gradients for a plan.
 
@@ -84,6 +86,7 @@ def transport(
         staged: the backend takes arrival flags and departure counters, where the transport has them.
         final_gradients: it gives dk and dv in k's dtype where nobody adds to them: where nothing travels.
         rounds_gradients: with them, also where others add to them: those of a gather's home step.
+        gathered: `Transport.gathered` of the forward, for its backward.
     """
     if group is None or not plan.problem.travels:
         return LocalTransport(final_gradients and has_wider_sums(k.dtype))
@@ -96,7 +99,8 @@ def transport(
     if staged and len(groups) == 1 and isinstance(courier, PeerCourier) and courier.pieces is not None:
         return StagedGather(plan, courier)
     in_place = final_gradients and rounds_gradients and has_wider_sums(k.dtype)
-    return GatherTransport(plan, courier, groups, home_in_place=in_place)
+    keep = direction == "forward" and not heads_at_once and keeps(plan.problem, num_heads, k)
+    return GatherTransport(plan, courier, groups, home_in_place=in_place, keep=keep, gathered=gathered)
 
 
 def _courier(plan: GatherPlan, group: ProcessGroup, k: Tensor) -> Courier:

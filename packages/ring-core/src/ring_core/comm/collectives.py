@@ -35,6 +35,9 @@ class CollectiveCourier:
     def offer(self, k: Tensor, v: Tensor, groups: Heads) -> None:
         self._offered = k, v, groups
 
+    def recall(self, k: Tensor, groups: Heads) -> None:
+        pass
+
     def fetch(self, number: int, pieces: Tensor) -> Callable[[], None]:
         assert self._offered is not None
         plan, (k, v, groups) = self._plan, self._offered

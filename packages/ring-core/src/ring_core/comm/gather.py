@@ -51,6 +51,10 @@ class Courier(Protocol):
         """k, v (B, S, Hkv, D) of this rank are what the others will fetch."""
         ...
 
+    def recall(self, k: Tensor, groups: Heads) -> None:
+        """Instead of `offer`, on all ranks: nobody will fetch anything, but contributions will be shipped."""
+        ...
+
     def fetch(self, number: int, pieces: Tensor) -> Callable[[], None]:
         """Starts filling pieces (B, C * S_piece, 2, h, D) with the group's keys; calling the result ends it."""
         ...
@@ -75,19 +79,35 @@ class GatherTransport:
 
     home_in_place: the gradients of the home step are in the keys' dtype anyway (`ring_core.backend.Capabilities.
     rounds_gradients`): they are put where the result will be, and only keys that others contribute to are summed.
+    keep: what is gathered stays, as `gathered`; gathered: what was so kept, and is not gathered again.
     """
 
     final_gradients = False
 
-    def __init__(self, plan: GatherPlan, courier: Courier, groups: Heads, *, home_in_place: bool = False) -> None:
+    def __init__(
+        self,
+        plan: GatherPlan,
+        courier: Courier,
+        groups: Heads,
+        *,
+        home_in_place: bool = False,
+        keep: bool = False,
+        gathered: Tensor | None = None,
+    ) -> None:
+        assert not keep or len(groups) == 1, "several groups take turns in their buffers"
         self.plan = plan
         self.courier = courier
         self.groups = groups
         self.head_groups = len(groups)
         self.side_by_side = len(groups) > 1 or plan.home is not None
         self._home_in_place = home_in_place and plan.home is not None
+        self._keep = keep
+        self.gathered = gathered
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
+        if self.gathered is not None:
+            yield from self._kept(k, v, self.gathered)
+            return
         plan, courier, lane = self.plan, self.courier, self.courier.lane
         shapes = [pieces_shape(plan, k, heads) for heads in self.groups]
         # Allocated here and freed here, on the compute stream, which by then has waited for all that the lane did.
@@ -95,27 +115,44 @@ class GatherTransport:
         memory = [k.new_empty(numel) for numel in largest]
         buffers = [memory[at % BUFFERS][: shape.numel()].view(shape) for at, shape in enumerate(shapes)]
         marks: list[torch.cuda.Event | None] = []  # behind the reading of each group
+        if self._keep:
+            self.gathered = buffers[0]
         lane.after_compute()
         with lane.on():
             courier.offer(k, v, self.groups)
             arrival = courier.fetch(0, buffers[0])
         for number, heads in enumerate(self.groups):
             if plan.home is not None:
-                own = slice(*plan.home)
                 # Not before what the others wait for is on offer: a kernel of this size would be in the way for long.
-                yield Keys(HOME, heads, k[None, :, own, heads], v[None, :, own, heads], arrived=courier.offered)
+                yield self._own(k, v, heads, courier.offered)
             with lane.on():
                 arrival()
                 landed = lane.now()
                 if lane.stream is None:  # the host is about to compute: post before
                     arrival = self._next(number, buffers, marks)
-            alone = plan.home is None
-            turn = number % 2 if alone else URGENT
-            pieces = by_piece(buffers[number], plan)
-            yield Keys(0, heads, *pieces, turn, alone, landed, lambda: marks.append(compute_now(lane)))
+            read = lambda: marks.append(compute_now(lane))  # noqa: E731
+            yield Keys(0, heads, *by_piece(buffers[number], plan), *self._turn(number), landed, read)
             if lane.stream is not None:  # the GPU is about to compute, and its host should first tell it so
                 with lane.on():
                     arrival = self._next(number, buffers, marks)
+
+    def _own(self, k: Tensor, v: Tensor, heads: slice, after: torch.cuda.Event | None = None) -> Keys:
+        """Those of the home step."""
+        assert self.plan.home is not None
+        own = slice(*self.plan.home)
+        return Keys(HOME, heads, k[None, :, own, heads], v[None, :, own, heads], arrived=after)
+
+    def _turn(self, number: int) -> tuple[int, bool]:
+        """Which turn a group's gathered keys are computed on, and whether nothing else is about these heads."""
+        alone = self.plan.home is None
+        return number % 2 if alone else URGENT, alone
+
+    def _kept(self, k: Tensor, v: Tensor, pieces: Tensor) -> Iterator[Keys]:
+        self.courier.recall(k, self.groups)
+        for number, heads in enumerate(self.groups):
+            if self.plan.home is not None:
+                yield self._own(k, v, heads)
+            yield Keys(0, heads, *by_piece(pieces[:, :, :, heads], self.plan), *self._turn(number))
 
     def _next(self, number: int, buffers: list[Tensor], marks: list[torch.cuda.Event | None]) -> Callable[[], None]:
         """Starts fetching the group after the number-th."""

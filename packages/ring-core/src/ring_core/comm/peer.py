@@ -137,9 +137,8 @@ class PeerCourier:
     def offer(self, k: Tensor, v: Tensor, groups: Heads) -> None:
         memory, plan = self._keys, self._plan
         batch, tokens, num_heads, head_dim = k.shape
-        self._groups, self._batch, self._dtype, self._own = groups, batch, k.dtype, (k, v)
-        self._widest = max(heads.stop - heads.start for heads in groups)
-        self._row = 2 * head_dim * k.element_size()
+        self.recall(k, groups)
+        self._own = k, v
         with _poisoning(memory):
             memory.reserve(batch * plan.problem.longest_key_chunk * num_heads * self._row)
             self._epoch = self._begin(memory)
@@ -152,6 +151,11 @@ class PeerCourier:
             memory.exchange(PUBLISHED, self._epoch, tuple(plan.receive))
         for peer, wanted in plan.send.items():
             count_sent("keys", peer, batch * count(wanted) * num_heads * self._row)
+
+    def recall(self, k: Tensor, groups: Heads) -> None:
+        self._groups, self._batch, self._dtype = groups, k.shape[0], k.dtype
+        self._widest = max(heads.stop - heads.start for heads in groups)
+        self._row = 2 * k.shape[3] * k.element_size()
 
     def fetch(self, number: int, pieces: Tensor) -> Callable[[], None]:
         with _poisoning(self._keys):

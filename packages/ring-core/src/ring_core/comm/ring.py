@@ -26,6 +26,7 @@ class RingTransport:
 
     head_groups = 1
     side_by_side = False
+    gathered: Tensor | None = None
     final_gradients = False
 
     def __init__(self, plan: RingPlan, group: ProcessGroup) -> None:

@@ -58,6 +58,7 @@ class StagedGather:
 
     head_groups = 1
     side_by_side = False
+    gathered: Tensor | None = None
     final_gradients = False
 
     def __init__(self, plan: GatherPlan, courier: StagedCourier) -> None:

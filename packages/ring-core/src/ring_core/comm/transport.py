@@ -68,6 +68,8 @@ class Transport(Protocol):
     """Whether what it yields is about different heads or rows each time, so that nothing of it waits for the others."""
     final_gradients: bool
     """Whether dk and dv, as the one call about these keys gives them, are the result, in the keys' dtype."""
+    gathered: Tensor | None
+    """Once all keys have come: what a backward may be given instead of gathering them again."""
 
     def keys(self, k: Tensor, v: Tensor) -> Iterator[Keys]:
         """The pieces of each step in turn, or of each group of heads, from this rank's k, v (B, S, Hkv, D)."""
@@ -86,6 +88,7 @@ class LocalTransport:
 
     head_groups = 1
     side_by_side = False
+    gathered: Tensor | None = None
 
     def __init__(self, final_gradients: bool = False) -> None:
         self.final_gradients = final_gradients

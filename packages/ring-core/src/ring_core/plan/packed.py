@@ -236,6 +236,11 @@ class PackedProblem:
         """Tokens of keys that the rank that sees most of them needs, its own included."""
         return int((self.needed * (self.stretches.stop - self.stretches.start)).sum(axis=1).max(initial=0))
 
+    def lengths_needed_by(self, parts: Parts) -> Array:
+        """Tokens of keys that each rank's queries in some of the parts need."""
+        found: Array = (self._needed_by(parts) * (self.stretches.stop - self.stretches.start)).sum(axis=1)
+        return found
+
     @cached_property
     def travels(self) -> bool:
         """Whether some rank sees keys of another: not where documents end where chunks do."""

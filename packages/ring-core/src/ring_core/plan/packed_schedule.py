@@ -7,6 +7,8 @@ the ring one a run of keys.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from ring_core.plan.dealing import waits
@@ -69,9 +71,7 @@ def packed_gather_plan(problem: PackedProblem, rank: int) -> GatherPlan:
     """The gather for packed documents: one piece with all the keys of queries that see some of other ranks, in stream
     order; a step of their own for all other queries."""
     world_size, stretches = problem.world_size, problem.stretches
-    parts = _of_rank(problem.parts, rank)
-    waiting = waits(problem.documents, problem.keys, parts.start, parts.stop, parts.owner)
-    here, there = (Parts(*(column[chosen] for column in parts)) for chosen in (~waiting, waiting))
+    here, there = (_of_rank(parts, rank) for parts in _by_wait(problem))
     needed = problem.needed_by(there, rank)
     taken = problem.by_owner(needed)
     order = [(rank - h) % world_size for h in range(world_size)]
@@ -106,6 +106,19 @@ def packed_gather_plan(problem: PackedProblem, rank: int) -> GatherPlan:
         {peer: ranges for peer, ranges in enumerate(given) if ranges and peer != rank},
         home=home,
     )
+
+
+@lru_cache(maxsize=256)
+def most_gathered(problem: PackedProblem) -> int:
+    """Tokens of the largest piece that a rank gathers: all the keys of queries that see some of other ranks."""
+    return int(problem.lengths_needed_by(_by_wait(problem)[1]).max(initial=0))
+
+
+def _by_wait(problem: PackedProblem) -> tuple[Parts, Parts]:
+    """Parts whose queries see keys of their own rank only, and those that see others'."""
+    parts = problem.parts
+    waiting = waits(problem.documents, problem.keys, parts.start, parts.stop, parts.owner)
+    return Parts(*(column[~waiting] for column in parts)), Parts(*(column[waiting] for column in parts))
 
 
 def _step(problem: PackedProblem, parts: Parts, start: Array, shift: Array) -> Step:

@@ -123,7 +123,7 @@ class GatherPlan:
 
     @property
     def key_tokens(self) -> dict[int, int]:
-        """Tokens of keys and values sent, by target rank (each pass, forward or backward)."""
+        """Tokens of keys and values sent, by target rank (forward; backward too where they are not kept)."""
         return {peer: ranges.count(wanted) for peer, wanted in self.send.items()}
 
     @property

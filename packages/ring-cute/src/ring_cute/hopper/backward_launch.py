@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +23,9 @@ from ring_cute.hopper.backward_settings import (
     EndsKind,
     backward_settings_for,
 )
-from ring_cute.hopper.launch import DTYPES, L2_BYTES, POLLS, _counter, _processors, dense_keys
+from ring_cute.hopper.launch import DTYPES, L2_BYTES, POLLS, _counter, _processors, current_stream, dense_keys
 
 LOG2E = math.log2(math.e)
-EVEN_TILES = 4
-"""Tiles for each processor that a section has at least: with one head a section causal calls of 64/8 heads reached 0.92
-of cuDNN's speed where others had 1.1."""
 ROWS = 0x7FFF0000
 """Rows of dq that 32-bit coordinates reach."""
 
@@ -78,6 +76,7 @@ class PreparedKeys:
     walk: Tensor  # (M, 12) int32
     repeats: int  # batch entries that all items are about
     keys: int  # in tiles that some query sees, of all batch entries
+    section: Callable[[int, int, int], int]  # `Schedule.section`
     turns: Tensor | None  # (V, 2) int32: `backward_order.turns_of`
 
 
@@ -168,7 +167,7 @@ def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | No
         start + known.pitch,
         start + 2 * known.pitch,
         *known.numbers,
-        torch.cuda.current_stream(device).cuda_stream,
+        current_stream(device),
     )
     return BackwardState(memory, shape, q.dtype, None)
 
@@ -283,7 +282,7 @@ def _launch(
         if known is None:
             return
         calls[key] = known
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = current_stream(device)
     memory = state.memory.data_ptr()
     done = None
     if known.turns:
@@ -360,7 +359,7 @@ def _prepare_call(
         *dk.stride()[:4],
         *dv.stride()[:4],
         prepared.count,
-        _section(prepared.count, head_batches, members * length * head_dim * 8, _processors(q.device)),
+        prepared.section(head_batches, max(1, L2_BYTES // (members * length * head_dim * 8)), _processors(q.device)),
         head_batches,
         total,
         split,
@@ -393,7 +392,7 @@ def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | No
             kernel = library.load(EndsKind("finish", DTYPES[state.dtype], head_dim))
             numbers = (params.scale, *dq.stride()[:3], length, num_heads, batch)
             known = _finished[key] = _End(kernel, 0, 4 * _pitch(state.shape), numbers)
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = current_stream(device)
         known.kernel(memory.data_ptr() + 2 * known.pitch, dq.data_ptr(), *known.numbers, stream)
     if params.sinks is None:
         return dq, None
@@ -422,16 +421,11 @@ def schedule_for(table: DeviceTable, batch: int, block: int, by_piece: bool, ord
             torch.from_numpy(walk).to(table.device),
             batch if schedule.every_batch else 1,
             schedule.seen_keys(batch),
+            schedule.section,
             turns,
         )
     prepared: PreparedKeys = known
     return prepared
-
-
-def _section(tiles: int, head_batches: int, row_bytes: int, processors: int) -> int:
-    """Heads whose tiles are computed together, longest first among them: as many as share the L2 with their rows, but
-    enough tiles that the last section ends evenly, also where its first tiles are long."""
-    return min(head_batches, max(1, L2_BYTES // row_bytes, -(-EVEN_TILES * processors // tiles)))
 
 
 def _parts(prepared: PreparedKeys, q: Tensor, num_kv_heads: int, *, whole: bool) -> int:

@@ -31,6 +31,7 @@ from ring_cute.hopper.records import (
     WALK_COLUMNS,
 )
 from ring_cute.hopper.softmax import mask, multiply, rescale, softmax, to_operand
+from ring_cute.hopper.views import DROP
 from ring_cute.settings import ForwardKind
 
 OUT_BARRIER, TURN_BARRIER = 1, 4
@@ -66,7 +67,7 @@ class Sums:
     m: Any  # (2), the maximum in base 2 that probabilities are of
     norm: Any  # (2), of the thread's columns
     decay: Any  # (2), what o is still, or was last, to be multiplied with
-    earlier: Any  # (2), the lse of earlier steps in base 2, -inf where there were none
+    earlier: Any  # (2), the lse of earlier steps, -inf where there were none
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class Consumer:
         leader = lane == 0
         row = (warp & 3) * 16 + (lane >> 2)  # of the consumer's 64, and this + 8
         column = 2 * (lane & 3)
+        first_row = self.top(cid) + row  # of the tile
         records = shared.records
 
         # operands in shared memory are the same for all threads
@@ -160,6 +162,9 @@ class Consumer:
                 ptx.wait(shared.q_full + at, (tiles >> (self.queries - 1)) & 1)
                 if cutlass.const_expr(self.settings.query_registers):
                     cute.copy(load_q, sources[None, None, None, at], targets)
+                    if cutlass.const_expr(self.queries == 1):
+                        cute.arch.sync_warp()
+                        ptx.arrive(shared.q_empty + cid, leader)
                 # the first block has no values to sum before it
                 number, right, edges = records[NUMBER, slot], records[RIGHT, slot], records[EDGES, slot]
                 k_len, j_lo = records[K_LEN, slot], records[J_LO, slot]
@@ -175,11 +180,11 @@ class Consumer:
                 if cutlass.const_expr(self.settings.ping_pong):
                     self.your_turn(cid)
                 warpgroup.wait_group(0)
-                ptx.arrive(shared.k_empty + stage, leader)
+                self.release(shared.k_empty + stage, lane)
                 if edges > 0:
-                    mask(s, cid * 64 + row, column, j, k_len, lower, upper)
-                softmax(s, m, norm, decay, scale, True, False, self.settings.polynomial)
-                self.free_buffers(shared, cid, tiles, leader)
+                    mask(s, first_row, column, j, k_len, lower, upper)
+                softmax(s, m, norm, decay, scale, True, False)
+                self.free_buffers(shared, cid, tiles, leader, True)
                 to_operand(s, p)
                 blocks += 1
                 done = Int32(1)
@@ -194,43 +199,41 @@ class Consumer:
                         if t < right:
                             nth = number - 1 - t
                         self.attend(
-                            shared, of, kept, scale, cid, leader, cid * 64 + row, column, blocks,
+                            shared, of, kept, scale, cid, lane, first_row, column, blocks,
                             j_lo + nth * self.block, k_len, lower, upper, True,
                         )  # fmt: skip
                         blocks += 1
                     for _ in cutlass.range(cute.math.max(done, edges), number, unroll=1):
                         self.attend(
-                            shared, of, kept, scale, cid, leader, cid * 64 + row, column, blocks,
+                            shared, of, kept, scale, cid, lane, first_row, column, blocks,
                             Int32(0), k_len, lower, upper, False,
                         )  # fmt: skip
                         blocks += 1
                     done = Int32(0)
-                if cutlass.const_expr(self.queries == 1):
+                if cutlass.const_expr(self.queries == 1 and not self.settings.query_registers):
                     ptx.arrive(shared.q_empty + cid, leader)  # all scores are computed
                 before = (blocks - 1) & (self.stages - 1)
-                if cutlass.const_expr(self.settings.rescale == "before"):
-                    rescale(o, decay)
                 ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
                 multiply(sums, p, values[None, None, None, before], o, True)
                 warpgroup.wait_group(0)
-                ptx.arrive(shared.v_empty + before, leader)
+                self.release(shared.v_empty + before, lane)
                 tiles += 1
             else:
                 if cutlass.const_expr(self.kind.state_tma):
-                    self.free_buffers(shared, cid, tiles, leader)
+                    self.free_buffers(shared, cid, tiles, leader, False)
             self.finish(shared, slot, cid, row, column, tiles, turn, kept, sums, results)
             cute.arch.sync_warp()  # all lanes have read the record
-            ptx.arrive(shared.record_empty + slot, leader)
+            self.release(shared.record_empty + slot, lane)
             turn += 1
             slot = turn & (RECORDS - 1)
             ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
             going = records[EXISTS, slot] != 0
-        if cutlass.const_expr(self.kind.out_tma):
+        if cutlass.const_expr(self.kind.out_tma or self.kind.state_tma):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # buffers are read while the CTA lives
 
     @cute.jit
     def attend(
-        self, shared, of, kept, scale, cid, leader, row, column, blocks, j, k_len, lower, upper,
+        self, shared, of, kept, scale, cid, lane, row, column, blocks, j, k_len, lower, upper,
         masked: cutlass.Constexpr,
     ):  # fmt: skip
         """Scores of this block, then the sum over the values of the block before, whose P is at hand."""
@@ -239,46 +242,34 @@ class Consumer:
         if cutlass.const_expr(self.settings.ping_pong):
             self.my_turn(cid)
         multiply(of.scores, of.query, of.keys[None, None, None, stage], of.s, False)
-        if cutlass.const_expr(self.settings.rescale == "before"):
-            rescale(kept.o, kept.decay)
         ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
         multiply(of.sums, of.p, of.values[None, None, None, before], kept.o, True)
         if cutlass.const_expr(self.settings.ping_pong):
             self.your_turn(cid)
         warpgroup.wait_group(1)
-        ptx.arrive(shared.k_empty + stage, leader)
+        self.release(shared.k_empty + stage, lane)
         if cutlass.const_expr(masked):
             mask(of.s, row, column, j, k_len, lower, upper)
-        lazy = self.settings.rescale == "lazy"
-        grown = softmax(
-            of.s, kept.m, kept.norm, kept.decay, scale, masked, lazy, self.settings.polynomial
-        )  # fmt: skip
-        following = of.p
-        if cutlass.const_expr(self.settings.overlap > 1):
-            following = cute.make_rmem_tensor_like(of.p)
-            to_operand(of.s, following)
-        if cutlass.const_expr(self.settings.overlap > 0):
+        grown = softmax(of.s, kept.m, kept.norm, kept.decay, scale, masked, self.settings.lazy)
+        if cutlass.const_expr(self.settings.overlap):
             # over already, but a branch: ptxas would otherwise wait for the sums before the exponentials they overlap
             ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
         warpgroup.wait_group(0)
-        ptx.arrive(shared.v_empty + before, leader)
-        if cutlass.const_expr(lazy):
+        self.release(shared.v_empty + before, lane)
+        if cutlass.const_expr(self.settings.lazy):
             if grown:
                 rescale(kept.o, kept.decay)
-        elif cutlass.const_expr(self.settings.rescale == "after"):
-            rescale(kept.o, kept.decay)
-        if cutlass.const_expr(self.settings.overlap > 1):
-            of.p.store(following.load())
         else:
-            to_operand(of.s, of.p)
+            rescale(kept.o, kept.decay)
+        to_operand(of.s, of.p)
 
     @cute.jit
-    def free_buffers(self, shared, cid, tiles, leader):
-        """Gives back what the tile before has left its rows in."""
+    def free_buffers(self, shared, cid, tiles, leader, walked: cutlass.Constexpr):
+        """Gives back what the tile before has left its rows in; its queries' buffer only if this one has queries."""
         if cutlass.const_expr(self.kind.out_tma or self.kind.state_tma):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
             cute.arch.sync_warp()  # whichever lane sent them
-        if cutlass.const_expr(self.queries > 1):
+        if cutlass.const_expr(self.queries > 1 and walked):
             ptx.arrive(shared.q_empty + cid * self.queries + ((tiles + 1) & (self.queries - 1)), leader)
         if cutlass.const_expr(self.kind.state_tma):
             ptx.arrive(shared.o_empty + cid, leader)
@@ -289,10 +280,10 @@ class Consumer:
         at = Int64(records[BATCH, slot]) * results.lse_b + Int64(records[HEAD, slot]) * results.lse_h
         at = at + records[Q_ROW, slot]
         for half in cutlass.range_constexpr(2):
-            own = cid * 64 + row + 8 * half
+            own = self.top(cid) + row + 8 * half
             earlier[half] = -Float32.inf
             if (records[ENDS, slot] & 1) == 0 and own < records[ROWS, slot]:
-                earlier[half] = results.lse[at + own] * ptx.LOG2_E
+                earlier[half] = results.lse[at + own]  # on its way until it is used, at the tile's end
 
     @cute.jit
     def finish(self, shared, slot, cid, row, column, tiles, turn, kept, sums, results):
@@ -315,8 +306,10 @@ class Consumer:
             if kept.norm[half] > 0.0:
                 factor[half] = cute.arch.rcp_approx(kept.norm[half])
                 value = (m[half] + ptx.log2(kept.norm[half])) * ptx.LN_2
-            if column == 0 and cid * 64 + own < count:
-                results.lse[Int64(batch) * results.lse_b + Int64(head) * results.lse_h + q_row + cid * 64 + own] = value
+            if column == 0 and self.top(cid) + own < count:
+                results.lse[
+                    Int64(batch) * results.lse_b + Int64(head) * results.lse_h + q_row + self.top(cid) + own
+                ] = value
         rescale(o, factor)
         if cutlass.const_expr(self.kind.state):
             if (ends & 2) != 0:
@@ -332,9 +325,10 @@ class Consumer:
         o, m = kept.o, kept.m
         weight, own_weight = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
         for half in cutlass.range_constexpr(2):
-            both = cute.arch.fmax(m[half], kept.earlier[half])
+            earlier = kept.earlier[half] * ptx.LOG2_E
+            both = cute.arch.fmax(m[half], earlier)
             base = cutlass.select_(both == -Float32.inf, Float32(0.0), both)  # a row that has seen nothing in any step
-            weight[half] = ptx.exp2(kept.earlier[half] - base)
+            weight[half] = ptx.exp2(earlier - base)
             own_weight[half] = ptx.exp2(m[half] - base)
             m[half] = both
             kept.norm[half] = kept.norm[half] * own_weight[half] + weight[half]
@@ -368,9 +362,9 @@ class Consumer:
         """A tile's rows for the next step, by TMA where all 64 are inside, else from registers."""
         records = shared.records
         q_row, count, batch, head = records[Q_ROW, slot], records[ROWS, slot], records[BATCH, slot], records[HEAD, slot]
-        from_registers = count > cid * 64
+        from_registers = count > self.top(cid)
         if cutlass.const_expr(self.kind.state_tma):  # noqa: SIM102  # a constant, and a value
-            if count >= cid * 64 + 64:
+            if count >= self.top(cid) + 64:
                 from_registers = False
                 buffer = shared.o[None, None, cid]
                 cute.autovec_copy(o, self.rows_of(buffer, sums))
@@ -379,7 +373,7 @@ class Consumer:
             state_at = self.row_in(results.state_b, results.state_s, results.state_h, records, slot, cid, column)
             for half in cutlass.range_constexpr(2):
                 own = row + 8 * half
-                if cid * 64 + own < count:
+                if self.top(cid) + own < count:
                     pairs = self.pairs_of_a_row(results.state, state_at + own * results.state_s)
                     sums_in_pairs = cute.recast_tensor(o, Int64)
                     for n in cutlass.range_constexpr(self.head_dim // 8):
@@ -392,10 +386,10 @@ class Consumer:
         q_row, count, batch, head = records[Q_ROW, slot], records[ROWS, slot], records[BATCH, slot], records[HEAD, slot]
         rounded = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), self.dtype)
         to_operand(o, rounded)
-        from_registers = count > cid * 64
+        from_registers = count > self.top(cid)
         if cutlass.const_expr(self.kind.out_tma):  # noqa: SIM102  # a constant, and a value
             # otherwise a box would reach into the next tile's rows, or there are no queries whose buffer is free
-            if count >= cid * 64 + 64 and (self.kind.state_tma or records[STOP, slot] > records[START, slot]):
+            if count >= self.top(cid) + 64 and (self.kind.state_tma or records[STOP, slot] > records[START, slot]):
                 from_registers = False
                 if cutlass.const_expr(self.kind.state_tma):
                     buffer = shared.staged[None, None, 2 * cid]
@@ -414,7 +408,7 @@ class Consumer:
             words = cute.recast_tensor(rounded, Int32)
             for half in cutlass.range_constexpr(2):
                 own = row + 8 * half
-                if cid * 64 + own < count:
+                if self.top(cid) + own < count:
                     pairs = self.pairs_of_a_row(results.out, out_at + own * results.out_s)
                     for n in cutlass.range_constexpr(self.head_dim // 8):
                         pairs[n] = words[2 * n + half]
@@ -430,12 +424,15 @@ class Consumer:
             cute.make_layout(1),
             cute.group_modes(buffer, 0, 2),
             cute.group_modes(
-                cute.local_tile(cute.domain_offset((q_row + cid * 64, 0), tensor), (64, self.dim), (0, 0)), 0, 2
+                cute.local_tile(cute.domain_offset((q_row + self.top(cid), 0), tensor), (64, self.dim), (0, 0)), 0, 2
             ),
         )
         if (cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3) == 0:
             with cute.arch.elect_one():  # of loads the DSL elects a lane by itself, of stores not
-                cute.copy(atom, source, target)
+                if cutlass.const_expr(self.settings.cache_hints):
+                    cute.copy(atom, source, target, cache_policy=Int64(DROP))
+                else:
+                    cute.copy(atom, source, target)
                 cute.arch.cp_async_bulk_commit_group()
 
     def rows_of(self, buffer: Any, sums: Any) -> Any:
@@ -445,11 +442,24 @@ class Consumer:
     def row_in(self, batch: Any, row: Any, head: Any, records: Any, slot: Any, cid: Any, column: Any) -> Any:
         """Where a thread's columns of the consumer's first row are, given a tensor's strides."""
         at = Int64(records[BATCH, slot]) * batch + Int64(records[HEAD, slot]) * head
-        return at + Int64(records[Q_ROW, slot] + cid * 64) * row + column
+        return at + Int64(records[Q_ROW, slot] + self.top(cid)) * row + column
 
     def pairs_of_a_row(self, memory, offset):
         """A thread's share of a row that begins at `offset` elements, in words of two: every fourth."""
         return cute.make_tensor(memory.iterator + (offset >> 1), cute.make_layout(self.head_dim // 8, stride=4))
+
+    def top(self, cid: Any) -> Any:
+        """A consumer's first row of the tile."""
+        if self.settings.cluster == 1:
+            return cid * 64
+        return (cute.arch.block_idx_in_cluster() * self.settings.consumers + cid) * 64
+
+    def release(self, barrier: Any, lane: Any) -> None:
+        """A warp's arrival at a barrier for all that is shared: in each CTA of the cluster."""
+        if self.settings.cluster == 1:
+            ptx.arrive(barrier, lane == 0)
+        else:
+            ptx.arrive_at(barrier, lane & (self.settings.cluster - 1), lane < self.settings.cluster)
 
     @cute.jit
     def my_turn(self, cid):

@@ -8,16 +8,28 @@
     │ a piece's first load)            │              │ P stays in registers                       │
     └──────────────────────────────────┘              └──────────────────────────────────────────┘
 
-Shared memory: `q` (64, D) CONSUMERS x QUERIES buffers, `k` and `v` (BLOCK, D) STAGES each, `records` of tiles.
+Shared memory: `q` (64, D) CONSUMERS x QUERIES buffers, `k` and `v` (BLOCK, D) STAGES each, `records` of tiles, and,
+where steps accumulate, `o` (64, D) in fp32 for each consumer.
 
 Barriers, of which phases follow from counts of tiles and blocks over the whole life of the CTA: `q_full`/`q_empty` one
 per buffer of queries, `k_full`/`k_empty` and `v_full`/`v_empty` one per stage, `record_full`/`record_empty` one per
-record. "full" takes one arrival and the bytes of the load, "empty" one of each warp that has read.
+record, `o_full`/`o_empty` one per consumer. "full" takes one arrival and the bytes of the load, "empty" one of each
+warp that has read.
 
 Every tile begins from nothing; where its strip continues, what earlier steps have left in (state, lse) is added at its
-end, so that neither loading nor storing it holds up the products. Where they fit (QUERIES = 2) the queries have two
-buffers, and a tile's output leaves by TMA through the one that its queries were in, which is given back in the next
-tile's first block. TMA stores boxes of 64 rows: what has fewer leaves from registers.
+end, so that neither loading nor storing it holds up the products:
+
+    tile n:  first block │ blocks ...                              │ last sums │ merge, write to `o`
+    `o`:     stored n-1  │ tile n's state arrives by TMA, waits                │ (read) stored by TMA while n+1 begins
+
+(Up to head dim 128, `ForwardKind.state_tma`; wider ones have no room and go from and to registers at the end.) Where
+they fit (QUERIES = 2) the queries have two buffers, and a tile's output leaves by TMA through the one that its queries
+were in, which is given back in the next tile's first block; where there is an `o`, through that. TMA stores boxes of 64
+rows: what has fewer leaves from registers.
+
+With `Settings.cluster` > 1 a tile has the rows of several CTAs, each of which loads a part of every block for all of
+them: "empty" barriers of K, V and records then count the warps of all, and the number of the next tile, which the first
+CTA asks for, goes to the others' `numbers`, announced at `number_full`.
 
 A thread has rows r and r + 8 of its warp's 16, and columns 8 j + 2 (lane % 4) + {0, 1}: element c + 2 half + 4 j of S
 or O. P has the same order, which is that of wgmma's first operand. A row's maximum is found over the quad in every
@@ -59,6 +71,7 @@ class HopperForward:
         self.stage_bits = self.stages.bit_length() - 1
         self.queries = kind.queries
         self.consumers = kind.settings.consumers
+        self.cluster = kind.settings.cluster
         self.consumer = Consumer(kind)
         assert self.stages == 1 << self.stage_bits, "phases are read off bits of a count"
         assert not kind.out_tma or self.queries > 1 or kind.state_tma, "output leaves through a buffer of the tile's"
@@ -116,22 +129,27 @@ class HopperForward:
             hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, self.dim), self.dtype
         )
         k_layout = cute.tile_to_shape(atom, (self.block, self.dim, self.stages), (0, 1, 2))
-        load, keys = cpasync.CopyBulkTensorTileG2SOp(), cute.select(k_layout, mode=[0, 1])
+        load = load_keys = cpasync.CopyBulkTensorTileG2SOp()
+        keys, key_box = cute.select(k_layout, mode=[0, 1]), (self.block, self.dim)
+        if cutlass.const_expr(self.cluster > 1):  # each CTA loads a part of a block, for all of them
+            load_keys = cpasync.CopyBulkTensorTileG2SMulticastOp()
+            key_box = (self.block // self.cluster, self.dim)
+            keys = cute.tile_to_shape(atom, key_box, (0, 1))
         rows, box = cute.select(q_layout, mode=[0, 1]), (64, self.dim)
         q_atom, q_tma = cpasync.make_tiled_tma_atom(
             load, rows_view(q, self.dtype, self.head_dim, sizes, (q_b, q_s, q_h)), rows, box
         )
         k_atom, k_tma = cpasync.make_tiled_tma_atom(
-            load,
+            load_keys,
             ragged_view(k, self.dtype, self.head_dim, num_kv_heads, k_s, k_h),
             keys,
-            (self.block, self.dim),
+            key_box,
         )
         v_atom, v_tma = cpasync.make_tiled_tma_atom(
-            load,
+            load_keys,
             ragged_view(v, self.dtype, self.head_dim, num_kv_heads, v_s, v_h),
             keys,
-            (self.block, self.dim),
+            key_box,
         )
         if cutlass.const_expr(self.kind.out_tma):
             out_atom, out_tma = cpasync.make_tiled_tma_atom(
@@ -197,6 +215,8 @@ class HopperForward:
             record_empty: cute.struct.MemRange[Int64, RECORDS]
             o_full: cute.struct.MemRange[Int64, consumers_ahead]
             o_empty: cute.struct.MemRange[Int64, consumers_ahead]
+            numbers: cute.struct.MemRange[Int32, RECORDS]
+            number_full: cute.struct.MemRange[Int64, RECORDS]
 
         self.storage = Storage
         threads = 128 * (1 + self.consumers)
@@ -207,7 +227,13 @@ class HopperForward:
             flat(items, Int32), flat(walk, Int32), flat(counter, Int32), flat(flags, cutlass.Uint32),
             flat(epoch, cutlass.Uint32), scale, num_heads, num_kv_heads, out_b, out_s, out_h, lse_b, lse_h,
             state_b, state_s, state_h, num_items, section, head_batches, total, k_batch_rows, polls,
-        ).launch(grid=(grid, 1, 1), block=(threads, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
+        ).launch(
+            grid=(grid, 1, 1),
+            block=(threads, 1, 1),
+            cluster=(self.cluster, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+        )  # fmt: skip
 
     @cute.kernel
     def kernel(
@@ -279,6 +305,8 @@ class HopperForward:
             staged=staged,
             o_full=storage.o_full.data_ptr(),
             o_empty=storage.o_empty.data_ptr(),
+            numbers=storage.numbers.get_tensor(cute.make_layout(RECORDS)),
+            number_full=storage.number_full.data_ptr(),
         )
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -291,18 +319,19 @@ class HopperForward:
                     cute.arch.mbarrier_init(shared.q_empty + i, 4)
                 for i in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(shared.k_full + i, 1)
-                    cute.arch.mbarrier_init(shared.k_empty + i, 4 * self.consumers)
+                    cute.arch.mbarrier_init(shared.k_empty + i, 4 * self.consumers * self.cluster)
                     cute.arch.mbarrier_init(shared.v_full + i, 1)
-                    cute.arch.mbarrier_init(shared.v_empty + i, 4 * self.consumers)
+                    cute.arch.mbarrier_init(shared.v_empty + i, 4 * self.consumers * self.cluster)
                 if cutlass.const_expr(self.kind.state_tma):
                     for i in cutlass.range_constexpr(self.consumers):
                         cute.arch.mbarrier_init(shared.o_full + i, 1)
                         cute.arch.mbarrier_init(shared.o_empty + i, 4)
                 for i in cutlass.range_constexpr(RECORDS):
                     cute.arch.mbarrier_init(shared.record_full + i, 1)
-                    cute.arch.mbarrier_init(shared.record_empty + i, 4 * self.consumers)
+                    cute.arch.mbarrier_init(shared.record_empty + i, 4 * self.consumers * self.cluster)
+                    cute.arch.mbarrier_init(shared.number_full + i, 1)
             cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        self.meet()
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(self.kind.settings.producer_registers)
@@ -314,7 +343,7 @@ class HopperForward:
                 loads = Loads(q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, state_in, state_tma)
                 produce(
                     work, loads, shared, flags, epoch, polls, self.block, self.stages, self.queries,
-                    self.consumers, self.kind.flags, self.kind.state_tma, self.kind.settings.cache_hints,
+                    self.consumers, self.kind.flags, self.kind.state_tma, self.kind.settings.cache_hints, self.cluster,
                 )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.kind.settings.consumer_registers)
@@ -323,3 +352,13 @@ class HopperForward:
                 state_b, state_s, state_h,
             )  # fmt: skip
             self.consumer.consume(shared, walk, results, scores, sums, sinks, scale)
+        if cutlass.const_expr(self.cluster > 1):
+            self.meet()  # what others send to a CTA's memory, they send while it lives
+
+    def meet(self) -> None:
+        """All threads of the cluster."""
+        if self.cluster == 1:
+            cute.arch.sync_threads()
+        else:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()

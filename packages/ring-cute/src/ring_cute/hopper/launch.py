@@ -121,7 +121,7 @@ def forward(
             return
         if k.numel():
             calls[key] = known
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = current_stream(device)
     known.kernel(
         q.data_ptr(),
         k.data_ptr() or q.data_ptr(),  # nobody sees anything, but a descriptor wants an address
@@ -201,7 +201,7 @@ def _prepare_call(
         total,
         k.stride(1) // k.stride(2) if k.shape[1] > 1 and some else 0,
         POLLS,
-        min(total, _processors(q.device)),
+        min(total, _processors(q.device) // chosen.cluster) * chosen.cluster,
     )
     return _Known(library.load(kind), prepared.items.data_ptr(), prepared.walk.data_ptr(), numbers)
 
@@ -229,6 +229,13 @@ def prepare(table: DeviceTable, batch: int, piece_length: int, block: int, tile_
         )
     prepared: Prepared = known
     return prepared
+
+
+def current_stream(device: int) -> int:
+    """The driver's handle of a GPU's current stream, without the object that `torch.cuda.current_stream` makes: 0.2 µs
+    of the host's time instead of 3."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device)
+    return handle
 
 
 @cache

@@ -10,8 +10,20 @@ from cutlass import Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync
 
 from ring_cute.hopper import ptx
-from ring_cute.hopper.records import BATCH, ENDS, HEAD, Q_ROW, RECORDS, START, STOP, WALK_COLUMNS, ask, publish
-from ring_cute.hopper.views import FAR
+from ring_cute.hopper.records import (
+    BATCH,
+    ENDS,
+    HEAD,
+    Q_ROW,
+    RECORD_BITS,
+    RECORDS,
+    START,
+    STOP,
+    WALK_COLUMNS,
+    ask,
+    publish,
+)
+from ring_cute.hopper.views import DROP, FAR, KEEP
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class Shared:
     staged: Any  # (64, D, 2 CONSUMERS), every other one: the same memory for final rows
     o_full: Any
     o_empty: Any
+    numbers: Any  # (RECORDS): of the tiles that the records are about, from the cluster's first CTA
+    number_full: Any
 
 
 def _sizes(buffers: Any) -> tuple[int, int]:
@@ -55,22 +69,23 @@ def _sizes(buffers: Any) -> tuple[int, int]:
     return cute.size(buffers, mode=[0]), cute.size(buffers, mode=[1])
 
 
-KEEP, DROP = 0x14F0000000000000, 0x12F0000000000000
-"""Descriptors of L2 policies: evict last, evict first."""
-
-
 @cute.jit
-def _copy(atom, tile, buffer, barrier, policy: cutlass.Constexpr = None):
-    """A tile of global memory (rows, D), whole, to a buffer, by TMA; the barrier expects its bytes from then on."""
+def _copy(
+    atom, tile, buffer, barrier, policy: cutlass.Constexpr = None, cluster: cutlass.Constexpr = 1
+):  # fmt: skip
+    """A tile of global memory (rows, D), whole, to a buffer, by TMA; the barrier expects its bytes from then on, and
+    those that the cluster's other CTAs send."""
     target, source = cpasync.tma_partition(
         atom, 0, cute.make_layout(1), cute.group_modes(buffer, 0, 2), cute.group_modes(tile, 0, 2)
     )
     with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(barrier, cute.size(buffer) * buffer.element_type.width // 8)
-    if cutlass.const_expr(policy is None):
-        cute.copy(atom, source, target, tma_bar_ptr=barrier)
-    else:
-        cute.copy(atom, source, target, tma_bar_ptr=barrier, cache_policy=Int64(policy))
+        cute.arch.mbarrier_arrive_and_expect_tx(barrier, cluster * cute.size(buffer) * buffer.element_type.width // 8)
+    more = {}
+    if cutlass.const_expr(policy is not None):
+        more["cache_policy"] = Int64(policy)
+    if cutlass.const_expr(cluster > 1):
+        more["mcast_mask"] = cutlass.Int16((1 << cluster) - 1)
+    cute.copy(atom, source, target, tma_bar_ptr=barrier, **more)
 
 
 @cute.jit
@@ -93,7 +108,9 @@ def _load_q(
 
 
 @cute.jit
-def _load_state(loads, shared, ends, q_row, head, batch, turn, consumers: cutlass.Constexpr):
+def _load_state(
+    loads, shared, ends, q_row, head, batch, turn, consumers: cutlass.Constexpr, hints: cutlass.Constexpr
+):  # fmt: skip
     """The state of a tile that continues; the buffer alone for one that begins here. After two blocks of the tile, not
     before: a buffer comes back in the first one."""
     for c in cutlass.range_constexpr(consumers):
@@ -101,18 +118,57 @@ def _load_state(loads, shared, ends, q_row, head, batch, turn, consumers: cutlas
         if (ends & 1) == 0:
             rows = cute.domain_offset((q_row + c * 64, 0), loads.state[None, None, head, batch])
             tile = cute.local_tile(rows, _sizes(shared.o), (0, 0))
-            _copy(loads.state_atom, tile, shared.o[None, None, c], shared.o_full + c)
+            _copy(loads.state_atom, tile, shared.o[None, None, c], shared.o_full + c, DROP if hints else None)
         else:
             ptx.arrive(shared.o_full + c, cute.arch.lane_idx() == 0)
 
 
 @cute.jit
-def _load_keys(atom, tensor, x, head, end, buffers, full, empty, stage, phase, hints: cutlass.Constexpr):
-    """A block of K or V into its ring; rows beyond the segment's end are zeros."""
+def _load_keys(
+    atom, tensor, x, head, end, buffers, full, empty, stage, phase, hints: cutlass.Constexpr, cluster: cutlass.Constexpr
+):  # fmt: skip
+    """A block of K or V into its ring, or this CTA's part of it into those of the whole cluster; rows beyond the
+    segment's end are zeros."""
     ptx.wait(empty + stage, phase ^ 1)
-    rows = cute.domain_offset((x, 0), tensor[None, None, head, end, FAR])
-    tile = cute.local_tile(rows, _sizes(buffers), (0, 0))
-    _copy(atom, tile, buffers[None, None, stage], full + stage, KEEP if hints else None)
+    box = cute.size(buffers, mode=[0]) // cluster, cute.size(buffers, mode=[1])
+    part = Int32(0)
+    if cutlass.const_expr(cluster > 1):
+        part = cute.arch.block_idx_in_cluster()
+    rows = cute.domain_offset((x + part * box[0], 0), tensor[None, None, head, end, FAR])
+    tile = cute.local_tile(rows, box, (0, 0))
+    target = cute.local_tile(buffers[None, None, stage], box, (part, 0))
+    _copy(atom, tile, target, full + stage, KEEP if hints else None, cluster)
+
+
+@cute.jit
+def _ask(lane, work, cluster: cutlass.Constexpr):
+    """Once for all of the cluster."""
+    asked = Int32(0)
+    if cutlass.const_expr(cluster > 1):
+        if cute.arch.block_idx_in_cluster() == 0:
+            asked = ask(lane, work)
+    else:
+        asked = ask(lane, work)
+    return asked
+
+
+@cute.jit
+def _number(asked, turn, lane, shared, cluster: cutlass.Constexpr):
+    """What the cluster's first CTA was told, to all of them."""
+    if cutlass.const_expr(cluster > 1):
+        sent = turn - 1  # numbers before this one: the first tile's is known
+        slot = sent & (RECORDS - 1)
+        if cute.arch.block_idx_in_cluster() == 0:
+            # its place is free once all have finished the tile whose record makes room for this one's
+            ptx.wait(shared.record_empty + (turn & (RECORDS - 1)), ((turn >> RECORD_BITS) & 1) ^ 1)
+            if lane > 0 and lane < cluster:
+                ptx.send(asked, shared.numbers.iterator + slot, shared.number_full + slot, lane)
+        else:
+            if lane == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(shared.number_full + slot, 4)
+            ptx.wait(shared.number_full + slot, (sent >> RECORD_BITS) & 1)
+            asked = shared.numbers[slot]
+    return asked
 
 
 @cute.jit
@@ -143,11 +199,14 @@ def produce(
     flagged: cutlass.Constexpr,
     ahead: cutlass.Constexpr,
     hints: cutlass.Constexpr,
+    cluster: cutlass.Constexpr,
 ):
     """One warp, for all of the CTA's tiles."""
     lane = cute.arch.lane_idx()
     grid, _, _ = cute.arch.grid_dim()
     first_tile, _, _ = cute.arch.block_idx()
+    if cutlass.const_expr(cluster > 1):
+        grid, first_tile = grid // cluster, first_tile // cluster
     records = shared.records
     stage_bits = stages.bit_length() - 1  # here: what a method is called on in a loop becomes a variable of it
     blocks, tiles, turn = Int32(0), Int32(0), Int32(0)
@@ -157,6 +216,8 @@ def produce(
         slot = turn & (RECORDS - 1)
         start, stop, q_row = records[START, slot], records[STOP, slot], records[Q_ROW, slot]
         batch, head, ends = records[BATCH, slot], records[HEAD, slot], records[ENDS, slot]
+        if cutlass.const_expr(cluster > 1):  # this CTA's rows
+            q_row = q_row + cute.arch.block_idx_in_cluster() * (64 * consumers)
         kv_head = head // work.group
         first = blocks
         asked = Int32(0)
@@ -172,10 +233,11 @@ def produce(
                 end = batch * work.k_batch_rows + k_row + k_len
                 for t in cutlass.range(count, unroll=1):
                     if blocks - first == 2:  # after two blocks there is time for the next tile
-                        asked = ask(lane, work)
+                        asked = _ask(lane, work, cluster)
                         if cutlass.const_expr(ahead):
-                            _load_state(loads, shared, ends, q_row, head, batch, turn, consumers)
+                            _load_state(loads, shared, ends, q_row, head, batch, turn, consumers, hints)
                     if blocks - first == 3:
+                        asked = _number(asked, turn + 1, lane, shared, cluster)
                         publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
                     number = t - right  # right edges from the right, then the others from the left
                     if t < right:
@@ -194,6 +256,7 @@ def produce(
                         stage,
                         phase,
                         hints,
+                        cluster,
                     )
                     if cutlass.const_expr(queries == 1):  # noqa: SIM102  # a constant, and a value
                         if blocks == first:  # the last tile's scores free a stage of K before they free Q
@@ -210,14 +273,16 @@ def produce(
                         stage,
                         phase,
                         hints,
+                        cluster,
                     )
                     blocks += 1
             tiles += 1
         if blocks - first <= 2:
-            asked = ask(lane, work)
+            asked = _ask(lane, work, cluster)
             if cutlass.const_expr(ahead):
-                _load_state(loads, shared, ends, q_row, head, batch, turn, consumers)
+                _load_state(loads, shared, ends, q_row, head, batch, turn, consumers, hints)
         if blocks - first <= 3:
+            asked = _number(asked, turn + 1, lane, shared, cluster)
             publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
         going = asked + grid < work.total
         turn += 1

@@ -50,34 +50,44 @@ def arrive(barrier: Any, who: Any, *, loc: Any = None, ip: Any = None) -> None:
 
 
 @dsl_user_op
+def arrive_at(barrier: Any, rank: Any, who: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """One arrival, by the threads for which `who` is not zero, at the barrier that the cluster's CTA `rank` has where
+    this one has `barrier`."""
+    _asm(
+        None,
+        [
+            barrier.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip),
+            *(Int32(x).ir_value(loc=loc, ip=ip) for x in (rank, who)),
+        ],
+        "{\n.reg .pred me;\n.reg .b32 there;\nsetp.ne.s32 me, $2, 0;\nmapa.shared::cluster.u32 there, $0, $1;\n"
+        "@me mbarrier.arrive.shared::cluster.b64 _, [there];\n}",
+        "r,r,r,~{memory}",
+        effects=True,
+    )
+
+
+@dsl_user_op
+def send(number: Any, to: Any, barrier: Any, rank: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """A word to where the cluster's CTA `rank` has `to`; it counts as four bytes at that CTA's barrier."""
+    _asm(
+        None,
+        [
+            to.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip),
+            barrier.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip),
+            *(Int32(x).ir_value(loc=loc, ip=ip) for x in (rank, number)),
+        ],
+        "{\n.reg .b32 there, bar;\nmapa.shared::cluster.u32 there, $0, $2;\nmapa.shared::cluster.u32 bar, $1, $2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], $3, [bar];\n}",
+        "r,r,r,r,~{memory}",
+        effects=True,
+    )
+
+
+@dsl_user_op
 def exp2(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
     """2^x, denormals flushed."""
     value = Float32(x).ir_value(loc=loc, ip=ip)
     return Float32(_asm(T.f32(), [value], "ex2.approx.ftz.f32 $0, $1;", "=f,f", effects=False))
-
-
-@dsl_user_op
-def exp2_polynomial(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
-    """2^x without the special function unit, to 2^-13.7: 2^f for |f| <= 1/2 by a cubic, the integer added to the
-    exponent. Arguments from -126 on; what is less becomes 2^-126."""
-    code = """{
-.reg .f32 t, r, f, p;
-.reg .b32 i, j;
-max.f32 t, $1, 0fC2FC0000;
-add.rn.f32 r, t, 0f4B400000;
-sub.rn.f32 f, r, 0f4B400000;
-sub.rn.f32 f, t, f;
-fma.rn.f32 p, f, 0f3D61FB34, 0f3E786ED3;
-fma.rn.f32 p, p, f, 0f3F31798D;
-fma.rn.f32 p, p, f, 0f3F7FFB4A;
-mov.b32 i, r;
-shl.b32 i, i, 23;
-mov.b32 j, p;
-add.s32 i, i, j;
-mov.b32 $0, i;
-}"""
-    value = Float32(x).ir_value(loc=loc, ip=ip)
-    return Float32(_asm(T.f32(), [value], code, "=f,f", effects=False))
 
 
 @dsl_user_op

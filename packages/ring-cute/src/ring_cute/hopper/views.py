@@ -9,6 +9,8 @@ from cutlass import Int64, cute
 FAR = 1 << 30
 """Rows that a ragged view counts back from."""
 BOUNDLESS = 0x7FFF0000
+KEEP, DROP = 0x14F0000000000000, 0x12F0000000000000
+"""L2 policies that a load or a store by TMA may be given: evict last, evict first."""
 
 
 def ragged_view(address: Any, dtype: Any, head_dim: int, heads: Any, row: Any, head: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from ring_triton.hopper.backward_settings import (
     backward_settings_for,
 )
 from ring_triton.hopper.compat import TensorDescriptor
-from ring_triton.hopper.launch import BOUNDLESS, DTYPES, FAR, L2_BYTES, POLLS, dense_keys, keys_descriptor
+from ring_triton.hopper.launch import BOUNDLESS, DTYPES, FAR, L2_BYTES, POLLS, dense_keys, keys_descriptor, processors
 from ring_triton.portable import launch as portable
 from ring_triton.portable.gradient_sinks import gradient_sinks_kernel
 
@@ -80,6 +81,7 @@ class Prepared:
     walk: Tensor  # (M, 12) int32
     repeats: int  # batch entries that all items are about
     keys: int  # in tiles that some query sees, of all batch entries
+    section: Callable[[int, int, int], int]  # `Schedule.section`
 
 
 def backward_supports(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> str:
@@ -269,7 +271,8 @@ def _launch_by_triton(state: BackwardState, call: _Call, key: Any) -> None:
     split = _parts(prepared, q, num_kv_heads, whole=ordered or departures is not None)
     head_batches = prepared.repeats * num_kv_heads * split
     members = group // split
-    section = min(head_batches, max(1, L2_BYTES // (members * length * head_dim * 8)))
+    resident = max(1, L2_BYTES // (members * length * head_dim * 8))
+    section = prepared.section(head_batches, resident, processors(q.device))
     lse_desc, delta_desc, dq_desc = _descriptors(state, chosen.block)
     dummy = prepared.items
     grid = (programs * split,)
@@ -394,6 +397,7 @@ def schedule_for(table: DeviceTable, batch: int, block: int, by_piece: bool) -> 
             torch.from_numpy(walk).to(table.device),
             batch if schedule.every_batch else 1,
             schedule.seen_keys(batch),
+            schedule.section,
         )
     prepared: Prepared = known
     return prepared
@@ -407,7 +411,7 @@ def _parts(prepared: Prepared, q: Tensor, num_kv_heads: int, *, whole: bool) -> 
 
 def _split(group: int, programs: int, device: torch.device) -> int:
     """Into how many parts a group's query heads are dealt out, so that there are two programs for each processor."""
-    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = 2 * processors(device)
     return next((n for n in range(1, group) if group % n == 0 and programs * n >= wanted), group)
 
 

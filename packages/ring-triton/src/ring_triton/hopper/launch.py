@@ -179,7 +179,7 @@ def _forward(
     group = num_heads // num_kv_heads
     keys = max(1, k.shape[0] * k.shape[2])
     section = min(head_batches, group * max(1, L2_BYTES // (keys * head_dim * 2 * k.element_size())))
-    grid = (min(total, _processors(q.device)),)
+    grid = (min(total, processors(q.device)),)
     dummy = prepared.items
     continued = state is not None and not prepared.whole
     ahead = continued and state is not None and padded_head_dim(head_dim) <= WIDEST_AHEAD and takes_tma(state)
@@ -322,7 +322,7 @@ def _layout(box: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
