@@ -42,7 +42,7 @@ def forwards(head_dim: int, dtype: str) -> Iterator[ForwardKind]:
 
 def backwards(head_dim: int, dtype: str) -> Iterator[BackwardKind | EndsKind]:
     """Final gradients of a call of one GPU; those that are added to, also by several CTAs where there are few tiles;
-    and those that leave as they are completed, of keys that are still arriving."""
+    those that leave as they are completed, of keys that are still arriving; and deterministic ones of one GPU."""
     if head_dim not in BACKWARD_HEAD_DIMS:
         return
     for dlse in (False, True):
@@ -50,6 +50,7 @@ def backwards(head_dim: int, dtype: str) -> Iterator[BackwardKind | EndsKind]:
     yield EndsKind("finish", dtype, head_dim)
     for gradients, staged in (("final", False), ("added", False), ("shared", False), ("added", True)):
         yield BackwardKind(dtype, head_dim, gradients, staged, staged, backward_settings_for(head_dim))
+    yield BackwardKind(dtype, head_dim, "final", False, False, backward_settings_for(head_dim), ordered=True)
 
 
 DIRECTIONS: dict[str, Callable[[int, str], Iterator[Any]]] = {"forward": forwards, "backward": backwards}
