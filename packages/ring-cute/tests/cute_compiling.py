@@ -92,8 +92,8 @@ def compiled_and_ptx(kind: Kind, cubin_to: Path | None = None) -> tuple[Any, str
         return compiled, ptx.read_text()
 
 
-def compile_kind(kind: ForwardKind) -> Compiled:
-    """A forward for sm_90a, taken apart."""
+def compile_kind(kind: Kind) -> Compiled:
+    """A kernel for sm_90a, taken apart."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         begin = time.monotonic()
@@ -129,12 +129,10 @@ GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "padded": [(40, {}), (96, {"state": True})],
     "fp16": [(64, {"dtype": "float16"}), (128, {"dtype": "float16"})],
     "variants": [
-        (128, {"ping_pong": True, "overlap": 1}),
+        (128, {"ping_pong": True, "overlap": True}),
         (128, {"query_registers": True, "cache_hints": True}),
-        (128, {"rescale": "before", "block": 160}),
         (128, {"cluster": 2, "block": 176}),
-        (64, {"cluster": 2, "overlap": 1, "polynomial": 2}),
-        (64, {"consumers": 2, "consumer_registers": 240, "rescale": "after"}),
+        (64, {"consumers": 2, "consumer_registers": 240, "lazy": False}),
     ],
 }
 

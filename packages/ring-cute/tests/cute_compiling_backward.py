@@ -33,8 +33,11 @@ def problems(compiled: Compiled, kind: Any) -> list[str]:
         products = 2 * (kind.padded // 16) + 2 * (kind.settings.block // 16) + TILE_KEYS // 16
         loads = 4 * (kind.padded // 64)  # boxes are 64 columns wide: K, V, Q, dO
         sums = len(re.findall(r"\bUTMAREDG\b", compiled.sass))
+        # where registers do not suffice ptxas waits for each product by itself, and says so to nobody
+        waits, needed = len(re.findall(r"\bWARPGROUP\.DEPBAR", compiled.sass)), 9 if kind.settings.ahead else 5
         wrong |= {
             f"{compiled.hgmma} wgmma instructions, fewer than {products}": compiled.hgmma < products,
+            f"{waits} waits for wgmma, not {needed}: products are serialized": waits != needed,
             "products that are not wgmma": bool(re.search(r"\bHMMA\b", compiled.sass)),
             f"{compiled.loads} TMA loads, fewer than {loads}": compiled.loads < loads,
             f"{sums} TMA reductions of dq": sums < kind.padded // 64,

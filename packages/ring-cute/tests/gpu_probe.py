@@ -49,15 +49,15 @@ only = ""
 TRIED: dict[int, list[dict[str, Any]]] = {
     128: [
         {},
-        {"overlap": 1},
+        {"overlap": True},
         {"block": 176},
         {"cluster": 2},
-        {"cluster": 2, "overlap": 1},
+        {"cluster": 2, "overlap": True},
         {"cluster": 2, "block": 176},
     ],
-    64: [{}, {"rescale": "after"}, {"overlap": 1}, {"block": 112}, {"cluster": 2}],
-    192: [{}, {"overlap": 1}, {"block": 96}, {"cluster": 2}],
-    256: [{}, {"overlap": 1}, {"block": 64}, {"cluster": 2}],
+    64: [{}, {"lazy": False}, {"overlap": True}, {"block": 112}, {"cluster": 2}],
+    192: [{}, {"overlap": True}, {"block": 96}, {"cluster": 2}],
+    256: [{}, {"overlap": True}, {"block": 64}, {"cluster": 2}],
 }
 VARIANTS: dict[int, dict[str, Settings]] = {
     dim: {

@@ -3,10 +3,10 @@
     python packages/ring-cute/tests/gpu_probe_backward.py compile       # where the DSL is: fills RING_CUTE_CACHE
     python packages/ring-cute/tests/gpu_probe_backward.py [SECTION…]    # on the GPU: torch, apache-tvm-ffi, the cache
 
-Sections: smoke, correct, flags, departures, deterministic, speed, variants, host (all if none but variants); "only=WORD" picks the
-cases of `correct` that WORD is part of, and the cells of `speed`. Each case is named before it is launched. Exit
-status 1 if a check failed; a kernel that does not end ends the probe with 2. Where ring-triton and flash_attn_4 are
-importable, their backwards are timed as well.
+Sections: smoke, correct, flags, departures, deterministic, speed, variants, host (all if none but variants);
+"only=WORD" picks the cases of `correct` that WORD is part of, and the cells of `speed`. Each case is named before it is
+launched. Exit status 1 if a check failed; a kernel that does not end ends the probe with 2. Where ring-triton and
+flash_attn_4 are importable, their backwards are timed as well.
 """
 
 from __future__ import annotations

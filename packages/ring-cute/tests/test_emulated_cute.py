@@ -91,11 +91,10 @@ CASES: dict[str, dict[str, Any]] = {
             "settings": replace(settings_for(128), **changed),
         }
         for changed in (
-            {"query_registers": True, "rescale": "lazy", "overlap": 1},
-            {"rescale": "before", "ping_pong": True, "block": 160},
-            {"rescale": "lazy", "block": 176},
+            {"query_registers": True, "lazy": False, "overlap": True},
+            {"ping_pong": True, "block": 160},
             {"cluster": 2, "block": 176},
-            {"rescale": "lazy", "cache_hints": True, "consumers": 3, "consumer_registers": 160, "block": 80},
+            {"cache_hints": True, "consumers": 3, "consumer_registers": 160, "block": 80},
         )
     },
 }

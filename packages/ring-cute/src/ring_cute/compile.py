@@ -42,15 +42,17 @@ def forwards(head_dim: int, dtype: str) -> Iterator[ForwardKind]:
 
 def backwards(head_dim: int, dtype: str) -> Iterator[BackwardKind | EndsKind]:
     """Final gradients of a call of one GPU; those that are added to, also by several CTAs where there are few tiles;
-    those that leave as they are completed, of keys that are still arriving; and deterministic ones of one GPU."""
+    those that leave as they are completed, of keys that are still arriving; and dq in a fixed order."""
     if head_dim not in BACKWARD_HEAD_DIMS:
         return
     for dlse in (False, True):
         yield EndsKind("prepare", dtype, head_dim, dlse)
     yield EndsKind("finish", dtype, head_dim)
+    settings = backward_settings_for(head_dim)
     for gradients, staged in (("final", False), ("added", False), ("shared", False), ("added", True)):
-        yield BackwardKind(dtype, head_dim, gradients, staged, staged, backward_settings_for(head_dim))
-    yield BackwardKind(dtype, head_dim, "final", False, False, backward_settings_for(head_dim), ordered=True)
+        yield BackwardKind(dtype, head_dim, gradients, staged, staged, settings)
+    for gradients in ("final", "added"):
+        yield BackwardKind(dtype, head_dim, gradients, False, False, settings, ordered=True)
 
 
 DIRECTIONS: dict[str, Callable[[int, str], Iterator[Any]]] = {"forward": forwards, "backward": backwards}

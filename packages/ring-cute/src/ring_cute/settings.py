@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
 
 SHARED_BYTES = 226 << 10
 """Of buffers in shared memory; a kilobyte is left for barriers and records."""
-
-Rescale = Literal["after", "before", "lazy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,24 +18,20 @@ class Settings:
     """Blocks of K, and of V, in shared memory; a power of two."""
     consumer_registers: int = 240
     producer_registers: int = 24
-    """Per thread, after they are moved: 128 x (2 x consumers' + producer's) are at most 65536."""
+    """Per thread, after they are moved: 128 x (consumers x consumer's + producer's) are at most 65536."""
     consumers: int = 2
     """Consumer warpgroups of 64 rows each."""
     ping_pong: bool = False
     """Consumers issue their products in turns."""
-    overlap: int = 0
-    """What is done while O is being summed: 0 the maximum of the next scores, 1 their exponentials too, 2 and the
-    conversion to P, which costs P's registers twice. A branch in between holds ptxas to it."""
-    rescale: Rescale = "after"
-    """When O is multiplied for a larger maximum: right "after" a sum, "before" the next one, while the next scores are
-    computed, or "lazy": after, and only once some row of a warp has grown by a factor of 256, until when its
+    overlap: bool = False
+    """Exponentials come before the wait for the sums that they overlap, with a branch in between that holds ptxas to
+    it; otherwise only the maximum of the next scores does."""
+    lazy: bool = True
+    """O is multiplied for a larger maximum only once some row of a warp has grown by a factor of 256, until when its
     probabilities are of the older maximum and up to 256 (they are rounded relatively, and sums are fp32)."""
     query_registers: bool = False
     """A consumer's queries stay in registers, so that products read half of shared memory less: a quarter of what all
     products of a block of 128 keys read, or 32 of the 128 bytes a clock while scores are computed."""
-    polynomial: int = 0
-    """Of eight exponentials, so many are computed by a polynomial instead of the special function unit, which makes 16
-    a clock and processor, the time of two products at head dim 64."""
     cluster: int = 1
     """CTAs that share each load of keys: a tile has the rows of all of them."""
     cache_hints: bool = False
@@ -72,18 +65,16 @@ FORWARD: dict[int, Settings] = {
     64: Settings(
         consumers=3,
         consumer_registers=160,
-        rescale="lazy",
         reason="482 / 486 TFLOP/s causal / full at 16384, two consumers 440 / 441, not lazy 452 / 450, blocks of 192 "
         "445 / 447; of eight exponentials one by polynomial 460 / 463: the fewer bytes of keys per product, the better",
     ),
     128: Settings(
-        rescale="lazy",
         reason="618 / 616 TFLOP/s causal / full at 16384, where a matrix product has 674 at the same 690 W; not lazy "
         "617 / 621, overlap 1 627 / 634, queries in registers 627 / 612, blocks of 160 609 / 623, of 176 641 / 615: "
         "within the noise of one another. Exponentials by polynomial 606 / 611",
     ),
-    192: Settings(block=112, rescale="lazy", reason="not measured yet; the largest block that fits"),
-    256: Settings(block=80, rescale="lazy", reason="not measured yet; the largest block that fits"),
+    192: Settings(block=112, reason="not measured yet; the largest block that fits"),
+    256: Settings(block=80, reason="not measured yet; the largest block that fits"),
 }
 """By head dim, rounded up to the next key. Measured on an H200 that its power limits, DSL 4.8.1, 2026-11-22
 (`gpu_probe.py variants`)."""

@@ -209,9 +209,9 @@ class HopperBackward:
             flat(dv, Int32 if self.kind.gradients == "final" else Int64),
             flat(items, Int32), flat(walk, Int32), flat(counter, Int32), flat(flags, cutlass.Uint32),
             flat(epoch, cutlass.Uint32), flat(departures, Int32), flat(turns, Int32), flat(done, Int32),
-            score_scale, scale, q_len, num_heads, num_kv_heads,
-            dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h, num_items, section, head_batches, total, split, members,
-            piece_length, q_batch_rows, do_batch_rows, k_batch_rows, polls,
+            score_scale, scale, q_len, num_heads, num_kv_heads, dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s,
+            dv_h, num_items, section, head_batches, total,
+            split, members, piece_length, q_batch_rows, do_batch_rows, k_batch_rows, polls,
         ).launch(grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
     def product(self, a, b, columns, source=warpgroup.OperandSource.SMEM):

@@ -21,8 +21,8 @@ def stretches_of(q_len: int, block: int) -> int:
 def turns_of(
     items: NDArray[np.int32], walk: NDArray[np.int32], block: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Items (`ring_core.key_tiles.ITEM`), the second column of each the first row of its turns; and turns, int32 (V,
-    2): for each block of each item, how many blocks add to the stretch of its first row before it, and to the next one;
+    """Items (`ring_core.key_tiles.ITEM`), the second column of each its first row of turns; and turns, int32 (V, 2):
+    for each block of each item, how many blocks add to the stretch of its first row before it, and to the next stretch;
     -1 where it has no row there."""
     items = items.copy()
     column = {name: n for n, name in enumerate(ITEM)}

@@ -1,7 +1,8 @@
 """Which tile of keys a CTA computes next, and what there is to know of it, in shared memory.
 
 A record is sixteen numbers: the first eight columns of `ring_core.key_tiles.ITEM`, batch entry and blocks (of all query
-heads that the CTA walks) filled in, with the first row of `backward_order.turns_of` in the second where there is one, then the key head, the first query head, and "there is such a tile".
+heads that the CTA walks) filled in, in the second the first of its rows of `backward_order.turns_of` where blocks take
+turns; then the key head, the first query head, and "there is such a tile".
 """
 
 from __future__ import annotations

@@ -70,16 +70,6 @@ class BackwardKind:
         return backward_head_dim(self.head_dim)
 
     @property
-    def words(self) -> str:
-        """As part of a file's name."""
-        s = self.settings
-        on = [word for word in ("flags", "departures", "ordered") if getattr(self, word)] + [
-            word for word in ("ahead", "rolling") if getattr(s, word)
-        ]
-        numbers = f"b{s.block}x{s.q_stages}x{s.do_stages}-r{s.consumer_registers}.{s.producer_registers}"
-        return "-".join(["backward", self.dtype, f"d{self.head_dim}", numbers, self.gradients, *on])
-
-    @property
     def shared_bytes(self) -> int:
         """Of buffers: K, V, stages of Q and dO, ds twice, dq."""
         s = self.settings
@@ -96,8 +86,3 @@ class EndsKind:
     dtype: str
     head_dim: int
     dlse: bool = False
-
-    @property
-    def words(self) -> str:
-        """As part of a file's name."""
-        return "-".join([self.step, self.dtype, f"d{self.head_dim}", *(["dlse"] if self.dlse else [])])

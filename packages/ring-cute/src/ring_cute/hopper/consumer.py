@@ -183,7 +183,7 @@ class Consumer:
                 self.release(shared.k_empty + stage, lane)
                 if edges > 0:
                     mask(s, first_row, column, j, k_len, lower, upper)
-                softmax(s, m, norm, decay, scale, True, False, self.settings.polynomial)
+                softmax(s, m, norm, decay, scale, True, False)
                 self.free_buffers(shared, cid, tiles, leader, True)
                 to_operand(s, p)
                 blocks += 1
@@ -213,8 +213,6 @@ class Consumer:
                 if cutlass.const_expr(self.queries == 1 and not self.settings.query_registers):
                     ptx.arrive(shared.q_empty + cid, leader)  # all scores are computed
                 before = (blocks - 1) & (self.stages - 1)
-                if cutlass.const_expr(self.settings.rescale == "before"):
-                    rescale(o, decay)
                 ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
                 multiply(sums, p, values[None, None, None, before], o, True)
                 warpgroup.wait_group(0)
@@ -244,8 +242,6 @@ class Consumer:
         if cutlass.const_expr(self.settings.ping_pong):
             self.my_turn(cid)
         multiply(of.scores, of.query, of.keys[None, None, None, stage], of.s, False)
-        if cutlass.const_expr(self.settings.rescale == "before"):
-            rescale(kept.o, kept.decay)
         ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
         multiply(of.sums, of.p, of.values[None, None, None, before], kept.o, True)
         if cutlass.const_expr(self.settings.ping_pong):
@@ -254,28 +250,18 @@ class Consumer:
         self.release(shared.k_empty + stage, lane)
         if cutlass.const_expr(masked):
             mask(of.s, row, column, j, k_len, lower, upper)
-        lazy = self.settings.rescale == "lazy"
-        grown = softmax(
-            of.s, kept.m, kept.norm, kept.decay, scale, masked, lazy, self.settings.polynomial
-        )  # fmt: skip
-        following = of.p
-        if cutlass.const_expr(self.settings.overlap > 1):
-            following = cute.make_rmem_tensor_like(of.p)
-            to_operand(of.s, following)
-        if cutlass.const_expr(self.settings.overlap > 0):
+        grown = softmax(of.s, kept.m, kept.norm, kept.decay, scale, masked, self.settings.lazy)
+        if cutlass.const_expr(self.settings.overlap):
             # over already, but a branch: ptxas would otherwise wait for the sums before the exponentials they overlap
             ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
         warpgroup.wait_group(0)
         self.release(shared.v_empty + before, lane)
-        if cutlass.const_expr(lazy):
+        if cutlass.const_expr(self.settings.lazy):
             if grown:
                 rescale(kept.o, kept.decay)
-        elif cutlass.const_expr(self.settings.rescale == "after"):
-            rescale(kept.o, kept.decay)
-        if cutlass.const_expr(self.settings.overlap > 1):
-            of.p.store(following.load())
         else:
-            to_operand(of.s, of.p)
+            rescale(kept.o, kept.decay)
+        to_operand(of.s, of.p)
 
     @cute.jit
     def free_buffers(self, shared, cid, tiles, leader, walked: cutlass.Constexpr):

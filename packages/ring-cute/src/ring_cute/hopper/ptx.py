@@ -91,30 +91,6 @@ def exp2(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
 
 
 @dsl_user_op
-def exp2_polynomial(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
-    """2^x without the special function unit, to 2^-13.7: 2^f for |f| <= 1/2 by a cubic, the integer added to the
-    exponent. Arguments from -126 on; what is less becomes 2^-126."""
-    code = """{
-.reg .f32 t, r, f, p;
-.reg .b32 i, j;
-max.f32 t, $1, 0fC2FC0000;
-add.rn.f32 r, t, 0f4B400000;
-sub.rn.f32 f, r, 0f4B400000;
-sub.rn.f32 f, t, f;
-fma.rn.f32 p, f, 0f3D61FB34, 0f3E786ED3;
-fma.rn.f32 p, p, f, 0f3F31798D;
-fma.rn.f32 p, p, f, 0f3F7FFB4A;
-mov.b32 i, r;
-shl.b32 i, i, 23;
-mov.b32 j, p;
-add.s32 i, i, j;
-mov.b32 $0, i;
-}"""
-    value = Float32(x).ir_value(loc=loc, ip=ip)
-    return Float32(_asm(T.f32(), [value], code, "=f,f", effects=False))
-
-
-@dsl_user_op
 def log2(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
     value = Float32(x).ir_value(loc=loc, ip=ip)
     return Float32(_asm(T.f32(), [value], "lg2.approx.ftz.f32 $0, $1;", "=f,f", effects=False))

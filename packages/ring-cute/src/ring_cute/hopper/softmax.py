@@ -53,9 +53,7 @@ LAZY = 8.0
 
 
 @cute.jit
-def softmax(
-    s, m, norm, decay, scale, masked: cutlass.Constexpr, lazy: cutlass.Constexpr, polynomial: cutlass.Constexpr
-):  # fmt: skip
+def softmax(s, m, norm, decay, scale, masked: cutlass.Constexpr, lazy: cutlass.Constexpr):
     """One step of the online softmax in base 2: s becomes probabilities, `decay` the factor for earlier sums, which is
     1 for the whole warp where it returns false."""
     new = []
@@ -78,11 +76,7 @@ def softmax(
         total = [norm[half] * decay[half], Float32(0.0)]
         for e in cutlass.range_constexpr(0, cute.size(s), 4):
             for c in cutlass.range_constexpr(2):
-                x = ptx.fma(s[e + 2 * half + c], scale, -base)
-                if cutlass.const_expr(e // 4 % 8 < polynomial and not masked):  # which has no 0 for what is masked
-                    x = ptx.exp2_polynomial(x)
-                else:
-                    x = ptx.exp2(x)
+                x = ptx.exp2(ptx.fma(s[e + 2 * half + c], scale, -base))
                 s[e + 2 * half + c] = x
                 total[c] = total[c] + x
         norm[half] = total[0] + total[1]
