@@ -169,7 +169,7 @@ def test_gradients_are_those_that_there_are_kernels_for(
 
     monkeypatch.setattr(backend, "BACKWARD_HEAD_DIMS", HeadDims(64, 128, 64))
     register_backend("cute", on_hopper)
-    check_supported("cute", CUDA, torch.bfloat16, 64, frozenset({"lse_grad"}), True)
+    check_supported("cute", CUDA, torch.bfloat16, 64, frozenset({"deterministic", "lse_grad"}), True)
     assert "requires gradients, which it computes for 64-128 (multiples of 64)" in refusal(40, gradients=True)
     check_supported("cute", CUDA, torch.bfloat16, 40, frozenset(), False)
 

@@ -29,7 +29,7 @@ DTYPES = frozenset({torch.float16, torch.bfloat16})
 HEAD_DIMS = HeadDims(smallest=8, largest=max(FORWARD), multiple=8)
 BACKWARD_HEAD_DIMS = HeadDims(smallest=8, largest=max(BACKWARD), multiple=8)
 """What there are backward kernels for: calls of other head dims that need gradients are refused."""
-LACKS = frozenset({"alibi", "deterministic", "dropout", "ring_alibi", "softcap"})
+LACKS = frozenset({"alibi", "dropout", "ring_alibi", "softcap"})
 """Features that its kernels do not have."""
 
 
