@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,3 +144,13 @@ def test_what_is_exported_exists() -> None:
     for name in ring_core.__all__:
         assert getattr(ring_core, name) is not None
     assert ring_core.__all__ == sorted(ring_core.__all__)
+
+
+def test_importing_takes_no_compiler() -> None:
+    """torch's own takes seconds to import, which a first call should not wait for."""
+    check = "import torch, sys; before = {*sys.modules}; import ring_core; print(*sorted({*sys.modules} - before))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=True)
+    added = done.stdout.split()
+    assert "ring_core.interface" in added
+    assert not {"torch._dynamo", "torch._inductor", "sympy", "triton"}.intersection(added)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ring_core._torch import constant_in_graphs
 from ring_core.group import Group
 from ring_core.layout import gather_uneven, place_of
 from ring_core.plan.dealing import Cells, PackedLayoutName
@@ -183,7 +184,7 @@ def plan_packed(
     return plan
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # of a list, in a graph
+@constant_in_graphs  # of a list
 def _plan(
     ends: tuple[int, ...],
     ends_k: tuple[int, ...] | None,
