@@ -264,14 +264,15 @@ def _launch(
     departures: Tensor | None,
     settings: BackwardSettings | None,
 ) -> None:
-    device = q.get_device()
+    device, q_at, k_at, v_at = q.get_device(), q.data_ptr(), k.data_ptr(), v.data_ptr()
+    dk_at, dv_at = dk.data_ptr(), dv.data_ptr()
     key = (
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride(), dv.stride(), dk.dtype,
         flags is None, departures is None, params.scale, params.deterministic, settings, q.dtype, device,
     )  # fmt: skip
-    calls = table.host.cache.setdefault("cute backward", {})
-    known = calls.get(key)
-    if known is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15 or (dk.data_ptr() | dv.data_ptr()) & 7:
+    calls = table.host.cache.get("cute backward")
+    known = None if calls is None else calls.get(key)
+    if known is None or (q_at | k_at | v_at) & 15 or (dk_at | dv_at) & 7:
         if backward_supports(q, k, v, dk, dv):
             q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
             if reason := backward_supports(q, k, v, dk, dv):
@@ -281,7 +282,7 @@ def _launch(
         known = _prepare_call(q, k, v, dout, dk, dv, table, params, flags, departures, settings)
         if known is None:
             return
-        calls[key] = known
+        table.host.cache.setdefault("cute backward", {})[key] = known
     stream = current_stream(device)
     memory = state.memory.data_ptr()
     done = None
@@ -289,15 +290,15 @@ def _launch(
         stretches = stretches_of(q.shape[1], (settings or backward_settings_for(q.shape[3])).block)
         done = torch.zeros(q.shape[0] * q.shape[2] * stretches, dtype=torch.int32, device=q.device)
     known.kernel(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
+        q_at,
+        k_at,
+        v_at,
         dout.data_ptr(),
         memory + known.pitch,
         memory,
         memory + 2 * known.pitch,
-        dk.data_ptr(),
-        dv.data_ptr(),
+        dk_at,
+        dv_at,
         known.items,
         known.walk,
         _counter(device, stream),

@@ -33,10 +33,22 @@ class BackwardSettings:
 BACKWARD: dict[int, BackwardSettings] = {
     # padded head dim: dk and dv (128 x D), P and dP (128 x block) and dq (block x D) live in the registers of two
     # warpgroups; K, V, ds twice, dq in fp32 and the stages in 227 KiB
-    64: BackwardSettings(block=96, q_stages=3, ahead=True, reason="not measured yet"),
-    128: BackwardSettings(q_stages=3, ahead=True, reason="not measured yet"),
+    64: BackwardSettings(
+        block=96,
+        q_stages=3,
+        ahead=True,
+        reason="TFLOP/s causal, full at 4096, then at 16384: 465, 493, 509, 507; blocks of 64 ahead 426, 451, "
+        "453, 453, of 96 not ahead 458, 475, 503, 483, rolling 431, 468, 477, 475; stages 4+3 466, 498, 517, 491",
+    ),
+    128: BackwardSettings(
+        q_stages=3,
+        ahead=True,
+        reason="TFLOP/s causal, full at 4096, then at 16384: 581, 610, 635, 630, with 32/8 632, 637; not ahead "
+        "534, 616, 639, 636, 584, 594; two stages of Q 578, 589, 634, 619, 631, 619, four 575, 597, 629, 616, 603, 567",
+    ),
 }
-"""By head dim, rounded up to the next key."""
+"""By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-22: the main kernel alone
+(`gpu_probe_backward.py variants`)."""
 
 
 def backward_head_dim(head_dim: int) -> int:

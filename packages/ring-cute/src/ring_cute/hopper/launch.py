@@ -101,15 +101,16 @@ def forward(
     """
     if sinks is not None and (sinks.dtype != torch.float32 or not sinks.is_contiguous()):
         sinks = sinks.float().contiguous()
-    device = q.get_device()
+    device, q_at, k_at, v_at, out_at = q.get_device(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    state_at = 0 if state is None else state.data_ptr()
     key = (
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(), lse.stride(),
         None if state is None else state.stride(), sinks is None, flags is None, scale, settings, q.dtype, device,
-        out.data_ptr() % 16, 0 if state is None else state.data_ptr() % 16,
+        out_at % 16, state_at % 16,
     )  # fmt: skip
-    calls = table.host.cache.setdefault("cute forward", {})
-    known = calls.get(key)
-    if known is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
+    calls = table.host.cache.get("cute forward")
+    known = None if calls is None else calls.get(key)
+    if known is None or (q_at | k_at | v_at) & 15:
         if supports(q, k, v):
             q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
             if reason := supports(q, k, v):
@@ -120,15 +121,15 @@ def forward(
         if known is None:
             return
         if k.numel():
-            calls[key] = known
+            table.host.cache.setdefault("cute forward", {})[key] = known
     stream = current_stream(device)
     known.kernel(
-        q.data_ptr(),
-        k.data_ptr() or q.data_ptr(),  # nobody sees anything, but a descriptor wants an address
-        v.data_ptr() or q.data_ptr(),
-        out.data_ptr(),
+        q_at,
+        k_at or q_at,  # nobody sees anything, but a descriptor wants an address
+        v_at or q_at,
+        out_at,
         lse.data_ptr(),
-        0 if state is None else state.data_ptr(),
+        state_at,
         0 if sinks is None else sinks.data_ptr(),
         known.items,
         known.walk,
