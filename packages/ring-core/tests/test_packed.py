@@ -21,6 +21,7 @@ from ring_core import (
     shard_sequence,
 )
 from ring_core.comm import gather_through, record_traffic
+from ring_core.comm.keeping import keeps
 from ring_core.plan import PACKED_LAYOUTS, make_plan, message_bytes
 from ring_core.testing import attention_oracle, compare
 from ring_core.testing.plugin import RunRanks
@@ -398,6 +399,20 @@ def kept(transport: str, lengths: list[int]) -> tuple[Any, Any, float]:
     predicted |= {("gradients", peer): 2 * message_bytes(n, **shape) for peer, n in made.gradient_tokens.items()}
     again = {peer: n * (3 if peer[0] == "keys" else 1) for peer, n in predicted.items()}
     return sent, [predicted, again], max(compare(a, b).max_abs for a, b in zip(*results, strict=True))
+
+
+def test_ranks_of_unequal_length_keep_alike() -> None:
+    """Some of these documents let the least that ranks hold make the difference."""
+    shapes = [(heads, 1 + extra) for heads in range(1, 12) for extra in range(3)]
+    found = set()
+    for lengths in ([7, 6], [5, 8, 4], [13, 2, 10], [9, 9, 9, 2]):
+        problem = plan_packed([0, *np.cumsum(lengths).tolist()], causal=True, rank=0, world_size=2).problem
+        chunks = {problem.key_chunk(rank) for rank in range(2)}
+        for num_heads, num_kv_heads in shapes:
+            kept = {keeps(problem, num_heads, torch.empty(1, n, num_kv_heads, 8)) for n in chunks}
+            assert len(kept) == 1
+            found |= kept
+    assert found == {False, True}
 
 
 @pytest.mark.parametrize("transport", ["collectives", "shared_memory"])

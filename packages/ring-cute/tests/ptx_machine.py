@@ -441,6 +441,11 @@ class Program:
         if "wide" in kinds:
             narrow, wide = TYPES[kinds[-1]], TYPES[kinds[-1].replace("32", "64")]
             return self._map(operands, narrow, lambda a, b: a.astype(wide) * b.astype(wide), wide)
+        if "hi" in kinds:
+            assert kinds[-1] in ("s32", "u32"), name
+            narrow, wide = TYPES[kinds[-1]], TYPES[kinds[-1].replace("32", "64")]
+            return self._map(operands, narrow, lambda a, b: (a.astype(wide) * b.astype(wide) >> 32).astype(narrow))
+        assert "lo" in kinds or kinds[-1] in ("f16", "f32", "f64", "bf16"), name
         return self._map(operands, TYPES[kinds[-1]], np.multiply)
 
     def op_mad(self, name: str, kinds: list[str], operands: list[str]) -> Any:

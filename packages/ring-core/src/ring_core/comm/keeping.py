@@ -15,9 +15,10 @@ of a backward's 1.3. A sequence whose keys all ranks need would be kept whole on
 
 
 def keeps(problem: Problem | PackedProblem, num_heads: int, k: Tensor) -> bool:
-    """Whether the forward's keys are kept; the same on all ranks. k: (B, S, Hkv, D), local keys."""
+    """Whether the forward's keys are kept; the same on all ranks, also where they hold more and fewer tokens. k:
+    (B, S, Hkv, D), local keys."""
     if not isinstance(problem, PackedProblem) or len(head_groups(problem, num_heads, k, "forward")) > 1:
         return False
-    tokens, num_kv_heads = k.shape[1:3]
-    saved = 2 * tokens * (num_heads + num_kv_heads)  # in heads' rows
+    num_kv_heads = k.shape[2]
+    saved = 2 * (problem.q_length * num_heads + problem.k_length * num_kv_heads) / problem.world_size  # heads' rows
     return 2 * most_gathered(problem) * num_kv_heads <= MOST_OF_SAVED * saved
