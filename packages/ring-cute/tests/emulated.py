@@ -18,7 +18,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from ptx_machine import Memory, Program, launch
+from ptx_machine import Memory, launch
+from ptx_program import Program
 from torch import Tensor
 
 from ring_cute import library
