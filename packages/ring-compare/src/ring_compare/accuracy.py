@@ -14,7 +14,7 @@ from ring_compare.places import Positions, take
 from ring_compare.ranks import Ranks
 from ring_compare.single import single_call
 from ring_compare.suites import Cell
-from ring_core.testing.measure import BASELINE_FACTOR, baseline
+from ring_core.testing.measure import BASELINE_FACTOR, baseline, rounding
 from ring_core.testing.oracle import OracleResult, attention_oracle
 
 TENSORS = ("out", "lse", "dq", "dk", "dv")
@@ -181,18 +181,13 @@ class Expectation:
         self.single = difference(once, self._heads, ranks) if call is not None else {}
         dtype = inputs.q.dtype
         self.tolerance = {
-            name: max(BASELINE_FACTOR * errors[name]["relative"], _rounding(name, dtype)) for name in errors
+            name: max(BASELINE_FACTOR * errors[name]["relative"], rounding(name, dtype)) for name in errors
         }
 
     def errors(self, results: Sequence[HeadResults]) -> ErrorTable:
         """Errors against the oracle, each with the tolerance for its relative error."""
         table = difference(results, self._heads, self._ranks)
         return {name: {**values, "tolerance": self.tolerance[name]} for name, values in table.items()}
-
-
-def _rounding(name: str, dtype: torch.dtype) -> float:
-    """What is always tolerated, should the baseline be exact by luck: lse is fp32, the rest is stored in the dtype."""
-    return torch.finfo(torch.float32).eps if name == "lse" else torch.finfo(dtype).eps / 2
 
 
 def complaint(errors: ErrorTable) -> str:

@@ -156,14 +156,12 @@ def tolerances(
 ) -> dict[str, Tolerance]:
     """What a backend may be wrong by: BASELINE_FACTOR times the baseline's error, by name: out, lse, dq, ...
 
-    Where the baseline happens to be exact (a handful of numbers is, by luck), what remains is a correct rounding to the
-    dtype or a few float32 roundings (float64 for float64 inputs), and for gradients that cancel to nothing as many of
-    what cancelled. Raises ValueError if the
-    baseline itself overflowed: such inputs can tell nothing.
+    Where the baseline happens to be exact (a handful of numbers is, by luck), what remains is `rounding`, and for
+    gradients that cancel to nothing as many float32 roundings of what cancelled. Raises ValueError if the baseline
+    itself overflowed: such inputs can tell nothing.
     """
     reference = attention_oracle(q, k, v, **options) if reference is None else reference
     errors = baseline_errors(q, k, v, reference=reference, **options)
-    unit = torch.finfo(q.dtype).eps / 2
     fine = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
     result = {}
     for name, error in errors.items():
@@ -171,9 +169,18 @@ def tolerances(
             raise ValueError(f"the {q.dtype} baseline of {name} is not finite")
         rms = 4 * fine * _uncancelled(name, q, k, v, options)
         relative = BASELINE_FACTOR * error.relative if math.isfinite(error.relative) else 0.0  # inf: the truth is 0
-        stored = 0.0 if name in ("lse", "dsinks") else unit  # those two are never stored in a coarse dtype
-        result[name] = Tolerance(max(relative, stored, 4 * fine), rms)
+        result[name] = Tolerance(max(relative, rounding(name, q.dtype)), rms)
     return result
+
+
+def rounding(name: str, dtype: torch.dtype) -> float:
+    """The relative error of `name` (out, lse, dq, ...) that is tolerated however little the baseline is wrong by.
+
+    A correct rounding to the inputs' `dtype`, or a few float32 roundings (float64 for float64 inputs): where few
+    numbers are summed, by how many of these a sum is wrong is luck.
+    """
+    stored = 0.0 if name in ("lse", "dsinks") else torch.finfo(dtype).eps / 2  # those two are never stored coarsely
+    return max(stored, 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps)
 
 
 def assert_close_to_oracle(name: str, x: Tensor, reference: Tensor, tolerance: Tolerance | float) -> None:
