@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ring_core.backend import DeviceTable, Params
+from ring_core.backend import Params
 from ring_core.reference import ReferenceBackend
 from ring_core.testing.direct import (
     BackwardCase,
@@ -33,20 +33,8 @@ CPU = torch.device("cpu")
 REFERENCE = ReferenceBackend()
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    state: Tensor | None,
-    table: DeviceTable,
-    *,
-    scale: float,
-    sinks: Tensor | None,
-    settings: Any,
-) -> None:
-    REFERENCE.forward(q, k, v, out, lse, state, table, params=Params(scale, sinks=sinks))
+def forward(*given: Any, scale: float, sinks: Tensor | None, settings: Any) -> None:
+    REFERENCE.forward(*given, params=Params(scale, sinks=sinks))
 
 
 def prepare(q: Tensor, *tensors: Tensor, params: Params) -> Any:
