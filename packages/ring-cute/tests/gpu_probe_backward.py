@@ -4,7 +4,8 @@
     python packages/ring-cute/tests/gpu_probe_backward.py [SECTION…]    # on the GPU: torch, apache-tvm-ffi, the cache
 
 Sections: smoke, correct, flags, departures, deterministic, speed, variants, host (all if none but variants);
-"only=WORD" picks the cases of `correct` that WORD is part of, and the cells of `speed`. Each case is named before it is
+"only=WORD" picks the cases of `correct` that WORD is part of, and the cells of `speed`, and head dims (D256) of
+`variants`. Each case is named before it is
 launched. Exit status 1 if a check failed; a kernel that does not end ends the probe with 2. Where ring-triton and
 flash_attn_4 are importable, their backwards are timed as well.
 """
@@ -56,12 +57,27 @@ VARIANTS: dict[int, dict[str, BackwardSettings]] = {
         "96, 2+2": BackwardSettings(block=96),
         "96 rolling, 3+2": BackwardSettings(block=96, q_stages=3, rolling=True),
     },
+    192: {
+        "as shipped": backward_settings_for(192),
+        "2+2, two buffers of dq": BackwardSettings(),
+        "2+1": BackwardSettings(do_stages=1, dq_buffers=3),
+        "1+1": BackwardSettings(q_stages=1, do_stages=1, dq_buffers=3),
+    },
+    256: {
+        "as shipped": backward_settings_for(256),
+        "1+1": BackwardSettings(q_stages=1, do_stages=1),
+        "1+1, four buffers of dq": BackwardSettings(q_stages=1, do_stages=1, dq_buffers=4),
+    },
 }
+
+PADDED = (96, 40, 160, 200)
+WAITING = (128, 256)
+"""Head dims of `flags` and `departures`."""
 
 
 def kinds() -> Iterator[BackwardKind | EndsKind]:
     """Every kernel that the probe launches, those of `speed` first."""
-    for dim in (128, 64):
+    for dim in VARIANTS:
         shipped = backward_settings_for(dim)
         yield EndsKind("prepare", "bfloat16", dim)
         yield EndsKind("finish", "bfloat16", dim)
@@ -77,8 +93,9 @@ def kinds() -> Iterator[BackwardKind | EndsKind]:
         yield EndsKind("prepare", "float16", dim)
         yield EndsKind("finish", "float16", dim)
         yield BackwardKind("float16", dim, "shared", False, False, shipped)
-    yield BackwardKind("bfloat16", 128, "added", True, True, backward_settings_for(128))
-    for dim in (96, 40):
+    for dim in WAITING:
+        yield BackwardKind("bfloat16", dim, "added", True, True, backward_settings_for(dim))
+    for dim in PADDED:
         yield EndsKind("prepare", "bfloat16", dim)
         yield EndsKind("finish", "bfloat16", dim)
         yield BackwardKind("bfloat16", dim, "shared", False, False, backward_settings_for(dim))
@@ -116,17 +133,21 @@ def smoke() -> None:
     check(Case("smoke: eight blocks, four tiles", [one(512, 512)], 512, heads=(1, 1)))
     check(Case("smoke: few keys", [one(64, 5)], 64, heads=(1, 1)))
     check(Case("smoke: few rows", [one(5, 128)], 5, heads=(1, 1)))
+    for dim in (192, 256):
+        check(Case(f"smoke: one block D{dim}", [one(64, 64)], 64, heads=(1, 1), dim=dim))
+        check(Case(f"smoke: eight blocks, eight tiles D{dim}", [one(512, 512)], 512, heads=(1, 1), dim=dim))
+        check(Case(f"smoke: few keys D{dim}", [one(64, 5)], 64, heads=(1, 1), dim=dim))
 
 
 def correct() -> None:
-    for dim in (128, 64, 96, 40):
+    for dim in (*VARIANTS, *PADDED):
         for case in simple(dim, heads=(4, 2)):
             check(case)
     for dim, tried in VARIANTS.items():
         for label, chosen in list(tried.items())[1:]:
             for case in (*simple(dim, settings=chosen), random_case(2, dim, settings=chosen)):
                 check(replace(case, heads=(4, 2), name=f"{label}: {case.name}"))
-    for dim in (128, 64):
+    for dim in VARIANTS:
         for case in (*plans(dim), chunks(dim), own_batches(dim), *(random_case(s, dim) for s in range(12))):
             check(case)
         for heads in ((3, 3), (4, 2)):
@@ -136,16 +157,23 @@ def correct() -> None:
             check(replace(case, name=f"departures: {case.name}"))
         for case in simple(dim, dtype=torch.float16):
             check(replace(case, name=f"fp16: {case.name}"))
-    check(replace(chunks(128), name="departures: four steps", departures=True))
+    for dim in WAITING:
+        check(replace(chunks(dim), name=f"departures: four steps D{dim}", departures=True))
     check(Case("sinks", [one(512, 512, causal=True)], 512, heads=(4, 2), sinks=True))
     check(Case("dlse", [one(512, 512, causal=True)], 512, heads=(4, 2), dlse=True))
-    check(Case("8192 causal", [one(8192, 8192, causal=True)], 8192, heads=(4, 4)))
+    for dim in VARIANTS:
+        check(Case(f"8192 causal D{dim}", [one(8192, 8192, causal=True)], 8192, heads=(4, 4), dim=dim))
 
 
 def departures() -> None:
+    for dim in WAITING:
+        _departures(dim)
+
+
+def _departures(dim: int) -> None:
     """Each piece's dk, dv as they are when its counter is full, taken by another stream, against the final ones."""
     begin("departures")
-    pieces, length, q_len, heads, dim = 4, 1024, 4096, (16, 4), 128
+    pieces, length, q_len, heads = 4, 1024, 4096, (16, 4)
     torch.manual_seed(0)
     strips = [[Segment(0, q_len, c, 0, length, -q_len, length, 0, 0, 1, -1, 3)] for c in range(pieces)]
     table = on_device(table_of(*strips), DEVICE)
@@ -175,16 +203,21 @@ def departures() -> None:
                     left.remove(c)
         finish("departures")
         fine = not left and torch.equal(copies, dkv)
-        print(f"{'ok  ' if fine else 'FAIL'} departures {attempt}: {early} pieces taken while others were computed, "
-              f"counters {counters.tolist()} of {targets}", flush=True)  # fmt: skip
+        print(f"{'ok  ' if fine else 'FAIL'} departures D{dim} {attempt}: {early} pieces taken while others were "
+              f"computed, counters {counters.tolist()} of {targets}", flush=True)  # fmt: skip
         if not fine:
             failures.append("departures")
 
 
 def flags() -> None:
+    for dim in WAITING:
+        _flags(dim)
+
+
+def _flags(dim: int) -> None:
     """Pieces of NaN until the copy engine brings them, late; dk and dv equal those of all present."""
     begin("flags")
-    pieces, length, q_len, heads, dim = 4, 512, 1024, (8, 4), 128
+    pieces, length, q_len, heads = 4, 512, 1024, (8, 4)
     strips = [[Segment(0, q_len, c, 0, length, -q_len, length, 0, 0, 1, -1, 3)] for c in range(pieces)]
     table = on_device(table_of(*strips), DEVICE)
     torch.manual_seed(0)
@@ -224,7 +257,10 @@ def flags() -> None:
                 arrived[piece : piece + 1].copy_(ones, non_blocking=True)
         finish("flags")
         fine = torch.equal(got, want)
-        print(f"{'ok  ' if fine else 'FAIL'} pieces arriving in order {order}: dk, dv bitwise equal {fine}", flush=True)
+        print(
+            f"{'ok  ' if fine else 'FAIL'} D{dim}, pieces arriving in order {order}: dk, dv bitwise equal {fine}",
+            flush=True,
+        )
         if not fine:
             failures.append(f"flags {order}")
     memory.fill_(torch.nan)
@@ -329,6 +365,7 @@ def compare(fns: dict[str, Callable[[], None]], rounds: int = 3) -> dict[str, fl
 CELLS = [(max(1, 16384 // s), s, h, 128) for s in (4096, 8192, 16384, 32768) for h in ((16, 16), (32, 8), (64, 8))]
 CELLS = [(b if h[0] < 64 else max(1, b // 2), s, h, d) for b, s, h, d in CELLS]
 CELLS += [(4, 4096, (32, 32), 64), (1, 16384, (32, 32), 64)]
+CELLS += [(max(1, 16384 // s), s, (16, 16), d) for d in (192, 256) for s in (4096, 16384)]
 
 
 def others() -> dict[str, str]:
@@ -342,7 +379,7 @@ def others() -> dict[str, str]:
 
 
 def speed() -> None:
-    ratios: dict[int, list[float]] = {64: [], 128: []}
+    ratios: dict[int, list[float]] = {dim: [] for dim in VARIANTS}
     for batch, length, heads, dim in CELLS:
         for causal in (True, False):
             name = f"B{batch} S{length} H{heads[0]}/{heads[1]} D{dim} {'causal' if causal else 'full'}"
@@ -373,7 +410,13 @@ def variants() -> None:
         (1, 16384, (32, 8), 128),
         (4, 4096, (32, 32), 64),
         (1, 16384, (32, 32), 64),
+        (4, 4096, (16, 16), 192),
+        (1, 16384, (16, 16), 192),
+        (4, 4096, (16, 16), 256),
+        (1, 16384, (16, 16), 256),
     ):
+        if only not in f"D{dim}":
+            continue
         for causal in (True, False):
             call = Call(batch, length, heads, dim, causal)
             fns: dict[str, Callable[[], None]] = {name: call.main(chosen) for name, chosen in VARIANTS[dim].items()}
@@ -386,13 +429,19 @@ def variants() -> None:
 
 def deterministic() -> None:
     """dq in a fixed order: the same bits from run to run, and what that costs."""
-    for dim in (128, 64):
+    for dim in VARIANTS:
         cases = [*simple(dim, heads=(4, 2)), chunks(dim), own_batches(dim), *(random_case(s, dim) for s in range(4))]
         for case in cases:
             check(replace(case, name=f"deterministic: {case.name}", deterministic=True, repeat=3, dlse=False))
     check(Case("deterministic: 4096 causal", [one(4096, 4096, causal=True)], 4096, heads=(8, 8), deterministic=True,
                repeat=3))  # fmt: skip
-    for batch, length, heads, dim in ((4, 4096, (16, 16), 128), (1, 16384, (16, 16), 128), (1, 16384, (32, 32), 64)):
+    for batch, length, heads, dim in (
+        (4, 4096, (16, 16), 128),
+        (1, 16384, (16, 16), 128),
+        (1, 16384, (32, 32), 64),
+        (1, 16384, (16, 16), 192),
+        (1, 16384, (16, 16), 256),
+    ):
         for causal in (True, False):
             call = Call(batch, length, heads, dim, causal)
             fns = {"any order": call.main()}

@@ -25,6 +25,7 @@ pytestmark = [
 ]
 CPU = torch.device("cpu")
 CAUSAL = one(200, 300, causal=True, offset=100)
+WIDE = one(200, 150, causal=True, offset=-50)
 CASES = [
     Case("one block", [one(64, 128)], 64, heads=(1, 1)),
     Case("causal, two heads a key head", [CAUSAL], 200),
@@ -43,6 +44,17 @@ CASES = [
     replace(own_batches(64), name="own batch entries"),
     random_case(1, 64),
     random_case(2, 128),
+    Case("D 256, one block", [one(64, 64)], 64, heads=(1, 1), dim=256),
+    Case("D 256, two heads a key head", [WIDE], 200, dim=256, dlse=True),
+    Case("D 256, final", [one(200, 130, causal=True, offset=-70)], 200, dim=256, final=True, heads=(2, 2)),
+    Case("D 256, few heads: several CTAs add", [WIDE], 200, dim=256, heads=(6, 1)),
+    Case("D 192, two stages of dO", [WIDE], 200, dim=192, dlse=True),
+    Case("D 192, two buffers of dq", [WIDE], 200, dim=192, settings=BackwardSettings()),
+    Case("fp16, D 200", [one(130, 100, causal=True, offset=-30)], 130, dim=200, dtype=torch.float16),
+    Case("D 136, few keys", [one(200, 17)], 200, dim=136, sinks=True),
+    replace(chunks(160, batch=1, heads=(1, 1)), name="D 160, four steps", departures=True),
+    replace(own_batches(192), name="D 192, own batch entries"),
+    *(random_case(seed, 256) for seed in range(2)),
 ]
 
 
@@ -74,6 +86,7 @@ def test_case(case: Case) -> None:
 
 
 ORDERED = [replace(own_batches(64), heads=(1, 1)), random_case(1, 64), Case("two heads", [CAUSAL], 200, dim=64)]
+ORDERED += [replace(random_case(1, 256), heads=(2, 1)), Case("D 192", [WIDE], 200, dim=192)]
 
 
 @pytest.mark.parametrize("case", ORDERED, ids=lambda case: case.name)
@@ -83,13 +96,14 @@ def test_deterministic(case: Case) -> None:
     assert fine, message
 
 
-def test_flags() -> None:
+@pytest.mark.parametrize("dim", [64, 192])
+def test_flags(dim: int) -> None:
     """Pieces that are there, and poison: the result is that without flags, and every kernel ends."""
     on = emulated()
     strips = [[Segment(0, 64, c, 0, 128, -64, 128, 0, 0, 1, -1, 3)] for c in range(2)]
     table = on_device(table_of(*strips), CPU)
-    q, dout, out = (torch.randn(1, 64, 1, 64).bfloat16() for _ in range(3))
-    kv = torch.randn(2, 2, 1, 128, 1, 64).bfloat16()
+    q, dout, out = (torch.randn(1, 64, 1, dim).bfloat16() for _ in range(3))
+    kv = torch.randn(2, 2, 1, 128, 1, dim).bfloat16()
     state = on["prepare"](q, out, dout, torch.full((1, 1, 64), 4.0), None)
     results = []
     for value, epoch in ((None, 0), (7, 7), (-1, 1 << 30)):
@@ -104,7 +118,8 @@ def test_flags() -> None:
     assert all(torch.equal(x, results[0]) for x in results[1:])
 
 
-def test_the_machine_notices_early_reads() -> None:
+@pytest.mark.parametrize("dim", [64, 256])
+def test_the_machine_notices_early_reads(dim: int) -> None:
     """Where barriers forget the bytes they expect, the kernel reads what has not arrived, and the machine lets it."""
     import ptx_machine
 
@@ -115,5 +130,5 @@ def test_the_machine_notices_early_reads() -> None:
 
     on = emulated()
     with patch.object(ptx_machine.Barrier, "check", hasty):
-        _, fine = run(Case("hasty", [one(256, 128)], 256, heads=(1, 1), dim=64), CPU, **on)
+        _, fine = run(Case("hasty", [one(256, 128)], 256, heads=(1, 1), dim=dim), CPU, **on)
     assert not fine

@@ -34,8 +34,8 @@ buffer: written by the four warps of one consumer, read by both. `v_empty` and `
 
 Order of a block, of which products that follow each other without a wait are under way together:
 
-    dv: P[n] there │ dv, s[n+1] │ dv over: dO[n] free │ ds[n] there │ dq │ P[n+1] made, handed over │ dq goes │ dq │ goes
-    dk: dP[n] there, P[n] there │ ds[n] made, stored │ dk, dq │ dq goes, Q[n] free │ dq, dP[n+1] │ dq goes
+    dv: P[n] there │ dv, s[n+1] │ dO[n] free │ ds[n] there │ dq │ P[n+1] made, handed over │ dq goes │ dq │ dq goes
+    dk: dP[n] there, P[n] there │ ds[n] made, stored │ dk, dq │ Q[n] free, dq goes │ dq, dP[n+1] │ dq goes
 """
 
 from __future__ import annotations

@@ -152,9 +152,8 @@ class WideConsumer(BackwardConsumer):
             if cutlass.const_expr(self.kind.departures):
                 # every thread's additions come before the count
                 cute.arch.barrier(barrier_id=END_BARRIER, number_of_threads=128 * CONSUMERS)
-                if cutlass.const_expr(role == VALUES):
-                    if warp == 0 and leader:
-                        ptx.add_release_sys(departures.iterator + records[PIECE, slot], count)
+                if 4 * role + warp == 0 and leader:
+                    ptx.add_release_sys(departures.iterator + records[PIECE, slot], count)
             cute.arch.sync_warp()  # all lanes have read the record
             ptx.arrive(shared.record_empty + slot, leader)
             turn += 1
@@ -234,6 +233,7 @@ class WideConsumer(BackwardConsumer):
         ptx.wait(shared.do_full + do_stage, do_phase)
         dp = self.block_scores(parts.scores)
         multiply(parts.scores, parts.first, parts.second[None, None, None, do_stage], dp, False)
+        ptx.wait(shared.k_full, tiles & 1)  # for dq
         warpgroup.wait_group(0)
         for _ in cutlass.range(number - 1, unroll=1):
             state = self.queries_block(shared, parts, dp, thread, state, False)
