@@ -57,12 +57,24 @@ VARIANTS: dict[int, dict[str, BackwardSettings]] = {
         "96, 2+2": BackwardSettings(block=96),
         "96 rolling, 3+2": BackwardSettings(block=96, q_stages=3, rolling=True),
     },
+    192: {
+        "as shipped": backward_settings_for(192),
+        "2+2, two buffers of dq": BackwardSettings(),
+        "2+1": BackwardSettings(do_stages=1, dq_buffers=3),
+        "1+1": BackwardSettings(q_stages=1, do_stages=1, dq_buffers=3),
+    },
+    256: {
+        "as shipped": backward_settings_for(256),
+        "1+1": BackwardSettings(q_stages=1, do_stages=1),
+        "1+1, four buffers of dq": BackwardSettings(q_stages=1, do_stages=1, dq_buffers=4),
+    },
 }
+PADDED = (96, 40, 160, 200)
 
 
 def kinds() -> Iterator[BackwardKind | EndsKind]:
     """Every kernel that the probe launches, those of `speed` first."""
-    for dim in (128, 64):
+    for dim in VARIANTS:
         shipped = backward_settings_for(dim)
         yield EndsKind("prepare", "bfloat16", dim)
         yield EndsKind("finish", "bfloat16", dim)
@@ -78,7 +90,7 @@ def kinds() -> Iterator[BackwardKind | EndsKind]:
         yield EndsKind("prepare", "float16", dim)
         yield EndsKind("finish", "float16", dim)
         yield BackwardKind("float16", dim, "shared", False, False, shipped)
-    for dim in (96, 40):
+    for dim in PADDED:
         yield EndsKind("prepare", "bfloat16", dim)
         yield EndsKind("finish", "bfloat16", dim)
         yield BackwardKind("bfloat16", dim, "shared", False, False, backward_settings_for(dim))
@@ -111,17 +123,20 @@ def smoke() -> None:
     check(BackwardCase("smoke: eight blocks, four tiles", [causal_keys(512, 512)], 512, heads=(1, 1)))
     check(BackwardCase("smoke: few keys", [causal_keys(64, 5)], 64, heads=(1, 1)))
     check(BackwardCase("smoke: few rows", [causal_keys(5, 128)], 5, heads=(1, 1)))
+    for dim in (192, 256):
+        check(BackwardCase(f"smoke: one block D{dim}", [causal_keys(64, 64)], 64, heads=(1, 1), dim=dim))
+        check(BackwardCase(f"smoke: eight blocks D{dim}", [causal_keys(512, 512)], 512, heads=(1, 1), dim=dim))
 
 
 def correct() -> None:
-    for dim in (128, 64, 96, 40):
+    for dim in (*VARIANTS, *PADDED):
         for case in simple_backward(dim, heads=(4, 2)):
             check(case)
     for dim, tried in VARIANTS.items():
         for label, chosen in list(tried.items())[1:]:
             for case in (*simple_backward(dim, settings=chosen), random_keys(2, dim, settings=chosen)):
                 check(replace(case, heads=(4, 2), name=f"{label}: {case.name}"))
-    for dim in (128, 64):
+    for dim in VARIANTS:
         for case in (*backward_plans(dim), key_steps(dim), key_batches(dim), *(random_keys(s, dim) for s in range(12))):
             check(case)
         for heads in ((3, 3), (4, 2)):
@@ -131,30 +146,37 @@ def correct() -> None:
             check(replace(case, name=f"departures: {case.name}"))
         for case in simple_backward(dim, dtype=torch.float16):
             check(replace(case, name=f"fp16: {case.name}"))
-    check(replace(key_steps(128), name="departures: four steps", departures=True))
+        check(replace(key_steps(dim), name=f"departures: four steps D{dim}", departures=True))
+        check(BackwardCase(f"8192 causal D{dim}", [causal_keys(8192, 8192, causal=True)], 8192, heads=(4, 4), dim=dim))
     check(BackwardCase("sinks", [causal_keys(512, 512, causal=True)], 512, heads=(4, 2), sinks=True))
     check(BackwardCase("dlse", [causal_keys(512, 512, causal=True)], 512, heads=(4, 2), dlse=True))
-    check(BackwardCase("8192 causal", [causal_keys(8192, 8192, causal=True)], 8192, heads=(4, 4)))
+
+
+SHAPES = (
+    (4, 4096, (16, 16), 128),
+    (1, 16384, (16, 16), 128),
+    (1, 16384, (32, 8), 128),
+    (4, 4096, (32, 32), 64),
+    (1, 16384, (32, 32), 64),
+    (1, 16384, (16, 16), 192),
+    (1, 16384, (16, 16), 256),
+)
 
 
 def parts() -> None:
     """What the main kernel does, and what its ends take."""
-    for shape in ((4, 4096, (16, 16), 128), (1, 16384, (32, 8), 128), (1, 16384, (32, 32), 64)):
+    for shape in SHAPES:
         for call in backward_calls(FUNCTIONS, shape):
             fns = {"prepare": call.prepare, "main": call.main(), "finish": call.finish, "whole": call.whole}
             PROBE.show(call.title, {**fns, "cuDNN": call.cudnn()}, call.flops, ends=("prepare", "finish"))
 
 
 def variants() -> None:
-    """The main kernel's settings beside each other, and cuDNN."""
+    """The main kernel's settings beside each other, and cuDNN; of one head dim: only=D256."""
     heat()
-    for shape in (
-        (4, 4096, (16, 16), 128),
-        (1, 16384, (16, 16), 128),
-        (1, 16384, (32, 8), 128),
-        (4, 4096, (32, 32), 64),
-        (1, 16384, (32, 32), 64),
-    ):
+    for shape in SHAPES:
+        if PROBE.only not in f"D{shape[-1]}":
+            continue
         for call in backward_calls(FUNCTIONS, shape):
             fns = {name: call.main(chosen) for name, chosen in VARIANTS[shape[-1]].items()}
             PROBE.show(call.title, {**fns, "cuDNN": call.cudnn()}, call.flops)
@@ -163,13 +185,13 @@ def variants() -> None:
 def deterministic() -> None:
     """dq in a fixed order: the same bits from run to run, and what that costs."""
     more: dict[str, Any] = {"deterministic": True, "repeat": 3, "dlse": False}
-    for dim in (128, 64):
+    for dim in VARIANTS:
         cases = [*simple_backward(dim, heads=(4, 2)), key_steps(dim), key_batches(dim)]
         for case in (*cases, *(random_keys(seed, dim) for seed in range(4))):
             check(replace(case, name=f"deterministic: {case.name}", **more))
     long = causal_keys(4096, 4096, causal=True)
     check(BackwardCase("deterministic: 4096 causal", [long], 4096, heads=(8, 8), **more))
-    for shape in ((4, 4096, (16, 16), 128), (1, 16384, (16, 16), 128), (1, 16384, (32, 32), 64)):
+    for shape in SHAPES:
         for call in backward_calls(FUNCTIONS, shape):
             any_order = call.main()
             call.params = replace(call.params, deterministic=True)

@@ -21,11 +21,11 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("block", [64, 96])
+@pytest.mark.parametrize(("block", "tile_keys"), [(64, 128), (96, 128), (64, 64)])
 @pytest.mark.parametrize("name", TABLES)
-def test_turns_count_the_blocks_before(name: str, block: int) -> None:
+def test_turns_count_the_blocks_before(name: str, block: int, tile_keys: int) -> None:
     table: Table = TABLES[name]
-    schedule = make_schedule(table, tile_keys=128, block=block)
+    schedule = make_schedule(table, tile_keys=tile_keys, block=block)
     given = schedule.items if schedule.every_batch else schedule.for_batch(3)
     items, turns = turns_of(given, schedule.walk, block)
     np.testing.assert_array_equal(np.delete(items, 1, axis=1), np.delete(given, 1, axis=1))

@@ -34,6 +34,7 @@ pytestmark = [
 ]
 CPU = torch.device("cpu")
 CAUSAL = causal_keys(200, 300, causal=True, offset=100)
+WIDE = causal_keys(200, 150, causal=True, offset=-50)
 CASES = [
     BackwardCase("one block", [causal_keys(64, 128)], 64, heads=(1, 1)),
     BackwardCase("causal, two heads a key head", [CAUSAL], 200),
@@ -54,6 +55,19 @@ CASES = [
     replace(key_batches(64), name="own batch entries"),
     random_keys(1, 64),
     random_keys(2, 128),
+    BackwardCase("D 256, one block", [causal_keys(64, 64)], 64, heads=(1, 1), dim=256),
+    BackwardCase("D 256, two heads a key head", [WIDE], 200, dim=256, dlse=True),
+    BackwardCase(
+        "D 256, final", [causal_keys(200, 130, causal=True, offset=-70)], 200, dim=256, final=True, heads=(2, 2)
+    ),
+    BackwardCase("D 256, few heads: several CTAs add", [WIDE], 200, dim=256, heads=(6, 1)),
+    BackwardCase("D 192, two stages of dO", [WIDE], 200, dim=192, dlse=True),
+    BackwardCase("D 192, two buffers of dq", [WIDE], 200, dim=192, settings=BackwardSettings()),
+    BackwardCase("fp16, D 200", [causal_keys(130, 100, causal=True, offset=-30)], 130, dim=200, dtype=torch.float16),
+    BackwardCase("D 136, few keys", [causal_keys(200, 17)], 200, dim=136, sinks=True),
+    replace(key_steps(160, batch=1, heads=(1, 1)), name="D 160, four steps", departures=True),
+    replace(key_batches(192), name="D 192, own batch entries"),
+    *(random_keys(seed, 256) for seed in range(2)),
 ]
 
 
@@ -85,6 +99,7 @@ def test_case(case: BackwardCase) -> None:
 
 
 ORDERED = [replace(key_batches(64), heads=(1, 1)), random_keys(1, 64), BackwardCase("two heads", [CAUSAL], 200, dim=64)]
+ORDERED += [replace(random_keys(1, 256), heads=(2, 1)), BackwardCase("D 192", [WIDE], 200, dim=192)]
 
 
 @pytest.mark.parametrize("case", ORDERED, ids=lambda case: case.name)
@@ -94,13 +109,14 @@ def test_deterministic(case: BackwardCase) -> None:
     assert fine, message
 
 
-def test_flags() -> None:
+@pytest.mark.parametrize("dim", [64, 192])
+def test_flags(dim: int) -> None:
     """Pieces that are there, and poison: the result is that without flags, and every kernel ends."""
     on = emulated()
     strips = [[Segment(0, 64, c, 0, 128, -64, 128, 0, 0, 1, -1, 3)] for c in range(2)]
     table = on_device(table_of(*strips), CPU)
-    q, dout, out = (torch.randn(1, 64, 1, 64).bfloat16() for _ in range(3))
-    kv = torch.randn(2, 2, 1, 128, 1, 64).bfloat16()
+    q, dout, out = (torch.randn(1, 64, 1, dim).bfloat16() for _ in range(3))
+    kv = torch.randn(2, 2, 1, 128, 1, dim).bfloat16()
     state = on.prepare(q, out, dout, torch.full((1, 1, 64), 4.0), None, params=Params(0.1))
     results = []
     for value, epoch in ((None, 0), (7, 7), (-1, 1 << 30)):
@@ -115,7 +131,8 @@ def test_flags() -> None:
     assert all(torch.equal(x, results[0]) for x in results[1:])
 
 
-def test_the_machine_notices_early_reads() -> None:
+@pytest.mark.parametrize("dim", [64, 256])
+def test_the_machine_notices_early_reads(dim: int) -> None:
     """Where barriers forget the bytes they expect, the kernel reads what has not arrived, and the machine lets it."""
     import ptx_machine
 
@@ -126,5 +143,5 @@ def test_the_machine_notices_early_reads() -> None:
 
     on = emulated()
     with patch.object(ptx_machine.Barrier, "check", hasty):
-        _, fine = run_backward(BackwardCase("hasty", [causal_keys(256, 128)], 256, heads=(1, 1), dim=64), on, CPU)
+        _, fine = run_backward(BackwardCase("hasty", [causal_keys(256, 128)], 256, heads=(1, 1), dim=dim), on, CPU)
     assert not fine

@@ -17,11 +17,11 @@ from ring_cute import library
 from ring_cute.hopper.backward_order import stretches_of, turns_of
 from ring_cute.hopper.backward_settings import (
     BACKWARD,
-    TILE_KEYS,
     BackwardKind,
     BackwardSettings,
     EndsKind,
     backward_settings_for,
+    tile_keys_of,
 )
 from ring_cute.hopper.launch import DTYPES, L2_BYTES, POLLS, _counter, _processors, current_stream, dense_keys
 
@@ -236,7 +236,7 @@ def _where_final(
         dealt_out = written = False
         if q.numel() and len(table.host):
             chosen = settings or backward_settings_for(q.shape[-1])
-            prepared = schedule_for(table, q.shape[0], chosen.block, False, ordered)
+            prepared = schedule_for(table, q.shape[0], tile_keys_of(q.shape[-1]), chosen.block, False, ordered)
             dealt_out = _parts(prepared, q, dk.shape[3], whole=ordered) > 1
             written = prepared.keys == math.prod(dk.shape[:3])
         known = table.host.cache[key] = dealt_out, written
@@ -331,7 +331,7 @@ def _prepare_call(
     chosen = settings or backward_settings_for(head_dim)
     by_piece = flags is not None or departures is not None
     ordered = params.deterministic
-    prepared = schedule_for(table, batch, chosen.block, by_piece, ordered)
+    prepared = schedule_for(table, batch, tile_keys_of(head_dim), chosen.block, by_piece, ordered)
     group = num_heads // num_kv_heads
     split = _parts(prepared, q, num_kv_heads, whole=ordered or departures is not None)
     head_batches = prepared.repeats * num_kv_heads * split
@@ -404,12 +404,14 @@ def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | No
     return dq, -(share * state.delta).sum((0, 2)).to(params.sinks.dtype)
 
 
-def schedule_for(table: DeviceTable, batch: int, block: int, by_piece: bool, ordered: bool) -> PreparedKeys:
+def schedule_for(
+    table: DeviceTable, batch: int, tile_keys: int, block: int, by_piece: bool, ordered: bool
+) -> PreparedKeys:
     """The table's schedule on its device, made once and kept with the table."""
-    key = ("cute backward", str(table.device), batch, block, by_piece, ordered)
+    key = ("cute backward", str(table.device), batch, tile_keys, block, by_piece, ordered)
     known = table.host.cache.get(key)
     if known is None:
-        schedule = make_schedule(table.host, tile_keys=TILE_KEYS, block=block, by_piece=by_piece)
+        schedule = make_schedule(table.host, tile_keys=tile_keys, block=block, by_piece=by_piece)
         items = schedule.items if schedule.every_batch else schedule.for_batch(batch)
         walk = schedule.walk if len(schedule.walk) else np.zeros((1, schedule.walk.shape[1]), dtype=np.int32)
         turns = None
