@@ -35,6 +35,7 @@ pytestmark = [
 CPU = torch.device("cpu")
 CAUSAL = causal_keys(200, 300, causal=True, offset=100)
 WIDE = causal_keys(200, 150, causal=True, offset=-50)
+STEPS = [table_of([Segment(0, 90, n, 0, 60, -90, -40 * n, 0, 60 * n, 1, -1, 3)]) for n in range(2)]
 CASES = [
     BackwardCase("one block", [causal_keys(64, 128)], 64, heads=(1, 1)),
     BackwardCase("causal, two heads a key head", [CAUSAL], 200),
@@ -65,9 +66,9 @@ CASES = [
     BackwardCase("D 192, two buffers of dq", [WIDE], 200, dim=192, settings=BackwardSettings()),
     BackwardCase("fp16, D 200", [causal_keys(130, 100, causal=True, offset=-30)], 130, dim=200, dtype=torch.float16),
     BackwardCase("D 136, few keys", [causal_keys(200, 17)], 200, dim=136, sinks=True),
-    replace(key_steps(160, batch=1, heads=(1, 1)), name="D 160, four steps", departures=True),
+    BackwardCase("D 160, two steps", [STEPS[1], STEPS[0]], 90, heads=(1, 1), dim=160, departures=True, piece_length=60),
     replace(key_batches(192), name="D 192, own batch entries"),
-    *(random_keys(seed, 256) for seed in range(2)),
+    random_keys(0, 256),
 ]
 
 
@@ -99,7 +100,7 @@ def test_case(case: BackwardCase) -> None:
 
 
 ORDERED = [replace(key_batches(64), heads=(1, 1)), random_keys(1, 64), BackwardCase("two heads", [CAUSAL], 200, dim=64)]
-ORDERED += [replace(random_keys(1, 256), heads=(2, 1)), BackwardCase("D 192", [WIDE], 200, dim=192)]
+ORDERED += [BackwardCase(f"D {dim}", [WIDE], 200, dim=dim) for dim in (192, 256)]
 
 
 @pytest.mark.parametrize("case", ORDERED, ids=lambda case: case.name)

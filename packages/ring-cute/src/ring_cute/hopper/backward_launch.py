@@ -21,6 +21,7 @@ from ring_cute.hopper.backward_settings import (
     BackwardSettings,
     EndsKind,
     backward_settings_for,
+    senders_of,
     tile_keys_of,
 )
 from ring_cute.hopper.launch import DTYPES, L2_BYTES, POLLS, _counter, _processors, current_stream, dense_keys
@@ -288,7 +289,8 @@ def _launch(
     done = None
     if known.turns:
         stretches = stretches_of(q.shape[1], (settings or backward_settings_for(q.shape[3])).block)
-        done = torch.zeros(q.shape[0] * q.shape[2] * stretches, dtype=torch.int32, device=q.device)
+        counters = q.shape[0] * q.shape[2] * stretches * senders_of(q.shape[3])
+        done = torch.zeros(counters, dtype=torch.int32, device=q.device)
     known.kernel(
         q_at,
         k_at,

@@ -275,11 +275,12 @@ class Share:
 @cute.jit
 def add_queries(
     work, shared, dq_atom, dq_tensor, num_heads, q_len_all, turns, done, block: cutlass.Constexpr,
-    shares: cutlass.Constexpr, ordered: cutlass.Constexpr,
+    shares: cutlass.Constexpr, ordered: cutlass.Constexpr, sender: cutlass.Constexpr = 0,
+    senders: cutlass.Constexpr = 1,
 ):  # fmt: skip
     """Sends a block's dq on its way to be added to global memory. shares: of a block, in the order in which they come.
     ordered: when it is this block's turn (`backward_order`), and until then it waits; done: how many blocks have added
-    to each stretch of rows of each head."""
+    to each stretch of rows of each head. senders: warps that send different columns, each with counters of its own."""
     lane = cute.arch.lane_idx()
     records, walk = shared.records, work.walk
     turn, blocks = Int32(0), Int32(0)
@@ -297,7 +298,7 @@ def add_queries(
             mine, wanted = Int32(0), Int32(-1)
             if cutlass.const_expr(ordered):
                 row = walk[entry + Q_START] + walk[entry + I_LO] + b * block
-                mine = (batch * num_heads + q_head) * stretches + row // block + lane
+                mine = ((batch * num_heads + q_head) * stretches + row // block + lane) * senders + sender
                 if lane < 2:  # a block touches one stretch, or two
                     wanted = turns[2 * (records[TURNS, slot] + nth) + lane]
             end = (batch * num_heads + q_head) * q_len_all + walk[entry + Q_START] + q_len
@@ -320,9 +321,10 @@ def add_queries(
                 cute.copy(dq_atom, source, target)  # of reductions the DSL elects a lane by itself, and always the same
                 with cute.arch.elect_one():
                     cute.arch.cp_async_bulk_commit_group()
-                if cutlass.const_expr(n > 0):
+                if cutlass.const_expr(n > 0 and shares[n - 1].buffer != share.buffer):
                     _release(shared.dq_empty + shares[n - 1].buffer, 1, lane)
-            _release(shared.dq_empty + shares[len(shares) - 1].buffer, 0, lane)
+                if cutlass.const_expr(n == len(shares) - 1 or shares[n + 1].buffer == share.buffer):
+                    _release(shared.dq_empty + share.buffer, 0, lane)
             blocks += 1
             same = q_head
             w, b, q_head = following(walk, w, b, q_head)

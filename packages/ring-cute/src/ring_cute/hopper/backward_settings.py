@@ -82,6 +82,11 @@ def tile_keys_of(head_dim: int) -> int:
     return WIDE_TILE_KEYS if is_wide(head_dim) else TILE_KEYS
 
 
+def senders_of(head_dim: int) -> int:
+    """Warps that send dq on its way, of different columns: each counts whose turn it is by itself."""
+    return 2 if is_wide(head_dim) else 1
+
+
 @dataclass(frozen=True, slots=True)
 class BackwardKind:
     """What a compiled backward is for: one kernel each."""

@@ -1,12 +1,12 @@
 """The backward of wide heads (beyond 128) in CuTe DSL: one launch over all key tiles of a table.
 
-    warpgroup 0: three warps, few registers           warpgroups 1 (dv) and 2 (dk): the same 64 keys, many registers
+    warpgroup 0: four warps, few registers            warpgroups 1 (dv) and 2 (dk): the same 64 keys, many registers
     ┌───────────── load ───────────────┐              ┌─────────── dv ───────────┐      ┌──────────── dk ────────────┐
     │ K and V tile, then blocks of     │── full ────► │ P = exp2(K Q[n]ᵀ - lse)  │─ P ─►│ ds = P (V dO[n]ᵀ - delta)  │
     │ queries by TMA: Q and dO rings   │◄── empty ─── │ dv += P dO[n]            │◄ ds ─│ dk += ds Q[n]              │
     ├──────────── describe ────────────┤              │ dqᵀ = Kᵀ ds, half of D   │      │ dqᵀ = Kᵀ ds, the other half│
     │ lse, delta, edges of each block  │── full ────► │       64 columns at a time, to shared memory                  │
-    ├─────────── add_queries ──────────┤              │                          │      │                            │
+    ├────── add_queries, 2 warps ──────┤              │                          │      │                            │
     │ dq by TMA reduce-add to memory   │◄── full ──── │                          │      │                            │
     └──────────────────────────────────┘              └──────────────────────────┘      └────────────────────────────┘
 
@@ -64,7 +64,7 @@ from ring_cute.hopper.views import flat, ragged_view
 from ring_cute.hopper.wide_consumer import QUERIES, VALUES, WideConsumer, WideShared
 
 WARPS = 4 * CONSUMERS
-HELPERS = 2
+HELPERS = 3
 """Warps, besides the one that loads, that read records."""
 THREADS = 128 * (1 + CONSUMERS)
 
@@ -352,11 +352,12 @@ class WideBackward:
                 )  # fmt: skip
             if warp == 1:
                 describe(work, shared, lse, delta, num_heads, q_len, self.block, self.q_stages)
-            if warp == 2:
-                add_queries(
-                    work, shared, dq_atom, dq_tma, num_heads, q_len, turns, done, self.block, self.consumer.sent,
-                    self.kind.ordered,
-                )  # fmt: skip
+            for role in cutlass.range_constexpr(CONSUMERS):
+                if warp == 2 + role:
+                    add_queries(
+                        work, shared, dq_atom, dq_tma, num_heads, q_len, turns, done, self.block,
+                        self.consumer.shares[role], self.kind.ordered, role, CONSUMERS,
+                    )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.kind.settings.consumer_registers)
             if warp < 8:

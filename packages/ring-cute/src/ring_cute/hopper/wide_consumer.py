@@ -72,12 +72,6 @@ class WideConsumer(BackwardConsumer):
                 alone = kind.settings.dq_buffers > CONSUMERS  # a buffer for each share
                 self.shares[role].append(Share(c, c, 0) if alone else Share(role, c, 0, nth, len(own)))
 
-    @property
-    def sent(self) -> list[Share]:
-        """All shares in the order in which they come."""
-        values, queries = self.shares
-        return [share for n in range(len(values)) for share in (*values[n : n + 1], *queries[n : n + 1])]
-
     @cute.jit
     def consume_wide(
         self, shared, scores, sums, turned, out, departures, score_scale, scale, strides, role: cutlass.Constexpr
