@@ -17,6 +17,7 @@ import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -67,21 +68,23 @@ class Runtime:
         return Counter({name: count - earlier for name, count, earlier in found if count != earlier})
 
 
-def copied(table: Table, flags: int = FIRST | LAST) -> DeviceTable:
+def copied(table: Table, device: torch.device, flags: int = FIRST | LAST) -> DeviceTable:
     """A table that nothing is remembered with yet."""
     rows = table.rows.copy()
     rows[:, COLUMNS.index("flags")] = flags
-    return on_device(Table(rows, table.groups), CPU)
+    return on_device(Table(rows, table.groups), device)
 
 
-def calls() -> dict[str, Callable[[], object]]:
+def calls(device: torch.device = CPU) -> dict[str, Callable[[], object]]:
     """Each kind of launch, as the backend is asked for it."""
     backend, params = CuteBackend(), Params(0.1)
-    q, out, dout = (torch.zeros(1, TOKENS, HEADS, HEAD_DIM, dtype=torch.bfloat16) for _ in range(3))
-    k, v = (torch.zeros(1, 1, TOKENS, HEADS, HEAD_DIM, dtype=torch.bfloat16) for _ in range(2))
-    lse, total, dk, dv = torch.zeros(1, HEADS, TOKENS), torch.zeros(q.shape), torch.zeros(k.shape), torch.zeros(k.shape)
+    zeros = partial(torch.zeros, device=device)
+    q, out, dout = zeros(3, 1, TOKENS, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    k, v = zeros(2, 1, 1, TOKENS, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    lse, total, (dk, dv) = zeros(1, HEADS, TOKENS), zeros(q.shape), zeros(2, *k.shape)
     plan = make_plan(Problem(TOKENS, TOKENS, TOKENS, TOKENS, None, 0, "contiguous", 1), 0, "ring").steps[0]
-    whole, between, keys = copied(plan.forward), copied(plan.forward, 0), copied(plan.backward)
+    whole, between = copied(plan.forward, device), copied(plan.forward, device, 0)
+    keys = copied(plan.backward, device)
     state = backend.prepare(q, k.shape[1:], out, dout, lse, None, params=params)
     return {
         "forward": lambda: backend.forward(q, k, v, out, lse, None, whole, params=params),

@@ -237,7 +237,8 @@ def _launch(
     known = table.host.cache.get("cute backward")
     if known is None:
         known = table.host.cache["cute backward"] = defaultdict(Launches)
-    launches: Launches = known[params.scale, params.deterministic, flags is None, departures is None, settings]
+    kind = device, params.scale, params.deterministic, flags is None, departures is None, settings
+    launches: Launches = known[kind]
     if not launches(*given):
         _launch_anew(launches, given, state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
 

@@ -99,7 +99,7 @@ def forward(
     known = table.host.cache.get("cute forward")
     if known is None:
         known = table.host.cache["cute forward"] = defaultdict(Launches)
-    launches: Launches = known[scale, flags is None, settings]
+    launches: Launches = known[device, scale, flags is None, settings]
     if not launches(*given):
         _launch_anew(launches, given, q, k, v, out, lse, state, table, scale, sinks, flags, settings)
 
