@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import host_time
 import torch
 
 from ring_core.testing.direct import (
@@ -31,9 +32,10 @@ from ring_core.testing.direct import (
 )
 from ring_core.testing.direct.calls import ForwardCall, forward_calls
 from ring_core.testing.probe import Probe, heat, host_microseconds
+from ring_cute.compile import backwards
 from ring_cute.hopper import launch as launching
 from ring_cute.hopper.launch import forward
-from ring_cute.settings import ForwardKind, Settings, kind_for, settings_for
+from ring_cute.settings import Settings, kind_for, settings_for
 
 DEVICE = torch.device("cuda", 0)
 PROBE = Probe()
@@ -62,7 +64,7 @@ VARIANTS: dict[int, dict[str, Settings]] = {
 }
 
 
-def kinds() -> Iterator[ForwardKind]:
+def kinds() -> Iterator[Any]:
     """Every kernel that the probe launches."""
     for dim in (128, 64, 192, 256):
         yield kind_for("bfloat16", dim)
@@ -75,6 +77,7 @@ def kinds() -> Iterator[ForwardKind]:
     for dim in (96, 40, 160, 200):
         for state in (False, True):
             yield kind_for("bfloat16", dim, state=state)
+    yield from backwards(host_time.HEAD_DIM, "bfloat16")
 
 
 def compile_all() -> None:
@@ -163,10 +166,10 @@ def locality() -> None:
 
 
 def host() -> None:
-    """Host time of a launch in steady state."""
-    PROBE.begin("host time")
-    call = ForwardCall(forward, (1, 256, (4, 4), 128), True)
-    print(f"host: {host_microseconds(call.kernel()):.1f} us a launch", flush=True)
+    """Host time of a launch in steady state, of each kind."""
+    for name, call in host_time.calls(DEVICE).items():
+        PROBE.begin(f"host time, {name}")
+        print(f"host: {host_microseconds(call):.1f} us, {name}", flush=True)
 
 
 def clocks() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ from ring_cute.hopper.backward_settings import (
     senders_of,
     tile_keys_of,
 )
-from ring_cute.hopper.launch import DTYPES, L2_BYTES, POLLS, _counter, _processors, current_stream, dense_keys
+from ring_cute.hopper.launch import DTYPES, L2_BYTES, POLLS, _counter, _processors, dense_keys
+from ring_cute.launches import Given, Launches, current_stream
 
 LOG2E = math.log2(math.e)
 ROWS = 0x7FFF0000
@@ -36,8 +38,9 @@ class BackwardState:
     """What lives from `prepare` to `finish`: for each row of q delta, lse times log2(e) (+inf where a row has seen
     nothing), and dq before it is scaled, one after the other in one piece of memory."""
 
-    memory: Tensor  # (2 * pitch + rows * D,) fp32, the pitch a multiple of 4
-    shape: torch.Size  # (B, Sq, Hq, D)
+    memory: Tensor  # (2 * pitch + rows * D,) fp32
+    pitch: int  # numbers from delta to lse and from lse to the sums, a multiple of 4, so that these are aligned
+    shape: tuple[int, ...]  # (B, Sq, Hq, D)
     dtype: torch.dtype
     dout: Tensor | None  # (B, Sq, Hq, D): instead of a dout that TMA cannot read
 
@@ -54,18 +57,13 @@ class BackwardState:
     def scaled_lse(self) -> Tensor:
         """(B, Hq, Sq)."""
         batch, length, heads, _ = self.shape
-        return self._part(_pitch(self.shape), batch, heads, length)
+        return self._part(self.pitch, batch, heads, length)
 
     @property
     def sums(self) -> Tensor:
         """(B, Hq, Sq, D)."""
         batch, length, heads, head_dim = self.shape
-        return self._part(2 * _pitch(self.shape), batch, heads, length, head_dim)
-
-
-def _pitch(shape: torch.Size) -> int:
-    """Numbers from delta to lse and from lse to the sums of q of such a shape: 16-byte aligned."""
-    return -(-shape[0] * shape[1] * shape[2] // 4) * 4
+        return self._part(2 * self.pitch, batch, heads, length, head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +77,6 @@ class PreparedKeys:
     keys: int  # in tiles that some query sees, of all batch entries
     section: Callable[[int, int, int], int]  # `Schedule.section`
     turns: Tensor | None  # (V, 2) int32: `backward_order.turns_of`
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """A kind of call that has been made: its kernel and every number that does not change."""
-
-    kernel: Any
-    items: int
-    walk: int
-    pitch: int  # of the state, in bytes
-    turns: int  # 0: in any order
-    numbers: tuple[int | float, ...]
 
 
 def backward_supports(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> str:
@@ -125,64 +111,37 @@ def _unreadable(x: Tensor) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
-    """A kind of `prepare` or `finish` that has been called."""
-
-    kernel: Any
-    size: int  # of a state's memory
-    pitch: int  # in bytes
-    numbers: tuple[int | float, ...]
-
-
-_prepared: dict[Any, _End] = {}
-_finished: dict[Any, _End] = {}
+_prepared: dict[torch.Size, tuple[tuple[int, ...], int, int, Launches]] = {}
+"""By the shape of q: that as a plain tuple, of which tensors are made faster, numbers in a state's memory, its pitch,
+what has been launched."""
+_finished: dict[Any, tuple[Any, tuple[float, ...]]] = {}
 
 
 def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> BackwardState:
     """See `ring_core.backend.Backend.prepare`."""
     shape, device = q.shape, q.get_device()
-    key = (
-        shape, out.stride(), dout.stride(), lse.stride(), None if dlse is None else dlse.stride(), q.dtype, device
-    )  # fmt: skip
-    known = _prepared.get(key)
-    if known is None or (out.data_ptr() | dout.data_ptr()) & 15:
-        if _unreadable(out[None]) or _unreadable(dout[None]):
-            copied = dout.clone(memory_format=torch.contiguous_format)
-            state = prepare(q, out.clone(memory_format=torch.contiguous_format), copied, lse, dlse)
-            state.dout = copied
-            return state
-        known = _prepare_end(q, out, dout, lse, dlse)
-        if known is not None:
-            _prepared[key] = known
+    known = _prepared.get(shape)
     if known is None:
-        return BackwardState(torch.empty(0, dtype=torch.float32, device=q.device), shape, q.dtype, None)
-    memory = torch.empty(known.size, dtype=torch.float32, device=q.device)
+        pitch = -(-math.prod(shape[:3]) // 4) * 4
+        known = _prepared[shape] = (tuple(shape), 2 * pitch + q.numel(), pitch, Launches())
+    plain, size, pitch, launches = known
+    memory = lse.new_empty(size)
     start = memory.data_ptr()
-    known.kernel(
-        out.data_ptr(),
-        dout.data_ptr(),
-        lse.data_ptr(),
-        0 if dlse is None else dlse.data_ptr(),
-        start,
-        start + known.pitch,
-        start + 2 * known.pitch,
-        *known.numbers,
-        current_stream(device),
-    )
-    return BackwardState(memory, shape, q.dtype, None)
-
-
-def _prepare_end(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> _End | None:
-    """What such a call needs to know; None where there are no rows."""
-    batch, length, num_heads, head_dim = q.shape
-    if not q.numel():
-        return None
-    strides = (0, 0, 0) if dlse is None else dlse.stride()
+    state = BackwardState(memory, pitch, plain, q.dtype, None)
+    given = (out, dout, lse, dlse, start, start + 4 * pitch, start + 8 * pitch, current_stream(device))
+    if launches(*given) or not size:
+        return state
+    if _unreadable(out[None]) or _unreadable(dout[None]):
+        out, dout = (x.clone(memory_format=torch.contiguous_format) for x in (out, dout))
+        state.dout = dout
+        given = (out, dout, *given[2:])
+        if launches(*given):
+            return state
+    batch, length, num_heads, head_dim = shape
     kernel = library.load(EndsKind("prepare", DTYPES[q.dtype], head_dim, dlse is not None))
-    numbers = (*out.stride()[:3], *dout.stride()[:3], *lse.stride()[:2], *strides, length, num_heads, batch)
-    pitch = _pitch(q.shape)
-    return _End(kernel, 2 * pitch + q.numel(), 4 * pitch, numbers)
+    strides = (*out.stride()[:3], *dout.stride()[:3], *lse.stride()[:2], *((0,) * 3 if dlse is None else dlse.stride()))
+    launches.add(kernel, (*(None,) * 7, *strides, length, num_heads, batch, None), given)
+    return state
 
 
 def backward(
@@ -218,9 +177,8 @@ def backward(
     if final is not None:
         assert flags is None and departures is None, "final gradients are those of keys that stay"
         dk, dv = _where_final(q, dk, dv, table, settings, params.deterministic)
-    if q.numel() and len(table.host):
-        dout = dout if state.dout is None else state.dout
-        _launch(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
+    dout = dout if state.dout is None else state.dout
+    _launch(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
     if final is not None and dk is not final[0]:
         final[0].copy_(dk)
         final[1].copy_(dv)
@@ -265,56 +223,32 @@ def _launch(
     departures: Tensor | None,
     settings: BackwardSettings | None,
 ) -> None:
-    device, q_at, k_at, v_at = q.get_device(), q.data_ptr(), k.data_ptr(), v.data_ptr()
-    dk_at, dv_at = dk.data_ptr(), dv.data_ptr()
-    key = (
-        q.shape, k.shape, q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride(), dv.stride(), dk.dtype,
-        flags is None, departures is None, params.scale, params.deterministic, settings, q.dtype, device,
-    )  # fmt: skip
-    calls = table.host.cache.get("cute backward")
-    known = None if calls is None else calls.get(key)
-    if known is None or (q_at | k_at | v_at) & 15 or (dk_at | dv_at) & 7:
-        if backward_supports(q, k, v, dk, dv):
-            q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
-            if reason := backward_supports(q, k, v, dk, dv):
-                raise ValueError(f"the Hopper kernels do not take {reason}")
-            _launch(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
-            return
-        known = _prepare_call(q, k, v, dout, dk, dv, table, params, flags, departures, settings)
-        if known is None:
-            return
-        table.host.cache.setdefault("cute backward", {})[key] = known
+    device = q.get_device()
     stream = current_stream(device)
-    memory = state.memory.data_ptr()
-    done = None
-    if known.turns:
+    arrived, epoch = (0, 0) if flags is None else (flags.values.data_ptr(), flags.epoch.data_ptr())
+    departed = 0 if departures is None else departures.data_ptr()
+    delta, pitch, done = state.memory.data_ptr(), 4 * state.pitch, None
+    if params.deterministic:
         stretches = stretches_of(q.shape[1], (settings or backward_settings_for(q.shape[3])).block)
         counters = q.shape[0] * q.shape[2] * stretches * senders_of(q.shape[3])
         done = torch.zeros(counters, dtype=torch.int32, device=q.device)
-    known.kernel(
-        q_at,
-        k_at,
-        v_at,
-        dout.data_ptr(),
-        memory + known.pitch,
-        memory,
-        memory + 2 * known.pitch,
-        dk_at,
-        dv_at,
-        known.items,
-        known.walk,
-        _counter(device, stream),
-        0 if flags is None else flags.values.data_ptr(),
-        0 if flags is None else flags.epoch.data_ptr(),
-        0 if departures is None else departures.data_ptr(),
-        known.turns,
-        0 if done is None else done.data_ptr(),
-        *known.numbers,
-        stream,
-    )
+    given = (
+        q, k, v, dout, delta + pitch, delta, delta + 2 * pitch, dk, dv,
+        _counter(device, stream), arrived, epoch, departed, 0 if done is None else done.data_ptr(), stream,
+    )  # fmt: skip
+    known = table.host.cache.get("cute backward")
+    if known is None:
+        known = table.host.cache["cute backward"] = defaultdict(Launches)
+    kind = device, params.scale, params.deterministic, flags is None, departures is None, settings
+    launches: Launches = known[kind]
+    if not launches(*given):
+        _launch_anew(launches, given, state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
 
 
-def _prepare_call(
+def _launch_anew(
+    launches: Launches,
+    given: tuple[Given, ...],
+    state: BackwardState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -326,8 +260,16 @@ def _prepare_call(
     flags: Flags | None,
     departures: Tensor | None,
     settings: BackwardSettings | None,
-) -> _Known | None:
-    """What a call of this kind needs to know; None where there is nothing to compute."""
+) -> None:
+    """Works out what is launched for such tensors."""
+    if not q.numel() or not k.numel() or not len(table.host):
+        return
+    if backward_supports(q, k, v, dk, dv):
+        q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
+        if reason := backward_supports(q, k, v, dk, dv):
+            raise ValueError(f"the Hopper kernels do not take {reason}")
+        _launch(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
+        return
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
     chosen = settings or backward_settings_for(head_dim)
@@ -338,14 +280,20 @@ def _prepare_call(
     split = _parts(prepared, q, num_kv_heads, whole=ordered or departures is not None)
     head_batches = prepared.repeats * num_kv_heads * split
     total = prepared.count * head_batches
-    if not total or not k.numel():
-        return None
+    if not total:
+        return
     members = group // split
     gradients = "final" if dk.dtype != torch.float32 else "shared" if split > 1 else "added"
     kind = BackwardKind(
         DTYPES[q.dtype], head_dim, gradients, flags is not None, departures is not None, chosen, ordered
     )
     numbers = (
+        *(None,) * 9,  # q, k, v, dout, lse, delta, dq, dk, dv
+        prepared.items.data_ptr(),
+        prepared.walk.data_ptr(),
+        *(None,) * 4,  # counter, flags, epoch, departures
+        0 if prepared.turns is None else prepared.turns.data_ptr(),
+        None,  # done
         params.scale * LOG2E,
         params.scale,
         length,
@@ -371,32 +319,25 @@ def _prepare_call(
         *(x.stride(-4) // x.stride(-3) if batch > 1 else 0 for x in (q, dout, k)),
         POLLS,
         min(total, _processors(q.device)),
+        None,  # stream
     )
-    return _Known(
-        library.load(kind),
-        prepared.items.data_ptr(),
-        prepared.walk.data_ptr(),
-        4 * _pitch(q.shape),
-        0 if prepared.turns is None else prepared.turns.data_ptr(),
-        numbers,
-    )
+    launches.add(library.load(kind), numbers, given)
 
 
 def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
     """See `ring_core.backend.Backend.finish`."""
-    memory = state.memory
-    dq = torch.empty(state.shape, dtype=state.dtype, device=memory.device)
-    if dq.numel():
-        device = memory.get_device()
-        key = (state.shape, params.scale, state.dtype, device)
-        known = _finished.get(key)
-        if known is None:
-            batch, length, num_heads, head_dim = state.shape
-            kernel = library.load(EndsKind("finish", DTYPES[state.dtype], head_dim))
-            numbers = (params.scale, *dq.stride()[:3], length, num_heads, batch)
-            known = _finished[key] = _End(kernel, 0, 4 * _pitch(state.shape), numbers)
-        stream = current_stream(device)
-        known.kernel(memory.data_ptr() + 2 * known.pitch, dq.data_ptr(), *known.numbers, stream)
+    memory, shape, dtype = state.memory, state.shape, state.dtype
+    device = memory.get_device()
+    dq = memory.new_empty(shape, dtype=dtype)
+    key = (shape, params.scale, dtype, device)
+    known = _finished.get(key)
+    if known is None and dq.numel():
+        batch, length, num_heads, head_dim = shape
+        kernel = library.load(EndsKind("finish", DTYPES[dtype], head_dim))
+        known = _finished[key] = (kernel, (params.scale, *dq.stride()[:3], length, num_heads, batch))
+    if known is not None:
+        kernel, numbers = known
+        kernel(memory.data_ptr() + 8 * state.pitch, dq.data_ptr(), *numbers, current_stream(device))
     if params.sinks is None:
         return dq, None
     if not dq.numel():
