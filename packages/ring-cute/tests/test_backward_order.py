@@ -6,18 +6,18 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from backward_cases import one, own_batches, plans, random_case
 
 from ring_core.key_tiles import ITEM, WALK, make_schedule
 from ring_core.segment import Table
+from ring_core.testing.direct import backward_plans, causal_keys, key_batches, random_keys
 from ring_cute.hopper.backward_order import turns_of
 
 TABLES = {
-    "causal": one(700, 700, causal=True),
-    "offset": one(333, 300, causal=True, offset=-33),
-    "own batch entries": own_batches(64).tables[0],
-    **{f"random {seed}": random_case(seed, 64).tables[0] for seed in range(8)},
-    **{case.name: case.tables[0] for case in plans(64)},
+    "causal": causal_keys(700, 700, causal=True),
+    "offset": causal_keys(333, 300, causal=True, offset=-33),
+    "own batch entries": key_batches(64).tables[0],
+    **{f"random {seed}": random_keys(seed, 64).tables[0] for seed in range(8)},
+    **{case.name: case.tables[0] for case in backward_plans(64)},
 }
 
 
