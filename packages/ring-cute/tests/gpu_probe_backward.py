@@ -70,6 +70,8 @@ VARIANTS: dict[int, dict[str, BackwardSettings]] = {
     },
 }
 PADDED = (96, 40, 160, 200)
+WIDE_SHAPES = [(batch, 16384 // batch, (16, 16), dim) for dim in (192, 256) for batch in (4, 1)]
+"""Beside cuDNN `ring-compare run --suite kernels-wide` has them: not every torch takes them there."""
 
 
 def kinds() -> Iterator[BackwardKind | EndsKind]:
@@ -125,7 +127,8 @@ def smoke() -> None:
     check(BackwardCase("smoke: few rows", [causal_keys(5, 128)], 5, heads=(1, 1)))
     for dim in (192, 256):
         check(BackwardCase(f"smoke: one block D{dim}", [causal_keys(64, 64)], 64, heads=(1, 1), dim=dim))
-        check(BackwardCase(f"smoke: eight blocks D{dim}", [causal_keys(512, 512)], 512, heads=(1, 1), dim=dim))
+        check(BackwardCase(f"smoke: many blocks D{dim}", [causal_keys(512, 512)], 512, heads=(1, 1), dim=dim))
+        check(BackwardCase(f"smoke: few keys D{dim}", [causal_keys(64, 5)], 64, heads=(1, 1), dim=dim))
 
 
 def correct() -> None:
@@ -146,21 +149,13 @@ def correct() -> None:
             check(replace(case, name=f"departures: {case.name}"))
         for case in simple_backward(dim, dtype=torch.float16):
             check(replace(case, name=f"fp16: {case.name}"))
+    for dim in (128, 256):
         check(replace(key_steps(dim), name=f"departures: four steps D{dim}", departures=True))
-        check(BackwardCase(f"8192 causal D{dim}", [causal_keys(8192, 8192, causal=True)], 8192, heads=(4, 4), dim=dim))
     check(BackwardCase("sinks", [causal_keys(512, 512, causal=True)], 512, heads=(4, 2), sinks=True))
     check(BackwardCase("dlse", [causal_keys(512, 512, causal=True)], 512, heads=(4, 2), dlse=True))
-
-
-SHAPES = (
-    (4, 4096, (16, 16), 128),
-    (1, 16384, (16, 16), 128),
-    (1, 16384, (32, 8), 128),
-    (4, 4096, (32, 32), 64),
-    (1, 16384, (32, 32), 64),
-    (1, 16384, (16, 16), 192),
-    (1, 16384, (16, 16), 256),
-)
+    for dim in VARIANTS:
+        long = causal_keys(8192, 8192, causal=True)
+        check(BackwardCase(f"8192 causal D{dim}", [long], 8192, heads=(4, 4), dim=dim))
 
 
 def parts() -> None:
@@ -169,17 +164,28 @@ def parts() -> None:
         for call in backward_calls(FUNCTIONS, shape):
             fns = {"prepare": call.prepare, "main": call.main(), "finish": call.finish, "whole": call.whole}
             PROBE.show(call.title, {**fns, "cuDNN": call.cudnn()}, call.flops, ends=("prepare", "finish"))
+    for shape in WIDE_SHAPES:
+        for call in backward_calls(FUNCTIONS, shape):
+            fns = {"prepare": call.prepare, "main": call.main(), "finish": call.finish, "whole": call.whole}
+            PROBE.show(call.title, fns, call.flops, ends=("prepare", "finish"))
 
 
 def variants() -> None:
     """The main kernel's settings beside each other, and cuDNN; of one head dim: only=D256."""
     heat()
-    for shape in SHAPES:
-        if PROBE.only not in f"D{shape[-1]}":
-            continue
+    for shape in (
+        (4, 4096, (16, 16), 128),
+        (1, 16384, (16, 16), 128),
+        (1, 16384, (32, 8), 128),
+        (4, 4096, (32, 32), 64),
+        (1, 16384, (32, 32), 64),
+    ):
         for call in backward_calls(FUNCTIONS, shape):
             fns = {name: call.main(chosen) for name, chosen in VARIANTS[shape[-1]].items()}
             PROBE.show(call.title, {**fns, "cuDNN": call.cudnn()}, call.flops)
+    for shape in WIDE_SHAPES:
+        for call in backward_calls(FUNCTIONS, shape):
+            PROBE.show(call.title, {name: call.main(x) for name, x in VARIANTS[shape[-1]].items()}, call.flops)
 
 
 def deterministic() -> None:
@@ -191,7 +197,7 @@ def deterministic() -> None:
             check(replace(case, name=f"deterministic: {case.name}", **more))
     long = causal_keys(4096, 4096, causal=True)
     check(BackwardCase("deterministic: 4096 causal", [long], 4096, heads=(8, 8), **more))
-    for shape in SHAPES:
+    for shape in ((4, 4096, (16, 16), 128), (1, 16384, (16, 16), 128), (1, 16384, (32, 32), 64), *WIDE_SHAPES):
         for call in backward_calls(FUNCTIONS, shape):
             any_order = call.main()
             call.params = replace(call.params, deterministic=True)

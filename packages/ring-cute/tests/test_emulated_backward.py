@@ -66,8 +66,8 @@ CASES = [
     BackwardCase("D 192, two buffers of dq", [WIDE], 200, dim=192, settings=BackwardSettings()),
     BackwardCase("fp16, D 200", [causal_keys(130, 100, causal=True, offset=-30)], 130, dim=200, dtype=torch.float16),
     BackwardCase("D 136, few keys", [causal_keys(200, 17)], 200, dim=136, sinks=True),
-    BackwardCase("D 160, two steps", [STEPS[1], STEPS[0]], 90, heads=(1, 1), dim=160, departures=True, piece_length=60),
-    replace(key_batches(192), name="D 192, own batch entries"),
+    BackwardCase("D 160, two steps", STEPS[::-1], 90, heads=(1, 1), dim=160, departures=True, piece_length=60),
+    key_batches(192),
     random_keys(0, 256),
 ]
 
