@@ -10,7 +10,7 @@ How fast it is beside others, `ring-compare run --suite kernels` says.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +70,13 @@ VARIANTS: dict[int, dict[str, BackwardSettings]] = {
     },
 }
 PADDED = (96, 40, 160, 200)
+SHAPES = [
+    (4, 4096, (16, 16), 128),
+    (1, 16384, (16, 16), 128),
+    (1, 16384, (32, 8), 128),
+    (4, 4096, (32, 32), 64),
+    (1, 16384, (32, 32), 64),
+]
 WIDE_SHAPES = [(batch, 16384 // batch, (16, 16), dim) for dim in (192, 256) for batch in (4, 1)]
 """Beside cuDNN `ring-compare run --suite kernels-wide` has them: not every torch takes them there."""
 
@@ -160,32 +167,25 @@ def correct() -> None:
 
 def parts() -> None:
     """What the main kernel does, and what its ends take."""
-    for shape in SHAPES:
+    for shape in (*SHAPES, *WIDE_SHAPES):
         for call in backward_calls(FUNCTIONS, shape):
             fns = {"prepare": call.prepare, "main": call.main(), "finish": call.finish, "whole": call.whole}
-            PROBE.show(call.title, {**fns, "cuDNN": call.cudnn()}, call.flops, ends=("prepare", "finish"))
-    for shape in WIDE_SHAPES:
-        for call in backward_calls(FUNCTIONS, shape):
-            fns = {"prepare": call.prepare, "main": call.main(), "finish": call.finish, "whole": call.whole}
-            PROBE.show(call.title, fns, call.flops, ends=("prepare", "finish"))
+            PROBE.show(call.title, fns | others(call), call.flops, ends=("prepare", "finish"))
 
 
 def variants() -> None:
     """The main kernel's settings beside each other, and cuDNN; of one head dim: only=D256."""
     heat()
-    for shape in (
-        (4, 4096, (16, 16), 128),
-        (1, 16384, (16, 16), 128),
-        (1, 16384, (32, 8), 128),
-        (4, 4096, (32, 32), 64),
-        (1, 16384, (32, 32), 64),
-    ):
-        for call in backward_calls(FUNCTIONS, shape):
-            fns = {name: call.main(chosen) for name, chosen in VARIANTS[shape[-1]].items()}
-            PROBE.show(call.title, {**fns, "cuDNN": call.cudnn()}, call.flops)
-    for shape in WIDE_SHAPES:
-        for call in backward_calls(FUNCTIONS, shape):
-            PROBE.show(call.title, {name: call.main(x) for name, x in VARIANTS[shape[-1]].items()}, call.flops)
+    for shape in (*SHAPES, *WIDE_SHAPES):
+        if PROBE.only in f"D{shape[-1]}":
+            for call in backward_calls(FUNCTIONS, shape):
+                fns = {name: call.main(chosen) for name, chosen in VARIANTS[shape[-1]].items()}
+                PROBE.show(call.title, fns | others(call), call.flops)
+
+
+def others(call: BackwardCall) -> dict[str, Callable[[], object]]:
+    """cuDNN, where every torch takes it."""
+    return {"cuDNN": call.cudnn()} if call.q.shape[-1] <= 128 else {}
 
 
 def deterministic() -> None:
@@ -197,7 +197,7 @@ def deterministic() -> None:
             check(replace(case, name=f"deterministic: {case.name}", **more))
     long = causal_keys(4096, 4096, causal=True)
     check(BackwardCase("deterministic: 4096 causal", [long], 4096, heads=(8, 8), **more))
-    for shape in ((4, 4096, (16, 16), 128), (1, 16384, (16, 16), 128), (1, 16384, (32, 32), 64), *WIDE_SHAPES):
+    for shape in (*SHAPES, *WIDE_SHAPES):
         for call in backward_calls(FUNCTIONS, shape):
             any_order = call.main()
             call.params = replace(call.params, deterministic=True)
