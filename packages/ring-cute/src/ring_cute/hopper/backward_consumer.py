@@ -10,7 +10,7 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import warpgroup
 
 from ring_cute.hopper import ptx
-from ring_cute.hopper.backward_producer import EDGE, FIRST_OFFSET, LAST_OFFSET, next_stage
+from ring_cute.hopper.backward_producer import EDGE, FIRST_OFFSET, LAST_OFFSET, Share, next_stage
 from ring_cute.hopper.backward_records import (
     BATCH,
     BLOCKS,
@@ -26,6 +26,7 @@ from ring_cute.hopper.backward_settings import TILE_KEYS, BackwardKind, tile_key
 from ring_cute.hopper.softmax import multiply, to_operand
 
 CONSUMERS = 2
+WARPS = 4 * CONSUMERS
 DS_BARRIER, END_BARRIER = 1, 2
 """Named barriers of both consumers."""
 
@@ -65,6 +66,11 @@ class BackwardConsumer:
         self.row_parts = 2 if self.dim == 64 else 1  # its share of dq: half of the rows, or of the columns
         self.dq_rows = self.block // self.row_parts
         self.tile_keys = tile_keys_of(kind.head_dim)
+        self.dq_buffers, self.v_readers = CONSUMERS, WARPS
+        by_rows = self.row_parts > 1
+        self.shares = [[Share(c, 0 if by_rows else c, c if by_rows else 0) for c in range(CONSUMERS)]]
+        """Of dq, for each warp that sends some of them, in the order in which they come."""
+        assert self.block % (16 * self.row_parts) == 0, "a product's depth is 16"
 
     @cute.jit
     def consume(
