@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed._symmetric_memory as _symmetric_memory
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
@@ -19,6 +20,12 @@ def constant_in_graphs(function: F) -> F:
     """What `torch.compiler.assume_constant_result` does, which imports the compiler to do it: that takes seconds."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def transforms_active() -> bool:
+    """Whether something looks at what is done to inputs though none of them asks for a gradient: forward-mode
+    differentiation, vmap and the like."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def group_by_name(name: str) -> ProcessGroup:

@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 from ring_core import agreement
 from ring_core import backward as orchestration_backward
 from ring_core import forward as orchestration_forward
-from ring_core._torch import dispatch_mode_active, group_by_name
+from ring_core._torch import dispatch_mode_active, group_by_name, transforms_active
 from ring_core.accumulate import accumulating
 from ring_core.backend import (
     Backend,
@@ -121,9 +121,18 @@ def attention(
         out, lse, _ = _attention_op(q, k, v, alibi_slopes, sinks, seed, code, call.numbers, call.integers, *call.names)
     else:
         if plan is not None:
-            call = replace(call, packed=plan.problem)
-        out, lse = _Attention.apply(q, k, v, alibi_slopes, sinks, seed, call)  # type: ignore[no-untyped-call]
+            call = _of_documents(call, plan.problem)
+        arguments = q, k, v, alibi_slopes, sinks, seed, call
+        if call.gradients or transforms_active():
+            out, lse = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
+        else:
+            out, lse, *_ = _forward(*arguments)
     return out, lse
+
+
+@lru_cache(maxsize=256)
+def _of_documents(call: Call, problem: PackedProblem) -> Call:
+    return replace(call, packed=problem)
 
 
 class _Attention(torch.autograd.Function):
@@ -385,7 +394,7 @@ def _group(call: Call) -> ProcessGroup | None:
 def _prepare(
     q: Tensor, k: Tensor, call: Call, group: ProcessGroup | None, *, alibi: bool, sinks: bool, lse_grad: bool = False
 ) -> _Way:
-    place = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    place = (0, 1) if group is None else (group.rank(), group.size())
     return _way(q.shape, k.shape, q.dtype, q.device, alibi, sinks, lse_grad, *place, call)
 
 

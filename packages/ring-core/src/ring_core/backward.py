@@ -35,7 +35,7 @@ def backward(
     if transport.head_groups > 1:  # each group is a backward of its own, and writes its part of these
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dsinks = None if params.sinks is None else torch.empty_like(params.sinks)
-    states: list[tuple[HeadPart, Any, torch.cuda.Event | None]] = []
+    states: list[tuple[HeadPart, Any, torch.Event | None]] = []
     for keys in transport.keys(k, v):
         part = of_heads(keys.heads, k.shape[2], q.shape[2])
         given = part.params(params)

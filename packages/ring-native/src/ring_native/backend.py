@@ -106,7 +106,7 @@ class NativeBackend:
         keys, values = _joined(k), _joined(v)
         for call, landings in plan.calls:
             whole = len(landings) == 1 and landings[0].in_out
-            target = (out[call.entries, call.rows], lse[call.entries, :, call.rows])
+            target = call.of_rows(out), call.of_rows(lse, dim=2)
             found = _run_forward(provider, call, q, keys, values, target if whole else (None, None), params)
             if not whole:
                 _land(call, landings, *found, out, lse, state)
@@ -162,7 +162,7 @@ class NativeBackend:
             place = state.dq.place(call)
             where = None
             if sums[0].dtype == k.dtype and [fresh for _, fresh in landed] == [True]:  # nothing came before
-                where = sums[0][call.entries, call.keys], sums[1][call.entries, call.keys]
+                where = call.of_keys(sums[0]), call.of_keys(sums[1])
             dq, *parts = _run_backward(state, call, q, keys, values, dout, place, where, params)
             if place is None:
                 state.dq.add(call, dq)
@@ -200,7 +200,7 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor]:
     """out (B or 1, rows, Hq, D) and lse (B or 1, Hq, rows) of a call, in the target where it has one and the provider
     can write there."""
-    tensors = q[call.entries, call.rows], keys[call.entries, call.keys], values[call.entries, call.keys], *target
+    tensors = call.of_rows(q), call.of_keys(keys), call.of_keys(values), *target
     sequences, params = call.sequences, _params_of(call, params)
     if sequences is None:
         return provider.forward(*tensors, mask=call.mask, sequences=None, params=params)
@@ -223,10 +223,9 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq (B or 1, rows, Hq, D), dk, dv (B or 1, keys, Hkv, D) of a call, where the provider can, in the tensors handed
     over."""
-    queries = call.entries, call.rows
-    place = call.entries, call.keys
     lse, dlse = _rows_of_lse(state, call)
-    tensors = q[queries], keys[place], values[place], state.out[queries], dout[queries], lse
+    rows, place = call.of_rows, call.of_keys
+    tensors = rows(q), place(keys), place(values), rows(state.out), rows(dout), lse
     mask, sequences, params = call.mask, call.sequences, _params_of(call, params)
     if sequences is None:
         return state.provider.backward(*tensors, dlse, dq, dkv, mask=mask, sequences=None, params=params)
@@ -251,7 +250,8 @@ def _rows_of_lse(state: BackwardState, call: Call) -> tuple[Tensor, Tensor | Non
     """lse and dlse (B or 1, Hq, rows), contiguous."""
     key = call.batch, call.q_start, call.q_stop
     if key not in state.rows:
-        lse, dlse = (None if x is None else x[call.entries, :, call.rows].contiguous() for x in (state.lse, state.dlse))
+        both = state.lse, state.dlse
+        lse, dlse = (None if x is None else call.of_rows(x, dim=2).contiguous() for x in both)
         assert lse is not None
         state.rows[key] = lse, dlse
     return state.rows[key]

@@ -79,6 +79,20 @@ class Call:
     def entries(self) -> slice:
         return slice(None) if self.batch == EVERY else slice(self.batch, self.batch + 1)
 
+    def of_rows(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Its batch entries and rows of x (B, Sq, …), which lie along `dim`. `narrow` takes the host a third of what
+        indexing by slices does."""
+        return self._part(x, dim, self.q_start, self.q_stop)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """Its batch entries and keys of x (B, C * S, …)."""
+        return self._part(x, 1, self.k_start, self.k_stop)
+
+    def _part(self, x: Tensor, dim: int, start: int, stop: int) -> Tensor:
+        if self.batch != EVERY:
+            x = x.narrow(0, self.batch, 1)
+        return x if stop - start == x.shape[dim] else x.narrow(dim, start, stop - start)
+
 
 class Landing(NamedTuple):
     """What becomes of a call's result for some of its rows.

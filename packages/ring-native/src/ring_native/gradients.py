@@ -30,7 +30,7 @@ class QueryGradient:
             return None
         for _, spans in concerned:
             spans.touch(call.q_start, call.q_stop)
-        return self._dq[call.entries, call.rows]
+        return call.of_rows(self._dq)
 
     def add(self, call: Call, dq: Tensor) -> None:
         """Adds a call's dq (B or 1, rows, Hq, D)."""

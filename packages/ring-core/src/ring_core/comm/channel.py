@@ -111,7 +111,8 @@ class Channel:
         wanted = torch.Size(shape).numel() * dtype.itemsize
         kept = self._slots.get(name)
         if kept is None or kept.numel() < wanted:
-            kept = self._slots[name] = torch.empty(wanted, dtype=torch.uint8, device=self.device)
+            with torch.inference_mode(False):  # what is made inside of it cannot be written to outside
+                kept = self._slots[name] = torch.empty(wanted, dtype=torch.uint8, device=self.device)
         return kept[:wanted].view(dtype).view(*shape)
 
     def post(self, sends: Messages, receives: Messages) -> Pending:

@@ -28,7 +28,7 @@ class CollectiveCourier:
         self._dtype = accumulation_dtype(k.dtype)
         self._device = k.device
         self._offered: tuple[Tensor, Tensor, Heads] | None = None
-        self.offered: torch.cuda.Event | None = None
+        self.offered: torch.Event | None = None
         self.lane = Lane(self._keys.stream)
         self.home_lane = Lane(self._gradients.stream)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ring_core.comm.packing import Places
 from ring_core.merge import triton_is_importable
 from ring_core.plan import GatherPlan
-from ring_core.ranges import count
+from ring_core.ranges import count, merge
 
 
 def stretches(plan: GatherPlan, source: int) -> tuple[tuple[int, int, int], ...]:
@@ -50,6 +50,7 @@ def arrival_places(plan: GatherPlan) -> dict[int, int]:
     return places
 
 
+@lru_cache(maxsize=256)
 def arrivals(plan: GatherPlan) -> int:
     """m: tokens of all contributions of others to this rank's keys."""
     return sum(count(given) for given in plan.send.values())
@@ -57,14 +58,10 @@ def arrivals(plan: GatherPlan) -> int:
 
 @lru_cache(maxsize=1024)
 def published(plan: GatherPlan) -> Places:
-    """What of this rank's chunk some other rank takes; it lies in a slot as in the chunk."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in sorted(taken for wanted in plan.send.values() for taken in wanted):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
-        else:
-            joined.append((start, stop))
-    return tuple((start, start, stop - start) for start, stop in joined)
+    """What of this rank's chunk some rank takes, itself included; it lies in a slot as in the chunk."""
+    own = [(start, start + length) for start, _, length in stretches(plan, plan.rank)]
+    taken = merge([*own, *(some for wanted in plan.send.values() for some in wanted)])
+    return tuple((start, start, stop - start) for start, stop in taken)
 
 
 def sum_in_rank_order(

@@ -44,7 +44,7 @@ class Courier(Protocol):
 
     lane: Lane
     home_lane: Lane
-    offered: torch.cuda.Event | None
+    offered: torch.Event | None
     """Behind it nothing that others wait for needs this GPU's multiprocessors any more."""
 
     def offer(self, k: Tensor, v: Tensor, groups: Heads) -> None:
@@ -114,7 +114,7 @@ class GatherTransport:
         largest = [max(shape.numel() for shape in shapes[at::BUFFERS]) for at in range(len(shapes[:BUFFERS]))]
         memory = [k.new_empty(numel) for numel in largest]
         buffers = [memory[at % BUFFERS][: shape.numel()].view(shape) for at, shape in enumerate(shapes)]
-        marks: list[torch.cuda.Event | None] = []  # behind the reading of each group
+        marks: list[torch.Event | None] = []  # behind the reading of each group
         if self._keep:
             self.gathered = buffers[0]
         lane.after_compute()
@@ -136,7 +136,7 @@ class GatherTransport:
                 with lane.on():
                     arrival = self._next(number, buffers, marks)
 
-    def _own(self, k: Tensor, v: Tensor, heads: slice, after: torch.cuda.Event | None = None) -> Keys:
+    def _own(self, k: Tensor, v: Tensor, heads: slice, after: torch.Event | None = None) -> Keys:
         """Those of the home step."""
         assert self.plan.home is not None
         own = slice(*self.plan.home)
@@ -154,7 +154,7 @@ class GatherTransport:
                 yield self._own(k, v, heads)
             yield Keys(0, heads, *by_piece(pieces[:, :, :, heads], self.plan), *self._turn(number))
 
-    def _next(self, number: int, buffers: list[Tensor], marks: list[torch.cuda.Event | None]) -> Callable[[], None]:
+    def _next(self, number: int, buffers: list[Tensor], marks: list[torch.Event | None]) -> Callable[[], None]:
         """Starts fetching the group after the number-th."""
         following = number + 1
         if following == len(self.groups):
@@ -183,9 +183,9 @@ class GatherGradients:
         self._dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         self._dv = torch.empty_like(self._dk)
         self._parts: list[Tensor] = []
-        self._at_home: list[tuple[Tensor | None, torch.cuda.Event | None]] = []
+        self._at_home: list[tuple[Tensor | None, torch.Event | None]] = []
         self._homecomings: dict[int, Callable[[], Tensor]] = {}
-        self._home: list[torch.cuda.Event | None] = []
+        self._home: list[torch.Event | None] = []
 
     def buffers(self, keys: Keys) -> Buffers:
         plan, k = self._plan, self._k
@@ -248,5 +248,9 @@ def pieces_shape(plan: GatherPlan, k: Tensor, heads: slice) -> torch.Size:
 
 def by_piece(pieces: Tensor, plan: GatherPlan) -> tuple[Tensor, Tensor]:
     """Keys and values, or their gradients, as a backend wants them: two views (C, B, S_piece, h, D)."""
-    apart = pieces.unflatten(1, (plan.piece_count, plan.piece_length)).transpose(0, 1)
-    return apart[:, :, :, 0], apart[:, :, :, 1]
+    batch, _, _, heads, head_dim = pieces.shape
+    entry, token, side, *dense = pieces.stride()
+    shape = plan.piece_count, batch, plan.piece_length, heads, head_dim
+    strides = plan.piece_length * token, entry, token, *dense
+    first = pieces.storage_offset()
+    return pieces.as_strided(shape, strides, first), pieces.as_strided(shape, strides, first + side)

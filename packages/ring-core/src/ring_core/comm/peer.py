@@ -16,9 +16,10 @@ of one host, without GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple, Protocol
 
 import torch
@@ -56,12 +57,19 @@ class Leg(NamedTuple):
     full: tuple[tuple[int, int], ...]
 
 
+View = tuple[int, int, torch.dtype, torch.Size]
+"""Generation, first byte, dtype, shape."""
+MOST_VIEWS = 256
+
+
 class PeerMemory(Protocol):
     """One symmetric arena of a group: a slot of equal size per generation and a few counters, readable by all, written
     by its owner. On CUDA everything but `reserve` and `poison` is enqueued on the current stream."""
 
     rank: int
     world_size: int
+    views: dict[View, Tensor]
+    """Of the own slots, as they were asked for; empty again once it has grown."""
 
     def reserve(self, nbytes: int) -> None:
         """At least so many bytes a slot. Collective: all ranks ask for the same, and it grows when no rank uses it."""
@@ -101,7 +109,7 @@ class PeerMemory(Protocol):
         """For each leg in turn: once its pieces' counters are full, signals to its rank alone."""
         ...
 
-    def pull(self, target: Tensor, generation: int, copies: list[Copy]) -> None:
+    def pull(self, target: Tensor, generation: int, copies: Sequence[Copy]) -> None:
         """Copies bytes of ranks' slots into `target`, which is contiguous."""
         ...
 
@@ -128,24 +136,21 @@ class PeerCourier:
         self._widest = 0
         self._batch, self._row = 0, 0  # bytes of a token's keys and values of one head
         self._dtype = torch.float32
-        self._own: tuple[Tensor, Tensor] | None = None
         self.lane, self.home_lane = lanes
-        self.offered: torch.cuda.Event | None = None
+        self.offered: torch.Event | None = None
         self.pieces = pieces_of(plan)
-        self._zeroed: torch.cuda.Event | None = None
+        self._zeroed: torch.Event | None = None
 
     def offer(self, k: Tensor, v: Tensor, groups: Heads) -> None:
         memory, plan = self._keys, self._plan
         batch, tokens, num_heads, head_dim = k.shape
         self.recall(k, groups)
-        self._own = k, v
         with _poisoning(memory):
             memory.reserve(batch * plan.problem.longest_key_chunk * num_heads * self._row)
             self._epoch = self._begin(memory)
-            slot = memory.slot(memory.rank, self._epoch % GENERATIONS)
             for heads in groups:
                 shape = torch.Size((batch, tokens, 2, heads.stop - heads.start, head_dim))
-                mine = _typed(slot[batch * tokens * heads.start * self._row :], k.dtype, shape)
+                mine = _view(memory, self._epoch, batch * tokens * heads.start * self._row, k.dtype, shape)
                 side_by_side(k[:, :, heads], v[:, :, heads], mine, published(plan))
             self.offered = self.lane.now()
             memory.exchange(PUBLISHED, self._epoch, tuple(plan.receive))
@@ -164,21 +169,9 @@ class PeerCourier:
         return nothing
 
     def _pull(self, source: int, number: int, pieces: Tensor) -> None:
-        """A rank's keys of the number-th group into the pieces: own ones as they lie, others' from their slot."""
-        plan, batch, heads = self._plan, self._batch, self._groups[number]
-        if source == plan.rank:
-            assert self._own is not None
-            k, v = self._own
-            side_by_side(k[:, :, heads], v[:, :, heads], pieces, stretches(plan, source))
-            return
-        token = (heads.stop - heads.start) * self._row
-        chunk, span = plan.problem.key_chunk(source), plan.piece_count * plan.piece_length
-        begin = batch * chunk * heads.start * self._row
-        copies = [
-            Copy(source, begin + (b * chunk + start) * token, (b * span + at) * token, n * token)
-            for b in range(batch)
-            for start, at, n in stretches(plan, source)
-        ]
+        """A rank's keys of the number-th group, from its slot, into the pieces."""
+        heads = self._groups[number]
+        copies = _copies_from(self._plan, source, self._batch, heads.start * self._row, heads.stop * self._row)
         self._keys.pull(pieces, self._epoch % GENERATIONS, copies)
 
     def fetched(self) -> None:
@@ -251,9 +244,8 @@ class PeerCourier:
             most_counters = MOST_PIECES * memory.world_size
             memory.reserve(self._plan.problem.k_length * per_token + 4 * most_counters)
             self._parts_epoch = self._begin(memory)
-            slot = memory.slot(memory.rank, self._parts_epoch % GENERATIONS)
-            nbytes = shape.numel() * dtype.itemsize
-            return _typed(slot, dtype, shape), slot[nbytes : nbytes + 4 * counters].view(torch.int32)
+            parts = _view(memory, self._parts_epoch, 0, dtype, shape)
+            return parts, _view(memory, self._parts_epoch, parts.nbytes, torch.int32, torch.Size((counters,)))
 
     def _count_shipped(self, parts: Tensor) -> None:
         for owner, taken in self._plan.receive.items():
@@ -261,19 +253,11 @@ class PeerCourier:
 
     def _arrived(self, parts: Tensor, epoch: int, *, one_by_one: bool = False) -> Tensor:
         plan, memory = self._plan, self._gradients
-        batch, token = parts.shape[0], parts.shape[2:].numel() * parts.element_size()
-        tokens = arrivals(plan)
-        arrived = parts.new_empty(batch, tokens, *parts.shape[2:])
+        batch, _, *dense = parts.shape
+        token = prod(dense) * parts.element_size()
+        arrived = parts.new_empty(batch, arrivals(plan), *dense)
         with _poisoning(memory):
-            for peer in _nearest_first(plan):
-                span, places = _places_at(plan, peer)
-                copies, offset = [], arrival_places(plan)[peer]
-                for _, at, n in places:
-                    copies += [
-                        Copy(peer, (b * span + at) * token, (b * tokens + offset) * token, n * token)
-                        for b in range(batch)
-                    ]
-                    offset += n
+            for peer, copies in _homecoming(plan, batch, token):
                 if one_by_one:
                     memory.wait(PUBLISHED, epoch, (peer,))
                 memory.pull(arrived, epoch % GENERATIONS, copies)
@@ -288,21 +272,46 @@ class PeerCourier:
         return epoch
 
 
-def _nearest_first(plan: GatherPlan) -> list[int]:
-    """Those who contribute to this rank's keys, by ring distance."""
-    return sorted(plan.send, key=lambda peer: (peer - plan.rank) % plan.problem.world_size)
+@lru_cache(maxsize=1024)
+def _copies_from(plan: GatherPlan, source: int, batch: int, first: int, last: int) -> tuple[Copy, ...]:
+    """From the slot of a rank into the pieces, for the heads at bytes [first, last) of a token's."""
+    token = last - first
+    chunk, span = plan.problem.key_chunk(source), plan.piece_count * plan.piece_length
+    return tuple(
+        Copy(source, batch * chunk * first + (b * chunk + start) * token, (b * span + at) * token, n * token)
+        for b in range(batch)
+        for start, at, n in stretches(plan, source)
+    )
 
 
 @lru_cache(maxsize=256)
-def _places_at(plan: GatherPlan, peer: int) -> tuple[int, tuple[tuple[int, int, int], ...]]:
-    """How many tokens a peer's contributions span, and the stretches of this rank's keys among them."""
-    theirs = make_plan(plan.problem, peer, "gather")
-    assert isinstance(theirs, GatherPlan)
-    return theirs.piece_count * theirs.piece_length, stretches(theirs, plan.rank)
+def _homecoming(plan: GatherPlan, batch: int, token: int) -> tuple[tuple[int, tuple[Copy, ...]], ...]:
+    """The contributions of all peers to this rank's keys, of so many bytes a token, by ring distance."""
+    found = []
+    for peer in sorted(plan.send, key=lambda peer: (peer - plan.rank) % plan.problem.world_size):
+        theirs = make_plan(plan.problem, peer, "gather")
+        assert isinstance(theirs, GatherPlan)
+        span, offset, copies = theirs.piece_count * theirs.piece_length, arrival_places(plan)[peer], []
+        for _, at, n in stretches(theirs, plan.rank):
+            for b in range(batch):
+                into = (b * arrivals(plan) + offset) * token
+                copies.append(Copy(peer, (b * span + at) * token, into, n * token))
+            offset += n
+        found.append((peer, tuple(copies)))
+    return tuple(found)
 
 
-def _typed(slot: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    return slot[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+def _view(memory: PeerMemory, epoch: int, start: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    """Of this rank's slot of an epoch, from a byte on: one tensor for all times, as the host takes long to make one."""
+    key = epoch % GENERATIONS, start, dtype, shape
+    found = memory.views.get(key)
+    if found is None:
+        if len(memory.views) >= MOST_VIEWS:
+            memory.views.clear()
+        with torch.inference_mode(False):  # whose tensors could not be written to outside of it
+            slot = memory.slot(memory.rank, epoch % GENERATIONS)
+            found = memory.views[key] = slot[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+    return found
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from ring_core.backend import Flags
 from ring_core.comm.channel import RingCommError, timeout
-from ring_core.comm.peer import COUNTERS, GENERATIONS, MOST_PIECES, Copy, Leg
+from ring_core.comm.peer import COUNTERS, GENERATIONS, MOST_PIECES, Copy, Leg, View
 
 _ALIGNMENT = 64  # bytes: slots begin where any dtype may
 
@@ -40,15 +41,20 @@ class SharedMemory:
         self._epoch = 0
         self._size = 0
         self._arenas: list[Tensor] = []
+        self.views: dict[View, Tensor] = {}
         self._poison = COUNTERS * self.world_size
         self._header = -(-8 * (self._poison + 1) // _ALIGNMENT) * _ALIGNMENT
-        self._arrivals = torch.zeros(MOST_PIECES * self.world_size, dtype=torch.int32)
+        with torch.inference_mode(False):  # what is made inside of it cannot be written to outside
+            self._arrivals = torch.zeros(MOST_PIECES * self.world_size, dtype=torch.int32)
         self.reserve(1)
 
     def reserve(self, nbytes: int) -> None:
         nbytes = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        if nbytes <= self._size:
-            return
+        if nbytes > self._size:
+            self._grow(nbytes)
+
+    @torch.inference_mode(False)
+    def _grow(self, nbytes: int) -> None:
         if self._arenas:  # the slots of the last epochs are still being read, until every rank has come here
             dist.barrier(group=self._group)
         size = self._header + GENERATIONS * nbytes
@@ -64,6 +70,7 @@ class SharedMemory:
         ]
         dist.barrier(group=self._group)  # all have mapped it: the name is no longer needed, and nothing stays behind
         path.unlink()
+        self.views.clear()
         self._size = nbytes
 
     def slot(self, rank: int, generation: int) -> Tensor:
@@ -112,7 +119,7 @@ class SharedMemory:
                     raise RuntimeError(f"piece {piece} departs with {int(departures[piece])} of {number} keys")
             self._counters(self.rank)[counter * self.world_size + rank] = epoch
 
-    def pull(self, target: Tensor, generation: int, copies: list[Copy]) -> None:
+    def pull(self, target: Tensor, generation: int, copies: Sequence[Copy]) -> None:
         flat = target.view(-1).view(torch.uint8)
         for rank, source, into, nbytes in copies:
             flat[into : into + nbytes].copy_(self.slot(rank, generation)[source : source + nbytes])

@@ -97,7 +97,7 @@ class StagedGradients:
         self._dv = torch.empty_like(self._dk)
         self._parts = self._departures = self._dk.new_empty(0)
         self._homecoming: Callable[[], Tensor] | None = None
-        self._home: torch.cuda.Event | None = None
+        self._home: torch.Event | None = None
 
     def buffers(self, keys: Keys) -> Buffers:
         self._parts, self._departures = self._courier.staged_parts(self._shape)

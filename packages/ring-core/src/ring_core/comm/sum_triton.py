@@ -7,7 +7,6 @@ contributed), all their heads, keys and values, and adds the ranks' numbers in r
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -82,7 +81,8 @@ def sum_contributions(
 ) -> None:
     """own (B, n, 2, h, D), at_home (B, l, 2, h, D), arrived (B, m, 2, h, D): contiguous, fp32; cells: int32
     (cells, 3 + W): start, length, and for each rank, then for the home step, the token in its buffer at which the cell
-    lies; dk, dv (B, S, h, D): alike in strides, heads dense; home_in_place: they hold what the home step gave."""
+    lies; dk, dv (B, S, h, D): alike in strides, heads dense; home_in_place: they hold what the home step gave. All on
+    the current device."""
     batch, _, _, heads, head_dim = own.shape
     row = heads * head_dim
     width = triton.next_power_of_2(row)
@@ -91,18 +91,10 @@ def sum_contributions(
     at_home = own[:, :0] if at_home is None else at_home
     tensors = own, at_home, arrived, cells, dk, dv
     key = shaped(*tensors), longest, rank, home_in_place, own.get_device()
-    with torch.cuda.device(own.device):
-        if _launches.again(key, own.get_device(), addresses(*tensors), ()):
-            return
-        arguments = (
-            *tensors,
-            own.stride(0),
-            at_home.stride(0),
-            arrived.stride(0),
-            dk.stride(0),
-            dk.stride(1),
-            row,
-        )
-        kernel = _sum[grid](*arguments, WORLD=world_size, RANK=rank, TOKENS=tokens, ROW=width, IN_PLACE=home_in_place)
-        if aligned(*addresses(*tensors)):
-            _launches.add(key, kernel, grid, arguments)
+    if _launches.again(key, own.get_device(), addresses(*tensors), ()):
+        return
+    strides = own.stride(0), at_home.stride(0), arrived.stride(0), dk.stride(0), dk.stride(1)
+    arguments = (*tensors, *strides, row)
+    kernel = _sum[grid](*arguments, WORLD=world_size, RANK=rank, TOKENS=tokens, ROW=width, IN_PLACE=home_in_place)
+    if aligned(*addresses(*tensors)):
+        _launches.add(key, kernel, grid, arguments)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,11 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ring_core._torch import current_stream, current_stream_handle, symmetric_buffer, symmetric_rendezvous
+from ring_core._torch import current_stream_handle, symmetric_buffer, symmetric_rendezvous
 from ring_core.backend import POISON, Flags
 from ring_core.comm.channel import RingCommError, timeout
-from ring_core.comm.lane import Lane
-from ring_core.comm.peer import COUNTERS, GENERATIONS, MOST_PIECES, PUBLISHED, READ, Copy, Leg
+from ring_core.comm.lane import Lane, mark_on
+from ring_core.comm.peer import COUNTERS, GENERATIONS, MOST_PIECES, PUBLISHED, READ, Copy, Leg, View
 from ring_core.comm.stream_memory import Signals, Wait, Write, copy_bytes, enqueue
 
 _ALIGNMENT = 512  # bytes; slots begin at multiples of it
@@ -54,6 +55,7 @@ class SymmetricMemory:
         self._epoch = 0
         self._size = 0
         self._arenas: list[Tensor] = []
+        self.views: dict[View, Tensor] = {}
         self._addresses: list[int] = []
         self._failure = ""
         self._signals = COUNTERS * self.world_size
@@ -71,8 +73,11 @@ class SymmetricMemory:
     def reserve(self, nbytes: int) -> None:
         self._check()
         nbytes = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        if nbytes <= self._size:
-            return
+        if nbytes > self._size:
+            self._grow(nbytes)
+
+    @torch.inference_mode(False)  # what is made inside of it cannot be written to outside
+    def _grow(self, nbytes: int) -> None:
         torch.cuda.synchronize(self._device)  # the slots of the last epochs are still being read,
         dist.barrier(group=self._group)  # until every rank has come here
         self._arenas = []
@@ -81,6 +86,7 @@ class SymmetricMemory:
         self._arenas = symmetric_rendezvous(own, self._group)
         self._addresses = [arena.data_ptr() for arena in self._arenas]
         self._flags, self._departures, self._made = {}, {}, {}
+        self.views.clear()
         self._size = nbytes
         torch.cuda.synchronize(self._device)
         dist.barrier(group=self._group)  # nobody signals before all have set their counters
@@ -124,15 +130,14 @@ class SymmetricMemory:
             operations.append(Write(self._word(rank, counter, self.rank), epoch))
         self._enqueue(operations)
 
-    def pull(self, target: Tensor, generation: int, copies: list[Copy]) -> None:
+    def pull(self, target: Tensor, generation: int, copies: Sequence[Copy]) -> None:
         stream, into = current_stream_handle(self._device), target.data_ptr()
         offset = self._header + generation * self._size
         for rank, source, place, nbytes in copies:
             copy_bytes(stream, into + place, self._addresses[rank] + offset + source, nbytes)
 
     def watch(self, epoch: int) -> None:
-        stream = current_stream(self._device.index)
-        _watchdog().guard(_Wait(self, epoch, stream.record_event(), _deadline()))
+        _watchdog().guard(_Wait(self, epoch, mark_on(self._device.index), _deadline()))
 
     def poison(self) -> None:
         """Others learn of it when their waits run out of time: a failed rank may not have a working stream left."""
@@ -189,7 +194,7 @@ class SymmetricMemory:
 class _Wait:
     memory: SymmetricMemory
     epoch: int
-    passed: torch.cuda.Event
+    passed: torch.Event
     deadline: float
 
 
@@ -202,29 +207,25 @@ class _Watchdog:
     """One thread that looks at waits in the order they were enqueued."""
 
     def __init__(self) -> None:
-        self._waits: list[_Wait] = []
-        self._lock = threading.Lock()
+        self._waits: deque[_Wait] = deque()  # to whose end others append while this thread takes from its head
         threading.Thread(target=self._run, name="ring_core watchdog", daemon=True).start()
 
     def guard(self, wait: _Wait) -> None:
-        with self._lock:
-            self._waits.append(wait)
+        self._waits.append(wait)
 
     def _run(self) -> None:
         while True:
             time.sleep(0.2)
-            with self._lock:
-                waits, self._waits = self._waits, []
             late = []
-            for wait in waits:
+            for _ in range(len(self._waits)):
+                wait = self._waits.popleft()
                 if wait.passed.query():
                     continue
                 if time.monotonic() > wait.deadline:
                     wait.memory.release(wait.epoch)
                 else:
                     late.append(wait)
-            with self._lock:
-                self._waits = late + self._waits
+            self._waits.extendleft(reversed(late))
 
 
 @cache

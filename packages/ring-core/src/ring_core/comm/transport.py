@@ -27,7 +27,7 @@ class Keys(NamedTuple):
     """Which of the streams of `ring_core.comm.lane.Turns` computes on them."""
     alone: bool = False
     """Whether nothing else is about these heads."""
-    arrived: torch.cuda.Event | None = None
+    arrived: torch.Event | None = None
     """What the current stream must wait for before it reads them."""
     read: Callable[[], None] = nothing
     """To be called when all reading of them is enqueued on the current stream."""

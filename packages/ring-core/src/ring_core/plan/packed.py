@@ -124,11 +124,16 @@ class PackedProblem:
 
     def key_chunk(self, rank: int) -> int:
         """Tokens of keys that a rank holds."""
-        return int(self.keys.lengths[rank])
+        return self._key_chunks[rank]
+
+    @cached_property
+    def _key_chunks(self) -> list[int]:
+        found: list[int] = self.keys.lengths.tolist()
+        return found
 
     @property
     def longest_key_chunk(self) -> int:
-        return int(self.keys.lengths.max())
+        return max(self._key_chunks)
 
     def check_lengths(self, rank: int, world_size: int, q_length: int, k_length: int) -> None:
         """Raises ValueError, saying what would be right, unless a rank's tensors have that many tokens."""
