@@ -47,6 +47,7 @@ class Case:
     piece_length: int = 0
     dlse: bool = False
     sinks: bool = False
+    softcap: float = 0.0
     departures: bool = False
     final: bool = False  # dk, dv in the inputs' dtype, written
     deterministic: bool = False
@@ -124,7 +125,7 @@ def run(case: Case, device: torch.device, **around: Any) -> tuple[str, bool]:
     )
     x = inputs_of(case, device)
     batch, (_, kv_heads), dim = case.batch, case.heads, case.dim
-    params = Params(dim**-0.5, sinks=x.sinks, deterministic=case.deterministic)
+    params = Params(dim**-0.5, softcap=case.softcap, sinks=x.sinks, deterministic=case.deterministic)
     results = []
     for _ in range(case.repeat):
         sums = torch.zeros(2, batch, x.pieces * x.length, kv_heads, dim, device=device)

@@ -67,12 +67,13 @@ def kind_of(
     state: bool = False,
     sinks: bool = False,
     flags: bool = False,
+    softcap: bool = False,
     settings: Settings | None = None,
     **changed: Any,
 ) -> ForwardKind:
     """The kind that `launch` would ask for."""
-    chosen = replace(settings or settings_for(head_dim), **changed)
-    return kind_for(dtype, head_dim, chosen, state=state, sinks=sinks, flags=flags)
+    chosen = replace(settings or settings_for(head_dim, shaped=softcap), **changed)
+    return kind_for(dtype, head_dim, chosen, state=state, sinks=sinks, flags=flags, softcap=softcap)
 
 
 def compiled_and_ptx(kind: Kind, cubin_to: Path | None = None) -> tuple[Any, str]:
@@ -128,6 +129,11 @@ GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "wide": [(192, {}), (256, {}), (192, {"state": True}), (256, {"state": True, "dtype": "float16"})],
     "padded": [(40, {}), (96, {"state": True})],
     "fp16": [(64, {"dtype": "float16"}), (128, {"dtype": "float16"})],
+    "shaped": [
+        (head_dim, {"softcap": True, **more})
+        for head_dim in (64, 128, 256)
+        for more in ({}, {"state": True, "flags": True, "sinks": True})
+    ],
     "variants": [
         (128, {"ping_pong": True, "overlap": True}),
         (128, {"query_registers": True, "cache_hints": True}),

@@ -158,6 +158,7 @@ def check(
     settings: Settings | None = None,
     piece_length: int = 0,
     with_sinks: bool = False,
+    softcap: float = 0.0,
 ) -> None:
     """Runs the tables one after another (accumulating) on this path and on the reference in fp64."""
     if only not in name:
@@ -180,10 +181,11 @@ def check(
             kv = keys(table, batch, heads[1], dim, dtype, piece_length)
             assert not (why := supports(q, kv[0], kv[1])), why
             on = on_device(table, DEVICE)
-            forward(q, kv[0], kv[1], out, lse, state, on, scale=dim**-0.5, sinks=sinks, settings=settings)
+            more: dict[str, Any] = {"sinks": sinks, "softcap": softcap}
+            forward(q, kv[0], kv[1], out, lse, state, on, scale=dim**-0.5, settings=settings, **more)
             finish(name)
             wide = (q.double(), kv[0].double(), kv[1].double())
-            ReferenceBackend().forward(*wide, *exact, on, params=Params(dim**-0.5, sinks=sinks))
+            ReferenceBackend().forward(*wide, *exact, on, params=Params(dim**-0.5, **more))
         untouched = bool((out[~rows] == SENTINEL).all() and (lse.transpose(1, 2)[~rows] == SENTINEL).all())
         got, want = out[rows].double(), exact[0][rows]
         error = ((got - want).norm() / want.norm().clamp_min(1e-30)).item() if want.numel() else 0.0

@@ -144,10 +144,12 @@ def test_capabilities(on_hopper: CuteBackend) -> None:
     assert can.available and can.flags and can.accumulate
     assert can.dtypes == {torch.bfloat16, torch.float16}
     for head_dim in (8, 40, max(FORWARD)):
-        check_supported("cute", CUDA, torch.bfloat16, head_dim, frozenset({"gqa", "packed", "sinks", "window"}))
+        check_supported(
+            "cute", CUDA, torch.bfloat16, head_dim, frozenset({"gqa", "packed", "sinks", "softcap", "window"})
+        )
     assert f"the head dim is {max(FORWARD) + 8}" in refusal(max(FORWARD) + 8)
     assert "the head dim is 60" in refusal(60)
-    for feature in ("alibi", "dropout", "softcap"):
+    for feature in ("alibi", "dropout"):
         said = refusal(64, frozenset({feature}))
         assert f"{feature} is not among its features" in said and said.endswith("reference")
 
@@ -189,18 +191,20 @@ def test_scores_of_any_scale(scale: float) -> None:
     assert backend._positive(None, scale) == (None, positive)
 
 
+@pytest.mark.parametrize("shaped", [False, True])
 @pytest.mark.parametrize("head_dim", FORWARD)
-def test_settings_fit(head_dim: int) -> None:
-    s = settings_for(head_dim)
+def test_settings_fit(head_dim: int, shaped: bool) -> None:
+    s = settings_for(head_dim, shaped=shaped)
     assert s.stages & (s.stages - 1) == 0
     assert s.consumer_registers % 8 == 0 and s.producer_registers % 8 == 0
     assert 128 * (s.consumers * s.consumer_registers + s.producer_registers) <= 65536
     assert all(kind.shared_bytes <= SHARED_BYTES for kind in shipped((head_dim,), directions=("forward",)))
 
 
+@pytest.mark.parametrize("softcap", [False, True])
 @pytest.mark.parametrize("head_dim", BACKWARD)
-def test_backward_settings_fit(head_dim: int) -> None:
-    s = backward_settings_for(head_dim)
+def test_backward_settings_fit(head_dim: int, softcap: bool) -> None:
+    s = backward_settings_for(head_dim, softcap=softcap)
     assert s.block % 16 == 0 and s.consumer_registers % 8 == 0 and s.producer_registers % 8 == 0
     assert 128 * (TILE_KEYS // 64 * s.consumer_registers + s.producer_registers) <= 65536
     kinds = [kind for kind in backwards(head_dim, "bfloat16") if isinstance(kind, BackwardKind)]

@@ -25,6 +25,7 @@ pytestmark = [
 ]
 CPU = torch.device("cpu")
 CAUSAL = one(200, 300, causal=True, offset=100)
+WINDOW = table_of([Segment(0, 200, 0, 0, 200, -60, 20, 0, 0, 1, -1, 3)])
 CASES = [
     Case("one block", [one(64, 128)], 64, heads=(1, 1)),
     Case("causal, two heads a key head", [CAUSAL], 200),
@@ -43,6 +44,12 @@ CASES = [
     replace(own_batches(64), name="own batch entries"),
     random_case(1, 64),
     random_case(2, 128),
+    Case("softcap, GQA", [CAUSAL], 200, softcap=0.7),
+    Case("softcap, D 40", [one(130, 200, causal=True, offset=70)], 130, dim=40, dlse=True, softcap=2.0),
+    Case("softcap, ahead", [CAUSAL], 200, dim=64, heads=(4, 1), softcap=1.0, dtype=torch.float16),
+    Case("softcap, window, final", [WINDOW], 200, heads=(1, 1), softcap=3.0, final=True),
+    replace(chunks(64, batch=1, heads=(1, 1)), name="softcap, four steps", softcap=1.0),
+    random_case(3, 64, softcap=0.5),
 ]
 
 

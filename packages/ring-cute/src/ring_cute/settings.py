@@ -79,15 +79,22 @@ FORWARD: dict[int, Settings] = {
 """By head dim, rounded up to the next key. Measured on an H200 that its power limits, DSL 4.8.1, 2026-11-22
 (`gpu_probe.py variants`)."""
 
+SHAPED: dict[int, Settings] = {
+    64: Settings(reason="not measured yet; three consumers of 160 registers spill, two have the room"),
+    128: Settings(lazy=False, reason="not measured yet; lazy spills where steps accumulate"),
+}
+"""Those of shaped scores, where they are others."""
+
 
 def padded_head_dim(head_dim: int) -> int:
     """The head dim that is computed with; columns beyond the true one are zeros that TMA fills in."""
     return next(width for width in FORWARD if head_dim <= width)
 
 
-def settings_for(head_dim: int) -> Settings:
-    """The settings for a head dim."""
-    return FORWARD[padded_head_dim(head_dim)]
+def settings_for(head_dim: int, *, shaped: bool = False) -> Settings:
+    """The settings for a head dim; shaped: see `ForwardKind.shaped`."""
+    width = padded_head_dim(head_dim)
+    return SHAPED.get(width, FORWARD[width]) if shaped else FORWARD[width]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,12 @@ class ForwardKind:
     state_tma: bool = False
     """A tile's state arrives while it is computed, and leaves while the next one is, by TMA and through shared memory
     of its own, where final rows leave through as well; otherwise at the tile's end, from and to registers."""
+    softcap: bool = False
+
+    @property
+    def shaped(self) -> bool:
+        """Scores are more than products times a scale (`hopper.scores`)."""
+        return self.softcap
 
     @property
     def padded(self) -> int:
@@ -148,11 +161,12 @@ def kind_for(
     flags: bool = False,
     out_tma: bool = True,
     state_tma: bool = True,
+    softcap: bool = False,
 ) -> ForwardKind:
     """The kernel for a call; out_tma and state_tma say whether TMA can address these tensors at all."""
-    chosen = settings or settings_for(head_dim)
+    chosen = settings or settings_for(head_dim, shaped=softcap)
     ahead = state and state_tma and state_fits(head_dim, chosen)
     if ahead and query_buffers(head_dim, chosen, True) == 1:  # free for the next tile's as soon as they are read
         chosen = replace(chosen, query_registers=True)
     staged = ahead or query_buffers(head_dim, chosen) > 1
-    return ForwardKind(dtype, head_dim, state, sinks, flags, out_tma and staged, chosen, ahead)
+    return ForwardKind(dtype, head_dim, state, sinks, flags, out_tma and staged, chosen, ahead, softcap)

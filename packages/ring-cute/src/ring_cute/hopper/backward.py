@@ -64,6 +64,7 @@ from ring_cute.hopper.backward_records import (
 )
 from ring_cute.hopper.backward_settings import TILE_KEYS, BackwardKind
 from ring_cute.hopper.dsl import LayoutEnum, SmemAllocator
+from ring_cute.hopper.scores import Terms
 from ring_cute.hopper.views import flat, ragged_view
 
 WARPS = 4 * CONSUMERS
@@ -142,9 +143,11 @@ class HopperBackward:
         polls: Int32,
         grid: Int32,
         stream: Any,
+        *terms: Any,
     ):
         """Addresses, sizes and strides in elements; q, dout (B, Sq, Hq, D), lse (times log2(e)), delta (B, Hq, Sq), dq
-        (B, Hq, Sq, D) fp32, k, v, dk, dv (C, B, S, Hkv, D)."""
+        (B, Hq, Sq, D) fp32, k, v, dk, dv (C, B, S, Hkv, D). terms: of shaped scores only, those of `scores.Terms`;
+        `score_scale` is then what `scores` takes."""
         atom = warpgroup.make_smem_layout_atom(
             hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, 64), self.dtype
         )
@@ -212,6 +215,7 @@ class HopperBackward:
             score_scale, scale, q_len, num_heads, num_kv_heads, dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s,
             dv_h, num_items, section, head_batches, total,
             split, members, piece_length, q_batch_rows, do_batch_rows, k_batch_rows, polls,
+            *(terms if self.kind.shaped else (None,)),
         ).launch(grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
     def product(self, a, b, columns, source=warpgroup.OperandSource.SMEM):
@@ -277,6 +281,7 @@ class HopperBackward:
         do_batch_rows: Int32,
         k_batch_rows: Int32,
         polls: Int32,
+        cap: Any,  # None unless scores are shaped
     ):
         storage = SmemAllocator().allocate(self.storage)
         stats = cute.make_layout((self.block, self.q_stages))
@@ -352,4 +357,5 @@ class HopperBackward:
             self.consumer.consume(
                 shared, scores, sums, turned, dk, dv, departures, score_scale, scale,
                 dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h,
+                Terms(cap),
             )  # fmt: skip

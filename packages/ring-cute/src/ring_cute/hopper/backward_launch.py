@@ -23,9 +23,18 @@ from ring_cute.hopper.backward_settings import (
     EndsKind,
     backward_settings_for,
 )
-from ring_cute.hopper.launch import DTYPES, L2_BYTES, POLLS, _counter, _processors, current_stream, dense_keys
+from ring_cute.hopper.launch import (
+    DTYPES,
+    L2_BYTES,
+    LOG2E,
+    POLLS,
+    _counter,
+    _processors,
+    current_stream,
+    dense_keys,
+    score_scale,
+)
 
-LOG2E = math.log2(math.e)
 ROWS = 0x7FFF0000
 """Rows of dq that 32-bit coordinates reach."""
 
@@ -90,6 +99,7 @@ class _Known:
     pitch: int  # of the state, in bytes
     turns: int  # 0: in any order
     numbers: tuple[int | float, ...]
+    terms: tuple[int | float, ...]  # of shaped scores, after the stream
 
 
 def backward_supports(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> str:
@@ -213,6 +223,8 @@ def backward(
     Raises:
         ValueError: tensors are of other kinds.
     """
+    if settings is None and params.softcap:
+        settings = backward_settings_for(q.shape[3], softcap=True)
     final = None if dk.dtype == torch.float32 else (dk, dv)
     if final is not None:
         assert flags is None and departures is None, "final gradients are those of keys that stay"
@@ -268,7 +280,8 @@ def _launch(
     dk_at, dv_at = dk.data_ptr(), dv.data_ptr()
     key = (
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride(), dv.stride(), dk.dtype,
-        flags is None, departures is None, params.scale, params.deterministic, settings, q.dtype, device,
+        flags is None, departures is None, params.scale, params.softcap, params.deterministic, settings, q.dtype,
+        device,
     )  # fmt: skip
     calls = table.host.cache.get("cute backward")
     known = None if calls is None else calls.get(key)
@@ -309,6 +322,7 @@ def _launch(
         0 if done is None else done.data_ptr(),
         *known.numbers,
         stream,
+        *known.terms,
     )
 
 
@@ -341,10 +355,11 @@ def _prepare_call(
     members = group // split
     gradients = "final" if dk.dtype != torch.float32 else "shared" if split > 1 else "added"
     kind = BackwardKind(
-        DTYPES[q.dtype], head_dim, gradients, flags is not None, departures is not None, chosen, ordered
-    )
+        DTYPES[q.dtype], head_dim, gradients, flags is not None, departures is not None, chosen, ordered,
+        bool(params.softcap),
+    )  # fmt: skip
     numbers = (
-        params.scale * LOG2E,
+        score_scale(params.scale, params.softcap),
         params.scale,
         length,
         num_heads,
@@ -377,6 +392,7 @@ def _prepare_call(
         4 * _pitch(q.shape),
         0 if prepared.turns is None else prepared.turns.data_ptr(),
         numbers,
+        (params.softcap * LOG2E,) if kind.shaped else (),
     )
 
 

@@ -50,15 +50,25 @@ BACKWARD: dict[int, BackwardSettings] = {
 """By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-22: the main kernel alone
 (`gpu_probe_backward.py variants`)."""
 
+SOFTCAPPED: dict[int, BackwardSettings] = {
+    128: BackwardSettings(
+        q_stages=3,
+        reason="not measured yet; ahead, the 16 registers of P in 16 bits, beside P times the cap's derivative in 32, "
+        "are too many: ptxas then waits for every product by itself",
+    ),
+}
+"""Those of scores with a softcap, where they are others."""
+
 
 def backward_head_dim(head_dim: int) -> int:
     """The head dim that is computed with; columns beyond the true one are zeros that TMA fills in."""
     return next(width for width in BACKWARD if head_dim <= width)
 
 
-def backward_settings_for(head_dim: int) -> BackwardSettings:
+def backward_settings_for(head_dim: int, *, softcap: bool = False) -> BackwardSettings:
     """The settings for a head dim."""
-    return BACKWARD[backward_head_dim(head_dim)]
+    width = backward_head_dim(head_dim)
+    return SOFTCAPPED.get(width, BACKWARD[width]) if softcap else BACKWARD[width]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,12 @@ class BackwardKind:
     settings: BackwardSettings
     ordered: bool = False
     """dq is summed in a fixed order."""
+    softcap: bool = False
+
+    @property
+    def shaped(self) -> bool:
+        """Scores are more than products times a scale (`hopper.scores`)."""
+        return self.softcap
 
     @property
     def padded(self) -> int:

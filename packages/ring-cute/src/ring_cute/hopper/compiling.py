@@ -20,7 +20,7 @@ BACKWARD_ADDRESSES, BACKWARD_SIZES, BACKWARD_STRIDES, BACKWARD_COUNTS = 17, 3, 1
 
 
 def compile_forward(kind: ForwardKind, options: str = OPTIONS) -> Any:
-    """The kernel for that kind: a callable that takes the numbers of `HopperForward.__call__` and a stream."""
+    """The kernel for that kind: a callable that takes what `HopperForward.__call__` does, in that order."""
     return cute.compile(
         HopperForward(kind),
         *(Int64(0) for _ in range(ADDRESSES)),
@@ -29,12 +29,13 @@ def compile_forward(kind: ForwardKind, options: str = OPTIONS) -> Any:
         *(Int64(0) for _ in range(STRIDES)),
         *(Int32(0) for _ in range(COUNTS)),
         make_fake_stream(),
+        *_terms(kind),
         options=options,
     )
 
 
 def compile_backward(kind: BackwardKind, options: str = OPTIONS) -> Any:
-    """The kernel for that kind: a callable that takes the numbers of `HopperBackward.__call__` and a stream."""
+    """The kernel for that kind: a callable that takes what `HopperBackward.__call__` does, in that order."""
     return cute.compile(
         HopperBackward(kind),
         *(Int64(0) for _ in range(BACKWARD_ADDRESSES)),
@@ -44,8 +45,14 @@ def compile_backward(kind: BackwardKind, options: str = OPTIONS) -> Any:
         *(Int64(0) for _ in range(BACKWARD_STRIDES)),
         *(Int32(0) for _ in range(BACKWARD_COUNTS)),
         make_fake_stream(),
+        *_terms(kind),
         options=options,
     )
+
+
+def _terms(kind: ForwardKind | BackwardKind) -> tuple[Any, ...]:
+    """What shaped scores take after the stream, so that kernels of others are handed no more than ever."""
+    return (Float32(0.0),) if kind.shaped else ()
 
 
 def compile_ends(kind: EndsKind, options: str = OPTIONS) -> Any:

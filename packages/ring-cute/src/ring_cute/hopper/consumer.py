@@ -30,6 +30,7 @@ from ring_cute.hopper.records import (
     UPPER,
     WALK_COLUMNS,
 )
+from ring_cute.hopper.scores import cap_scores
 from ring_cute.hopper.softmax import mask, multiply, rescale, softmax, to_operand
 from ring_cute.hopper.views import DROP
 from ring_cute.settings import ForwardKind
@@ -98,7 +99,7 @@ class Consumer:
         self.queries = kind.queries
 
     @cute.jit
-    def consume(self, shared, walk, results, scores, sums, sinks, scale):
+    def consume(self, shared, walk, results, scores, sums, sinks, scale, terms):
         """All of the CTA's tiles."""
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4
         cid = warp >> 2
@@ -181,9 +182,10 @@ class Consumer:
                     self.your_turn(cid)
                 warpgroup.wait_group(0)
                 self.release(shared.k_empty + stage, lane)
+                factor = self.shape(s, scale, terms)
                 if edges > 0:
                     mask(s, first_row, column, j, k_len, lower, upper)
-                softmax(s, m, norm, decay, scale, True, False)
+                softmax(s, m, norm, decay, factor, True, False)
                 self.free_buffers(shared, cid, tiles, leader, True)
                 to_operand(s, p)
                 blocks += 1
@@ -199,13 +201,13 @@ class Consumer:
                         if t < right:
                             nth = number - 1 - t
                         self.attend(
-                            shared, of, kept, scale, cid, lane, first_row, column, blocks,
+                            shared, of, kept, scale, terms, cid, lane, first_row, column, blocks,
                             j_lo + nth * self.block, k_len, lower, upper, True,
                         )  # fmt: skip
                         blocks += 1
                     for _ in cutlass.range(cute.math.max(done, edges), number, unroll=1):
                         self.attend(
-                            shared, of, kept, scale, cid, lane, first_row, column, blocks,
+                            shared, of, kept, scale, terms, cid, lane, first_row, column, blocks,
                             Int32(0), k_len, lower, upper, False,
                         )  # fmt: skip
                         blocks += 1
@@ -233,7 +235,7 @@ class Consumer:
 
     @cute.jit
     def attend(
-        self, shared, of, kept, scale, cid, lane, row, column, blocks, j, k_len, lower, upper,
+        self, shared, of, kept, scale, terms, cid, lane, row, column, blocks, j, k_len, lower, upper,
         masked: cutlass.Constexpr,
     ):  # fmt: skip
         """Scores of this block, then the sum over the values of the block before, whose P is at hand."""
@@ -248,9 +250,10 @@ class Consumer:
             self.your_turn(cid)
         warpgroup.wait_group(1)
         self.release(shared.k_empty + stage, lane)
+        factor = self.shape(of.s, scale, terms)
         if cutlass.const_expr(masked):
             mask(of.s, row, column, j, k_len, lower, upper)
-        grown = softmax(of.s, kept.m, kept.norm, kept.decay, scale, masked, self.settings.lazy)
+        grown = softmax(of.s, kept.m, kept.norm, kept.decay, factor, masked, self.settings.lazy)
         if cutlass.const_expr(self.settings.overlap):
             # over already, but a branch: ptxas would otherwise wait for the sums before the exponentials they overlap
             ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
@@ -262,6 +265,13 @@ class Consumer:
         else:
             rescale(kept.o, kept.decay)
         to_operand(of.s, of.p)
+
+    def shape(self, s, scale, terms):
+        """Products as scores, before the mask; what is left to be multiplied with in the softmax."""
+        if not self.kind.shaped:
+            return scale
+        cap_scores(s, scale, terms.cap)
+        return Float32(1.0)
 
     @cute.jit
     def free_buffers(self, shared, cid, tiles, leader, walked: cutlass.Constexpr):

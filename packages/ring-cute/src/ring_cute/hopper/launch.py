@@ -24,6 +24,7 @@ POLLS = (1 << 31) - 1
 by poison, and raises; ending by itself would be silent."""
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 LARGEST = 256
+LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class _Known:
     items: int
     walk: int
     numbers: tuple[int | float, ...]
+    terms: tuple[int | float, ...]  # of shaped scores, after the stream
 
 
 def forward(
@@ -82,6 +84,7 @@ def forward(
     *,
     scale: float,
     sinks: Tensor | None = None,
+    softcap: float = 0.0,
     flags: Flags | None = None,
     settings: Settings | None = None,
 ) -> None:
@@ -93,6 +96,7 @@ def forward(
             copied.
         scale: of the scores, positive.
         sinks: (Hq,), one more logit a head.
+        softcap: scores become softcap tanh(score / softcap); 0: they stay.
         flags: arrival of the pieces; a piece's keys are read once its flag says so.
         settings: instead of those for this head dim.
 
@@ -105,8 +109,8 @@ def forward(
     state_at = 0 if state is None else state.data_ptr()
     key = (
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(), lse.stride(),
-        None if state is None else state.stride(), sinks is None, flags is None, scale, settings, q.dtype, device,
-        out_at % 16, state_at % 16,
+        None if state is None else state.stride(), sinks is None, flags is None, scale, softcap, settings, q.dtype,
+        device, out_at % 16, state_at % 16,
     )  # fmt: skip
     calls = table.host.cache.get("cute forward")
     known = None if calls is None else calls.get(key)
@@ -115,9 +119,10 @@ def forward(
             q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
             if reason := supports(q, k, v):
                 raise ValueError(f"the Hopper kernels do not take {reason}")
-            forward(q, k, v, out, lse, state, table, scale=scale, sinks=sinks, flags=flags, settings=settings)
+            others: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "flags": flags, "settings": settings}
+            forward(q, k, v, out, lse, state, table, scale=scale, **others)
             return
-        known = _prepare_call(q, k, v, out, lse, state, table, scale, sinks, flags, settings)
+        known = _prepare_call(q, k, v, out, lse, state, table, scale, sinks, softcap, flags, settings)
         if known is None:
             return
         if k.numel():
@@ -138,6 +143,7 @@ def forward(
         0 if flags is None else flags.epoch.data_ptr(),
         *known.numbers,
         stream,
+        *known.terms,
     )
 
 
@@ -151,6 +157,7 @@ def _prepare_call(
     table: DeviceTable,
     scale: float,
     sinks: Tensor | None,
+    softcap: float,
     flags: Flags | None,
     settings: Settings | None,
 ) -> _Known | None:
@@ -159,7 +166,7 @@ def _prepare_call(
         raise ValueError(f"scale is {scale}; the Hopper kernels take the largest score first and need it positive")
     batch, q_len, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
-    chosen = settings or settings_for(head_dim)
+    chosen = settings or settings_for(head_dim, shaped=bool(softcap))
     prepared = prepare(table, batch, k.shape[2], chosen.block, chosen.tile_rows)
     if not prepared.whole and state is None:
         raise ValueError("strips begin or end outside this table, but there is no state")
@@ -182,10 +189,11 @@ def _prepare_call(
         flags=flags is not None,
         out_tma=takes_tma(out),
         state_tma=state is not None and takes_tma(state),
+        softcap=bool(softcap),
     )
     some = k.numel() > 0
     numbers = (
-        scale * math.log2(math.e),
+        score_scale(scale, softcap),
         batch,
         q_len,
         num_heads,
@@ -204,7 +212,13 @@ def _prepare_call(
         POLLS,
         min(total, _processors(q.device) // chosen.cluster) * chosen.cluster,
     )
-    return _Known(library.load(kind), prepared.items.data_ptr(), prepared.walk.data_ptr(), numbers)
+    terms = (softcap * LOG2E,) if kind.shaped else ()
+    return _Known(library.load(kind), prepared.items.data_ptr(), prepared.walk.data_ptr(), numbers, terms)
+
+
+def score_scale(scale: float, softcap: float) -> float:
+    """What kernels multiply products with: scores in base 2, or with a softcap what `scores.below` takes."""
+    return 2 * scale * LOG2E / softcap if softcap else scale * LOG2E
 
 
 def dense_keys(x: Tensor) -> Tensor:
