@@ -48,6 +48,7 @@ class Case:
     dlse: bool = False
     sinks: bool = False
     softcap: float = 0.0
+    alibi: bool = False
     departures: bool = False
     final: bool = False  # dk, dv in the inputs' dtype, written
     deterministic: bool = False
@@ -65,6 +66,7 @@ class Inputs:
     lse: Tensor
     dlse: Tensor | None
     sinks: Tensor | None
+    slopes: Tensor | None
     rows: Tensor  # (B, Sq) of some segment
     keys: Tensor  # (B, C * S) of some segment
     pieces: int
@@ -95,7 +97,8 @@ def inputs_of(case: Case, device: torch.device) -> Inputs:
     memory[~keys] = torch.nan
     kv = memory.unflatten(1, (pieces, length)).movedim((3, 1), (0, 1))
     sinks = torch.randn(heads, device=device) if case.sinks else None
-    return Inputs(q, kv, out, dout, lse, dlse, sinks, rows, keys, pieces, length)
+    slopes = torch.rand(batch, heads, device=device) / 50 if case.alibi else None
+    return Inputs(q, kv, out, dout, lse, dlse, sinks, slopes, rows, keys, pieces, length)
 
 
 def wanted(case: Case, x: Inputs, params: Params, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -125,7 +128,7 @@ def run(case: Case, device: torch.device, **around: Any) -> tuple[str, bool]:
     )
     x = inputs_of(case, device)
     batch, (_, kv_heads), dim = case.batch, case.heads, case.dim
-    params = Params(dim**-0.5, softcap=case.softcap, sinks=x.sinks, deterministic=case.deterministic)
+    params = Params(dim**-0.5, case.softcap, x.slopes, x.sinks, deterministic=case.deterministic)
     results = []
     for _ in range(case.repeat):
         sums = torch.zeros(2, batch, x.pieces * x.length, kv_heads, dim, device=device)

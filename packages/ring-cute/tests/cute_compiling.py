@@ -68,12 +68,14 @@ def kind_of(
     sinks: bool = False,
     flags: bool = False,
     softcap: bool = False,
+    alibi: bool = False,
     settings: Settings | None = None,
     **changed: Any,
 ) -> ForwardKind:
     """The kind that `launch` would ask for."""
-    chosen = replace(settings or settings_for(head_dim, shaped=softcap), **changed)
-    return kind_for(dtype, head_dim, chosen, state=state, sinks=sinks, flags=flags, softcap=softcap)
+    asked = {"softcap": softcap, "alibi": alibi}
+    chosen = replace(settings or settings_for(head_dim, **asked), **changed)
+    return kind_for(dtype, head_dim, chosen, state=state, sinks=sinks, flags=flags, **asked)
 
 
 def compiled_and_ptx(kind: Kind, cubin_to: Path | None = None) -> tuple[Any, str]:
@@ -129,11 +131,14 @@ GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "wide": [(192, {}), (256, {}), (192, {"state": True}), (256, {"state": True, "dtype": "float16"})],
     "padded": [(40, {}), (96, {"state": True})],
     "fp16": [(64, {"dtype": "float16"}), (128, {"dtype": "float16"})],
-    "shaped": [
-        (head_dim, {"softcap": True, **more})
-        for head_dim in (64, 128, 256)
-        for more in ({}, {"state": True, "flags": True, "sinks": True})
-    ],
+    **{
+        "-".join(scores): [
+            (head_dim, {**dict.fromkeys(scores, True), **more})
+            for head_dim in (64, 128, 192, 256)
+            for more in ({}, {"state": True, "flags": True, "sinks": True})
+        ]
+        for scores in (("softcap",), ("alibi",), ("softcap", "alibi"))
+    },
     "variants": [
         (128, {"ping_pong": True, "overlap": True}),
         (128, {"query_registers": True, "cache_hints": True}),

@@ -17,10 +17,11 @@ from ring_cute.settings import SHARED_BYTES
 
 def shaped(head_dim: int, dtype: str) -> Iterator[BackwardKind]:
     """Kinds of shaped scores that `backward_launch` would ask for."""
-    settings = backward_settings_for(head_dim, softcap=True)
-    for gradients in ("final", "added"):
-        staged = gradients == "added"
-        yield BackwardKind(dtype, head_dim, gradients, staged, staged, settings, softcap=True)
+    for asked in ({"softcap": True}, {"alibi": True}, {"softcap": True, "alibi": True}):
+        settings = backward_settings_for(head_dim, **asked)
+        for gradients in ("final", "shared", "added"):
+            staged = gradients == "added"
+            yield BackwardKind(dtype, head_dim, gradients, staged, staged, settings, **asked)
 
 
 GROUPS: dict[str, list[Any]] = {
@@ -65,7 +66,7 @@ def main() -> int:
             wrong = problems(got, kind)
             failed += bool(wrong)
             what = f"{getattr(kind, 'step', 'backward')} {getattr(kind, 'gradients', '')}".strip()
-            what += "".join(f" {word}" for word in ("flags", "softcap") if getattr(kind, word, False))
+            what += "".join(f" {word}" for word in ("flags", "softcap", "alibi") if getattr(kind, word, False))
             print(
                 f"D {kind.head_dim} {kind.dtype} {what}: {got.registers} registers, {got.stack} B stack, "
                 f"{getattr(kind, 'shared_bytes', 0)} B shared, {got.hgmma} wgmma, {got.loads} TMA loads, "

@@ -159,6 +159,7 @@ def check(
     piece_length: int = 0,
     with_sinks: bool = False,
     softcap: float = 0.0,
+    alibi: bool = False,
 ) -> None:
     """Runs the tables one after another (accumulating) on this path and on the reference in fp64."""
     if only not in name:
@@ -174,6 +175,7 @@ def check(
         lse = torch.full((batch, heads[0], q_len), SENTINEL, device=DEVICE)
         state = torch.full(q.shape, torch.nan, device=DEVICE) if len(tables) > 1 else None
         sinks = torch.randn(heads[0], device=DEVICE) * 3 if with_sinks else None
+        slopes = torch.rand(batch, heads[0], device=DEVICE) / 8 if alibi else None
         exact = (out.double(), lse.double(), None if state is None else state.double())
         for table in tables:
             if not len(table):
@@ -182,10 +184,10 @@ def check(
             assert not (why := supports(q, kv[0], kv[1])), why
             on = on_device(table, DEVICE)
             more: dict[str, Any] = {"sinks": sinks, "softcap": softcap}
-            forward(q, kv[0], kv[1], out, lse, state, on, scale=dim**-0.5, settings=settings, **more)
+            forward(q, kv[0], kv[1], out, lse, state, on, scale=dim**-0.5, slopes=slopes, settings=settings, **more)
             finish(name)
             wide = (q.double(), kv[0].double(), kv[1].double())
-            ReferenceBackend().forward(*wide, *exact, on, params=Params(dim**-0.5, **more))
+            ReferenceBackend().forward(*wide, *exact, on, params=Params(dim**-0.5, alibi_slopes=slopes, **more))
         untouched = bool((out[~rows] == SENTINEL).all() and (lse.transpose(1, 2)[~rows] == SENTINEL).all())
         got, want = out[rows].double(), exact[0][rows]
         error = ((got - want).norm() / want.norm().clamp_min(1e-30)).item() if want.numel() else 0.0

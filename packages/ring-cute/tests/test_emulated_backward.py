@@ -25,6 +25,7 @@ pytestmark = [
 ]
 CPU = torch.device("cpu")
 CAUSAL = one(200, 300, causal=True, offset=100)
+STRIPES = table_of([Segment(0, 100, 0, 0, 150, -100, 40, 3, 1, 4, -1, 3)])
 WINDOW = table_of([Segment(0, 200, 0, 0, 200, -60, 20, 0, 0, 1, -1, 3)])
 CASES = [
     Case("one block", [one(64, 128)], 64, heads=(1, 1)),
@@ -50,6 +51,13 @@ CASES = [
     Case("softcap, window, final", [WINDOW], 200, heads=(1, 1), softcap=3.0, final=True),
     replace(chunks(64, batch=1, heads=(1, 1)), name="softcap, four steps", softcap=1.0),
     random_case(3, 64, softcap=0.5),
+    Case("ALiBi, GQA, two batches", [CAUSAL], 200, batch=2, alibi=True),
+    Case("ALiBi, D 40", [one(130, 200, causal=True, offset=70)], 130, dim=40, dlse=True, alibi=True),
+    Case("ALiBi, both sides of the diagonal", [WINDOW], 200, dim=64, heads=(4, 1), final=True, alibi=True),
+    Case("ALiBi, stripes", [STRIPES], 100, dim=64, alibi=True, dtype=torch.float16),
+    replace(chunks(64, batch=1, heads=(1, 1)), name="ALiBi, four steps", alibi=True),
+    Case("ALiBi and softcap", [CAUSAL], 200, softcap=0.7, alibi=True),
+    Case("ALiBi and softcap, stripes", [STRIPES], 100, dim=64, softcap=0.7, alibi=True),
 ]
 
 
@@ -64,7 +72,8 @@ def emulated(processors: int = 2) -> dict[str, Any]:
     def backward(state: backward_launch.BackwardState, *tensors: Any, **others: Any) -> None:
         flags = others.get("flags")
         words = () if flags is None else (flags.values, flags.epoch)
-        with backward_on_cpu(state.memory, *tensors[:-1], others.get("departures"), *words, processors=processors):
+        more = others.get("departures"), others["params"].alibi_slopes
+        with backward_on_cpu(state.memory, *tensors[:-1], *more, *words, processors=processors):
             backward_launch.backward(state, *tensors, **others)
 
     def finish(state: backward_launch.BackwardState, **others: Any) -> Any:

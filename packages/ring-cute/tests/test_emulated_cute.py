@@ -102,6 +102,55 @@ CASES: dict[str, dict[str, Any]] = {
     "softcap, short strips": {"tables": short_strips(), "q_len": 700, "softcap": 1.0},
     "softcap, random": {"tables": [random_table(4)[0]], "q_len": random_table(4)[1], "batch": 2, "softcap": 0.5},
     "softcap, D 256": {"tables": [causal_table(130, 200, causal=True)], "q_len": 130, "dim": 256, "softcap": 1.0},
+    "ALiBi, GQA, D 128": {
+        "tables": [causal_table(200, 300, causal=True, k_position=-100)],
+        "q_len": 200,
+        "heads": (2, 1),
+        "dim": 128,
+        "batch": 2,
+        "alibi": True,
+    },
+    "ALiBi, D 40, fp16": {
+        "tables": [causal_table(130, 333, causal=True, k_position=-203)],
+        "q_len": 130,
+        "dim": 40,
+        "dtype": torch.float16,
+        "alibi": True,
+    },
+    "ALiBi, both sides of the diagonal": {
+        "tables": [table_of([Segment(0, 200, 0, 0, 300, -90, 140, 0, 0, 1, -1, FIRST | LAST)])],
+        "q_len": 200,
+        "alibi": True,
+    },
+    "ALiBi, stripes of two pieces": {
+        "tables": [
+            table_of(
+                [
+                    Segment(0, 200, 0, 0, 200, -200, 0, 3, 1, 4, -1, FIRST),
+                    Segment(0, 200, 1, 0, 200, -200, -1, 3, 6, 4, -1, LAST),
+                ]
+            )
+        ],
+        "q_len": 200,
+        "alibi": True,
+    },
+    "ALiBi, four steps": {"tables": causal_steps(400, (3, 2, 1, 0)), "q_len": 400, "alibi": True},
+    "ALiBi and softcap, four steps, sinks": {
+        "tables": causal_steps(200, (1, 0, 3, 2)),
+        "q_len": 200,
+        "dim": 128,
+        "with_sinks": True,
+        "softcap": 1.0,
+        "alibi": True,
+    },
+    "ALiBi, short strips": {"tables": short_strips(), "q_len": 700, "alibi": True},
+    "ALiBi and softcap, random": {
+        "tables": [random_table(4)[0]],
+        "q_len": random_table(4)[1],
+        "softcap": 0.5,
+        "alibi": True,
+    },
+    "ALiBi, D 256": {"tables": [causal_table(130, 200, causal=True)], "q_len": 130, "dim": 256, "alibi": True},
     "random 1": {"tables": [random_table(1)[0]], "q_len": random_table(1)[1], "batch": 2},
     "random 6": {"tables": [random_table(6)[0]], "q_len": random_table(6)[1], "dim": 128},
     **{
@@ -140,7 +189,7 @@ def on_the_machine() -> Iterator[None]:
         table: DeviceTable,
         **others: Any,
     ) -> None:
-        with on_cpu(q, k, v, out, lse, state, others["sinks"]):
+        with on_cpu(q, k, v, out, lse, state, others["sinks"], others["slopes"]):
             forward(q, k, v, out, lse, state, table, **others)
 
     with (

@@ -79,11 +79,14 @@ FORWARD: dict[int, Settings] = {
 """By head dim, rounded up to the next key. Measured on an H200 that its power limits, DSL 4.8.1, 2026-11-22
 (`gpu_probe.py variants`)."""
 
-SHAPED: dict[int, Settings] = {
-    64: Settings(reason="not measured yet; three consumers of 160 registers spill, two have the room"),
-    128: Settings(lazy=False, reason="not measured yet; lazy spills where steps accumulate"),
+_TWO = Settings(reason="not measured yet; three consumers of 160 registers spill, two have the room")
+SHAPED: dict[tuple[int, bool, bool], Settings] = {
+    (64, True, False): _TWO,
+    (64, True, True): _TWO,
+    (128, True, False): Settings(lazy=False, reason="not measured yet; lazy spills where steps accumulate"),
+    (128, True, True): Settings(block=112, lazy=False, reason="not measured yet; 128 spills where steps accumulate"),
 }
-"""Those of shaped scores, where they are others."""
+"""By padded head dim, softcap, ALiBi: where shaped scores take others."""
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -91,10 +94,10 @@ def padded_head_dim(head_dim: int) -> int:
     return next(width for width in FORWARD if head_dim <= width)
 
 
-def settings_for(head_dim: int, *, shaped: bool = False) -> Settings:
-    """The settings for a head dim; shaped: see `ForwardKind.shaped`."""
+def settings_for(head_dim: int, *, softcap: bool = False, alibi: bool = False) -> Settings:
+    """The settings for a head dim and scores."""
     width = padded_head_dim(head_dim)
-    return SHAPED.get(width, FORWARD[width]) if shaped else FORWARD[width]
+    return SHAPED.get((width, softcap, alibi), FORWARD[width])
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +118,12 @@ class ForwardKind:
     """A tile's state arrives while it is computed, and leaves while the next one is, by TMA and through shared memory
     of its own, where final rows leave through as well; otherwise at the tile's end, from and to registers."""
     softcap: bool = False
+    alibi: bool = False
 
     @property
     def shaped(self) -> bool:
         """Scores are more than products times a scale (`hopper.scores`)."""
-        return self.softcap
+        return self.softcap or self.alibi
 
     @property
     def padded(self) -> int:
@@ -162,11 +166,12 @@ def kind_for(
     out_tma: bool = True,
     state_tma: bool = True,
     softcap: bool = False,
+    alibi: bool = False,
 ) -> ForwardKind:
     """The kernel for a call; out_tma and state_tma say whether TMA can address these tensors at all."""
-    chosen = settings or settings_for(head_dim, shaped=softcap)
+    chosen = settings or settings_for(head_dim, softcap=softcap, alibi=alibi)
     ahead = state and state_tma and state_fits(head_dim, chosen)
     if ahead and query_buffers(head_dim, chosen, True) == 1:  # free for the next tile's as soon as they are read
         chosen = replace(chosen, query_registers=True)
     staged = ahead or query_buffers(head_dim, chosen) > 1
-    return ForwardKind(dtype, head_dim, state, sinks, flags, out_tma and staged, chosen, ahead, softcap)
+    return ForwardKind(dtype, head_dim, state, sinks, flags, out_tma and staged, chosen, ahead, softcap, alibi)

@@ -42,6 +42,12 @@ def test_head_dim(case: KernelCase, seed: int) -> None:
     check_kernel_case(case, load_backend("cute"), "cuda", seed=seed)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.shaped(), ids=str)
+def test_shaped_scores(case: KernelCase, seed: int) -> None:
+    check_kernel_case(case, load_backend("cute"), "cuda", seed=seed)
+
+
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=pytest.mark.multi_gpu(case.world_size), id=str(case)) for case in cases.rings()],

@@ -203,6 +203,7 @@ class HopperBackward:
             dq_empty: cute.struct.MemRange[Int64, CONSUMERS]
             record_full: cute.struct.MemRange[Int64, RECORDS]
             record_empty: cute.struct.MemRange[Int64, RECORDS]
+            slopes: cute.struct.MemRange[Float32, 2 * self.q_stages if self.kind.alibi else 0]
 
         self.storage = Storage
         self.kernel(
@@ -215,7 +216,7 @@ class HopperBackward:
             score_scale, scale, q_len, num_heads, num_kv_heads, dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s,
             dv_h, num_items, section, head_batches, total,
             split, members, piece_length, q_batch_rows, do_batch_rows, k_batch_rows, polls,
-            *(terms if self.kind.shaped else (None,)),
+            *(terms if self.kind.shaped else (None, None, None)),
         ).launch(grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
     def product(self, a, b, columns, source=warpgroup.OperandSource.SMEM):
@@ -281,7 +282,9 @@ class HopperBackward:
         do_batch_rows: Int32,
         k_batch_rows: Int32,
         polls: Int32,
-        cap: Any,  # None unless scores are shaped
+        cap: Any,  # this and what follows: None unless scores are shaped
+        slopes_b: Any,
+        slopes: Any,
     ):
         storage = SmemAllocator().allocate(self.storage)
         stats = cute.make_layout((self.block, self.q_stages))
@@ -308,6 +311,7 @@ class HopperBackward:
             dq_empty=storage.dq_empty.data_ptr(),
             record_full=storage.record_full.data_ptr(),
             record_empty=storage.record_empty.data_ptr(),
+            slopes=storage.slopes.get_tensor(cute.make_layout((2, self.q_stages))) if self.kind.alibi else None,
         )
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -346,7 +350,8 @@ class HopperBackward:
                     self.block, self.q_stages, self.do_stages, self.kind.flags,
                 )  # fmt: skip
             if warp == 1:
-                describe(work, shared, lse, delta, num_heads, q_len, self.block, self.q_stages)
+                terms = Terms(cap, slopes_b, slopes) if self.kind.alibi else None
+                describe(work, shared, lse, delta, num_heads, q_len, terms, self.block, self.q_stages)
             if warp == 2:
                 add_queries(
                     work, shared, dq_atom, dq_tma, num_heads, q_len, turns, done, self.block, self.row_parts,
@@ -357,5 +362,5 @@ class HopperBackward:
             self.consumer.consume(
                 shared, scores, sums, turned, dk, dv, departures, score_scale, scale,
                 dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h,
-                Terms(cap),
+                Terms(cap, slopes_b, slopes),
             )  # fmt: skip

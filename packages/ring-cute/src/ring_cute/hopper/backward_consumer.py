@@ -10,7 +10,15 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import warpgroup
 
 from ring_cute.hopper import ptx
-from ring_cute.hopper.backward_producer import EDGE, FIRST_OFFSET, LAST_OFFSET, next_stage
+from ring_cute.hopper.backward_producer import (
+    APART,
+    EDGE,
+    FIRST_OFFSET,
+    LAST_OFFSET,
+    SLOPE,
+    STEP,
+    next_stage,
+)
 from ring_cute.hopper.backward_records import (
     BATCH,
     BLOCKS,
@@ -23,7 +31,7 @@ from ring_cute.hopper.backward_records import (
     TOKEN,
 )
 from ring_cute.hopper.backward_settings import TILE_KEYS, BackwardKind
-from ring_cute.hopper.scores import below, capped_probabilities, hide
+from ring_cute.hopper.scores import HIDDEN, Place, below, capped_probabilities, sloped_probabilities
 from ring_cute.hopper.softmax import multiply, to_operand
 
 CONSUMERS = 2
@@ -283,22 +291,29 @@ class BackwardConsumer:
     def probabilities(self, shared, s, p16, stage, scale, terms, row, column, count):
         """s becomes exp2(s scale - lse), 0 where a pair takes no part. With softcap that, rounded, is p16, and s it
         times the cap's derivative."""
+        place, bound = None, None
+        if cutlass.const_expr(self.kind.alibi):
+            place = Place(shared.slopes[SLOPE, stage], None, shared.slopes[STEP, stage])
+            bound = shared.bounds[APART, stage]
         if cutlass.const_expr(self.kind.softcap):
             below(s, scale)
-            hide(shared, s, stage, row, column, count)
-            capped_probabilities(shared, s, p16, stage, terms.cap, column)
+            self.hide(shared, s, stage, row, column, count, HIDDEN)
+            capped_probabilities(shared, s, p16, stage, terms.cap, place, bound, row, column)
         else:
-            self.plain_probabilities(shared, s, stage, scale, row, column, count)
+            if cutlass.const_expr(self.kind.alibi):
+                sloped_probabilities(shared, s, stage, scale, place, bound, row, column)
+            else:
+                for j in cutlass.range_constexpr(cute.size(s) // 4):
+                    for c in cutlass.range_constexpr(2):
+                        lse = shared.lse[8 * j + column + c, stage]
+                        for half in cutlass.range_constexpr(2):
+                            e = 4 * j + 2 * half + c
+                            s[e] = ptx.exp2(ptx.fma(s[e], scale, -lse))
+            self.hide(shared, s, stage, row, column, count, 0.0)
 
     @cute.jit
-    def plain_probabilities(self, shared, s, stage, scale, row, column, count):
-        """`probabilities` without softcap."""
-        for j in cutlass.range_constexpr(cute.size(s) // 4):
-            for c in cutlass.range_constexpr(2):
-                lse = shared.lse[8 * j + column + c, stage]
-                for half in cutlass.range_constexpr(2):
-                    e = 4 * j + 2 * half + c
-                    s[e] = ptx.exp2(ptx.fma(s[e], scale, -lse))
+    def hide(self, shared, s, stage, row, column, count, value: cutlass.Constexpr):
+        """That value where a pair of the block takes no part."""
         if shared.bounds[EDGE, stage] != 0:
             for half in cutlass.range_constexpr(2):
                 own = row + 8 * half
@@ -309,7 +324,7 @@ class BackwardConsumer:
                 for j in cutlass.range_constexpr(cute.size(s) // 4):
                     for c in cutlass.range_constexpr(2):
                         here, e = 8 * j + c, 4 * j + 2 * half + c
-                        s[e] = cutlass.select_((first <= here) & (last >= here), s[e], Float32(0.0))
+                        s[e] = cutlass.select_((first <= here) & (last >= here), s[e], Float32(value))
 
     @cute.jit
     def differences(self, shared, s, dp, stage, column):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,10 @@ from ring_cute.hopper.launch import (
     POLLS,
     _counter,
     _processors,
+    batch_stride,
     current_stream,
     dense_keys,
+    dense_slopes,
     score_scale,
 )
 
@@ -99,7 +101,7 @@ class _Known:
     pitch: int  # of the state, in bytes
     turns: int  # 0: in any order
     numbers: tuple[int | float, ...]
-    terms: tuple[int | float, ...]  # of shaped scores, after the stream
+    terms: tuple[float, int] | None  # of shaped scores, after the stream and before the slopes' address
 
 
 def backward_supports(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> str:
@@ -223,8 +225,11 @@ def backward(
     Raises:
         ValueError: tensors are of other kinds.
     """
-    if settings is None and params.softcap:
-        settings = backward_settings_for(q.shape[3], softcap=True)
+    if settings is None and (params.softcap or params.alibi_slopes is not None):
+        asked = {"softcap": bool(params.softcap), "alibi": params.alibi_slopes is not None}
+        settings = backward_settings_for(q.shape[3], **asked)
+    if params.alibi_slopes is not None:
+        params = replace(params, alibi_slopes=dense_slopes(params.alibi_slopes))
     final = None if dk.dtype == torch.float32 else (dk, dv)
     if final is not None:
         assert flags is None and departures is None, "final gradients are those of keys that stay"
@@ -276,12 +281,13 @@ def _launch(
     departures: Tensor | None,
     settings: BackwardSettings | None,
 ) -> None:
+    slopes = params.alibi_slopes
     device, q_at, k_at, v_at = q.get_device(), q.data_ptr(), k.data_ptr(), v.data_ptr()
     dk_at, dv_at = dk.data_ptr(), dv.data_ptr()
     key = (
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride(), dv.stride(), dk.dtype,
-        flags is None, departures is None, params.scale, params.softcap, params.deterministic, settings, q.dtype,
-        device,
+        flags is None, departures is None, params.scale, params.softcap, batch_stride(slopes), params.deterministic,
+        settings, q.dtype, device,
     )  # fmt: skip
     calls = table.host.cache.get("cute backward")
     known = None if calls is None else calls.get(key)
@@ -322,7 +328,7 @@ def _launch(
         0 if done is None else done.data_ptr(),
         *known.numbers,
         stream,
-        *known.terms,
+        *(() if known.terms is None else (*known.terms, 0 if slopes is None else slopes.data_ptr())),
     )
 
 
@@ -356,7 +362,7 @@ def _prepare_call(
     gradients = "final" if dk.dtype != torch.float32 else "shared" if split > 1 else "added"
     kind = BackwardKind(
         DTYPES[q.dtype], head_dim, gradients, flags is not None, departures is not None, chosen, ordered,
-        bool(params.softcap),
+        bool(params.softcap), params.alibi_slopes is not None,
     )  # fmt: skip
     numbers = (
         score_scale(params.scale, params.softcap),
@@ -392,7 +398,7 @@ def _prepare_call(
         4 * _pitch(q.shape),
         0 if prepared.turns is None else prepared.turns.data_ptr(),
         numbers,
-        (params.softcap * LOG2E,) if kind.shaped else (),
+        (params.softcap * LOG2E, batch_stride(params.alibi_slopes) or 0) if kind.shaped else None,
     )
 
 

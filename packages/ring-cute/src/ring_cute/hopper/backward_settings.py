@@ -50,14 +50,18 @@ BACKWARD: dict[int, BackwardSettings] = {
 """By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-22: the main kernel alone
 (`gpu_probe_backward.py variants`)."""
 
-SOFTCAPPED: dict[int, BackwardSettings] = {
-    128: BackwardSettings(
-        q_stages=3,
-        reason="not measured yet; ahead, the 16 registers of P in 16 bits, beside P times the cap's derivative in 32, "
-        "are too many: ptxas then waits for every product by itself",
-    ),
+_CAPPED = BackwardSettings(
+    q_stages=3,
+    reason="not measured yet; ahead, the 16 registers of P in 16 bits, beside P times the cap's derivative in 32, are "
+    "too many: ptxas then waits for every product by itself",
+)
+SHAPED: dict[tuple[int, bool, bool], BackwardSettings] = {
+    (64, True, True): BackwardSettings(block=96, q_stages=3, reason="not measured yet; ahead spills"),
+    (128, True, False): _CAPPED,
+    (128, False, True): BackwardSettings(q_stages=3, reason="not measured yet; ahead spills where pieces depart"),
+    (128, True, True): _CAPPED,
 }
-"""Those of scores with a softcap, where they are others."""
+"""By padded head dim, softcap, ALiBi: where shaped scores take others."""
 
 
 def backward_head_dim(head_dim: int) -> int:
@@ -65,10 +69,10 @@ def backward_head_dim(head_dim: int) -> int:
     return next(width for width in BACKWARD if head_dim <= width)
 
 
-def backward_settings_for(head_dim: int, *, softcap: bool = False) -> BackwardSettings:
-    """The settings for a head dim."""
+def backward_settings_for(head_dim: int, *, softcap: bool = False, alibi: bool = False) -> BackwardSettings:
+    """The settings for a head dim and scores."""
     width = backward_head_dim(head_dim)
-    return SOFTCAPPED.get(width, BACKWARD[width]) if softcap else BACKWARD[width]
+    return SHAPED.get((width, softcap, alibi), BACKWARD[width])
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +91,12 @@ class BackwardKind:
     ordered: bool = False
     """dq is summed in a fixed order."""
     softcap: bool = False
+    alibi: bool = False
 
     @property
     def shaped(self) -> bool:
         """Scores are more than products times a scale (`hopper.scores`)."""
-        return self.softcap
+        return self.softcap or self.alibi
 
     @property
     def padded(self) -> int:

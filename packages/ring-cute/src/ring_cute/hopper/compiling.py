@@ -12,6 +12,7 @@ from ring_cute.hopper.backward import HopperBackward
 from ring_cute.hopper.backward_ends import Finish, Prepare
 from ring_cute.hopper.backward_settings import BackwardKind, EndsKind
 from ring_cute.hopper.forward import HopperForward
+from ring_cute.hopper.scores import no_terms
 from ring_cute.settings import ForwardKind
 
 ADDRESSES, SIZES, STRIDES, COUNTS = 12, 4, 15, 7
@@ -52,7 +53,7 @@ def compile_backward(kind: BackwardKind, options: str = OPTIONS) -> Any:
 
 def _terms(kind: ForwardKind | BackwardKind) -> tuple[Any, ...]:
     """What shaped scores take after the stream, so that kernels of others are handed no more than ever."""
-    return (Float32(0.0),) if kind.shaped else ()
+    return no_terms() if kind.shaped else ()
 
 
 def compile_ends(kind: EndsKind, options: str = OPTIONS) -> Any:

@@ -230,7 +230,7 @@ class HopperForward:
             flat(items, Int32), flat(walk, Int32), flat(counter, Int32), flat(flags, cutlass.Uint32),
             flat(epoch, cutlass.Uint32), scale, num_heads, num_kv_heads, out_b, out_s, out_h, lse_b, lse_h,
             state_b, state_s, state_h, num_items, section, head_batches, total, k_batch_rows, polls,
-            *(terms if self.kind.shaped else (None,)),
+            *(terms if self.kind.shaped else (None, None, None)),
         ).launch(
             grid=(grid, 1, 1),
             block=(threads, 1, 1),
@@ -284,7 +284,9 @@ class HopperForward:
         total: Int32,
         k_batch_rows: Int32,
         polls: Int32,
-        cap: Any,  # None unless scores are shaped
+        cap: Any,  # this and what follows: None unless scores are shaped
+        slopes_b: Any,
+        slopes: Any,
     ):
         storage = SmemAllocator().allocate(self.storage)
         o, staged = None, None
@@ -356,7 +358,7 @@ class HopperForward:
                 out_atom, out_tma, out, out_b, out_s, out_h, lse, lse_b, lse_h, state_out, state_tma, state,
                 state_b, state_s, state_h,
             )  # fmt: skip
-            self.consumer.consume(shared, walk, results, scores, sums, sinks, scale, Terms(cap))
+            self.consumer.consume(shared, walk, results, scores, sums, sinks, scale, Terms(cap, slopes_b, slopes))
         if cutlass.const_expr(self.cluster > 1):
             self.meet()  # what others send to a CTA's memory, they send while it lives
 

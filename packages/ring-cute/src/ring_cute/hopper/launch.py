@@ -70,7 +70,7 @@ class _Known:
     items: int
     walk: int
     numbers: tuple[int | float, ...]
-    terms: tuple[int | float, ...]  # of shaped scores, after the stream
+    terms: tuple[float, int] | None  # of shaped scores, after the stream and before the slopes' address
 
 
 def forward(
@@ -85,6 +85,7 @@ def forward(
     scale: float,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    slopes: Tensor | None = None,
     flags: Flags | None = None,
     settings: Settings | None = None,
 ) -> None:
@@ -97,6 +98,7 @@ def forward(
         scale: of the scores, positive.
         sinks: (Hq,), one more logit a head.
         softcap: scores become softcap tanh(score / softcap); 0: they stay.
+        slopes: (Hq,) or (B, Hq), of ALiBi.
         flags: arrival of the pieces; a piece's keys are read once its flag says so.
         settings: instead of those for this head dim.
 
@@ -105,12 +107,14 @@ def forward(
     """
     if sinks is not None and (sinks.dtype != torch.float32 or not sinks.is_contiguous()):
         sinks = sinks.float().contiguous()
+    if slopes is not None:
+        slopes = dense_slopes(slopes)
     device, q_at, k_at, v_at, out_at = q.get_device(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     state_at = 0 if state is None else state.data_ptr()
     key = (
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(), lse.stride(),
-        None if state is None else state.stride(), sinks is None, flags is None, scale, softcap, settings, q.dtype,
-        device, out_at % 16, state_at % 16,
+        None if state is None else state.stride(), sinks is None, flags is None, scale, softcap, batch_stride(slopes),
+        settings, q.dtype, device, out_at % 16, state_at % 16,
     )  # fmt: skip
     calls = table.host.cache.get("cute forward")
     known = None if calls is None else calls.get(key)
@@ -119,10 +123,10 @@ def forward(
             q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
             if reason := supports(q, k, v):
                 raise ValueError(f"the Hopper kernels do not take {reason}")
-            others: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "flags": flags, "settings": settings}
-            forward(q, k, v, out, lse, state, table, scale=scale, **others)
+            others: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "slopes": slopes, "flags": flags}
+            forward(q, k, v, out, lse, state, table, scale=scale, settings=settings, **others)
             return
-        known = _prepare_call(q, k, v, out, lse, state, table, scale, sinks, softcap, flags, settings)
+        known = _prepare_call(q, k, v, out, lse, state, table, scale, sinks, softcap, slopes, flags, settings)
         if known is None:
             return
         if k.numel():
@@ -143,7 +147,7 @@ def forward(
         0 if flags is None else flags.epoch.data_ptr(),
         *known.numbers,
         stream,
-        *known.terms,
+        *(() if known.terms is None else (*known.terms, 0 if slopes is None else slopes.data_ptr())),
     )
 
 
@@ -158,6 +162,7 @@ def _prepare_call(
     scale: float,
     sinks: Tensor | None,
     softcap: float,
+    slopes: Tensor | None,
     flags: Flags | None,
     settings: Settings | None,
 ) -> _Known | None:
@@ -166,7 +171,7 @@ def _prepare_call(
         raise ValueError(f"scale is {scale}; the Hopper kernels take the largest score first and need it positive")
     batch, q_len, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
-    chosen = settings or settings_for(head_dim, shaped=bool(softcap))
+    chosen = settings or settings_for(head_dim, softcap=bool(softcap), alibi=slopes is not None)
     prepared = prepare(table, batch, k.shape[2], chosen.block, chosen.tile_rows)
     if not prepared.whole and state is None:
         raise ValueError("strips begin or end outside this table, but there is no state")
@@ -190,6 +195,7 @@ def _prepare_call(
         out_tma=takes_tma(out),
         state_tma=state is not None and takes_tma(state),
         softcap=bool(softcap),
+        alibi=slopes is not None,
     )
     some = k.numel() > 0
     numbers = (
@@ -212,8 +218,20 @@ def _prepare_call(
         POLLS,
         min(total, _processors(q.device) // chosen.cluster) * chosen.cluster,
     )
-    terms = (softcap * LOG2E,) if kind.shaped else ()
+    terms = (softcap * LOG2E, batch_stride(slopes) or 0) if kind.shaped else None
     return _Known(library.load(kind), prepared.items.data_ptr(), prepared.walk.data_ptr(), numbers, terms)
+
+
+def dense_slopes(slopes: Tensor) -> Tensor:
+    """Slopes of ALiBi as kernels read them: fp32, those of neighbouring heads one after the other."""
+    return slopes if slopes.dtype == torch.float32 and slopes.stride(-1) == 1 else slopes.float().contiguous()
+
+
+def batch_stride(slopes: Tensor | None) -> int | None:
+    """Numbers from the slopes of one batch entry to those of the next; None without slopes."""
+    if slopes is None:
+        return None
+    return slopes.stride(0) if slopes.dim() == 2 and slopes.shape[0] > 1 else 0
 
 
 def score_scale(scale: float, softcap: float) -> float:
