@@ -59,7 +59,9 @@ SHAPED: dict[tuple[int, bool, bool], BackwardSettings] = {
     (64, True, True): BackwardSettings(block=96, q_stages=3, reason="not measured yet; ahead spills"),
     (128, True, False): _CAPPED,
     (128, False, True): BackwardSettings(q_stages=3, reason="not measured yet; ahead spills where pieces depart"),
-    (128, True, True): _CAPPED,
+    (128, True, True): BackwardSettings(
+        block=48, q_stages=3, reason="not measured yet; not ahead either, blocks of 64 spill where pieces depart"
+    ),
 }
 """By padded head dim, softcap, ALiBi: where shaped scores take others."""
 
