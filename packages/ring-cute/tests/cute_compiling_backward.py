@@ -11,7 +11,13 @@ from typing import Any
 from cute_compiling import Compiled, compile_kind
 
 from ring_cute.compile import backwards
-from ring_cute.hopper.backward_settings import BACKWARD, TILE_KEYS, BackwardKind, backward_settings_for
+from ring_cute.hopper.backward_settings import (
+    BACKWARD,
+    TILE_KEYS,
+    WIDE_TILE_KEYS,
+    BackwardKind,
+    backward_settings_for,
+)
 from ring_cute.settings import SHARED_BYTES
 
 
@@ -27,6 +33,7 @@ def shaped(head_dim: int, dtype: str) -> Iterator[BackwardKind]:
 GROUPS: dict[str, list[Any]] = {
     **{f"backward-{head_dim}": [*backwards(head_dim, "bfloat16")] for head_dim in BACKWARD},
     "backward-padded": [*backwards(40, "float16")],
+    "backward-wide-padded": [*backwards(200, "float16")],
     **{f"backward-shaped-{head_dim}": [*shaped(head_dim, "bfloat16")] for head_dim in BACKWARD},
 }
 
@@ -41,12 +48,11 @@ def problems(compiled: Compiled, kind: Any) -> list[str]:
         "not for sm_90a": ".target sm_90a" not in compiled.ptx,
     }
     if isinstance(kind, BackwardKind):
-        # of a consumer's block: scores and dP over the head dim, dk and dv over the queries, dq over the tile's keys
-        products = 2 * (kind.padded // 16) + 2 * (kind.settings.block // 16) + TILE_KEYS // 16
+        products, needed = _products_and_waits(kind)
         loads = 4 * (kind.padded // 64)  # boxes are 64 columns wide: K, V, Q, dO
         sums = len(re.findall(r"\bUTMAREDG\b", compiled.sass))
         # where registers do not suffice ptxas waits for each product by itself, and says so to nobody
-        waits, needed = len(re.findall(r"\bWARPGROUP\.DEPBAR", compiled.sass)), 9 if kind.settings.ahead else 5
+        waits = len(re.findall(r"\bWARPGROUP\.DEPBAR", compiled.sass))
         wrong |= {
             f"{compiled.hgmma} wgmma instructions, fewer than {products}": compiled.hgmma < products,
             f"{waits} waits for wgmma, not {needed}: products are serialized": waits != needed,
@@ -56,6 +62,17 @@ def problems(compiled: Compiled, kind: Any) -> list[str]:
             f"{kind.shared_bytes} bytes of shared memory": kind.shared_bytes > SHARED_BYTES,
         }
     return [message for message, is_so in wrong.items() if is_so]
+
+
+def _products_and_waits(kind: BackwardKind) -> tuple[int, int]:
+    """The fewest wgmma instructions, and the waits for them that were written."""
+    depth, queries = kind.padded // 16, kind.settings.block // 16
+    if not kind.wide:
+        # of a consumer's block: scores and dP over the head dim, dk and dv over the queries, dq over the tile's keys
+        return 2 * depth + 2 * queries + TILE_KEYS // 16, 9 if kind.settings.ahead else 5
+    # scores and dP before the loop and in it; dv, dk and dq of each 64 columns in the loop and for the last block
+    shares = kind.padded // 64
+    return 4 * depth + 4 * queries + 2 * shares * (WIDE_TILE_KEYS // 16), 6 + 2 * shares
 
 
 def main() -> int:

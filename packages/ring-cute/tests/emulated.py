@@ -111,7 +111,7 @@ def backward_on_cpu(*tensors: Tensor | None, processors: int = 2) -> Iterator[li
         patch.object(backward_launching, "_processors", lambda device: processors),
         patch.object(backward_launching, "_counter", lambda device, stream: zero.data_ptr()),
         patch.object(backward_launching, "schedule_for", scheduled),
-        patch.object(torch, "empty", _noted(torch.empty, torch.nan)),
+        patch.object(Tensor, "new_empty", _noted(Tensor.new_empty, torch.nan)),
         patch.object(torch, "zeros", _noted(torch.zeros, 0.0)),
     ):
         yield _regions

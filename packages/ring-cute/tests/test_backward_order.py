@@ -6,26 +6,26 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from backward_cases import one, own_batches, plans, random_case
 
 from ring_core.key_tiles import ITEM, WALK, make_schedule
 from ring_core.segment import Table
+from ring_core.testing.direct import backward_plans, causal_keys, key_batches, random_keys
 from ring_cute.hopper.backward_order import turns_of
 
 TABLES = {
-    "causal": one(700, 700, causal=True),
-    "offset": one(333, 300, causal=True, offset=-33),
-    "own batch entries": own_batches(64).tables[0],
-    **{f"random {seed}": random_case(seed, 64).tables[0] for seed in range(8)},
-    **{case.name: case.tables[0] for case in plans(64)},
+    "causal": causal_keys(700, 700, causal=True),
+    "offset": causal_keys(333, 300, causal=True, offset=-33),
+    "own batch entries": key_batches(64).tables[0],
+    **{f"random {seed}": random_keys(seed, 64).tables[0] for seed in range(8)},
+    **{case.name: case.tables[0] for case in backward_plans(64)},
 }
 
 
-@pytest.mark.parametrize("block", [64, 96])
+@pytest.mark.parametrize(("block", "tile_keys"), [(64, 128), (96, 128), (64, 64)])
 @pytest.mark.parametrize("name", TABLES)
-def test_turns_count_the_blocks_before(name: str, block: int) -> None:
+def test_turns_count_the_blocks_before(name: str, block: int, tile_keys: int) -> None:
     table: Table = TABLES[name]
-    schedule = make_schedule(table, tile_keys=128, block=block)
+    schedule = make_schedule(table, tile_keys=tile_keys, block=block)
     given = schedule.items if schedule.every_batch else schedule.for_batch(3)
     items, turns = turns_of(given, schedule.walk, block)
     np.testing.assert_array_equal(np.delete(items, 1, axis=1), np.delete(given, 1, axis=1))

@@ -62,7 +62,7 @@ class TestFilled:
         assert done.returncode == 0, done.stderr[-4000:]
         found = json.loads(done.stdout)
         assert not found["cutlass"], "the DSL was imported"
-        assert found["type"] == "Function"  # of tvm_ffi
+        assert found["type"] == "Kernel"
         assert found["seconds"] < WARM_SECONDS
 
     def test_the_command_compiles_nothing_twice(self, warm: Path) -> None:

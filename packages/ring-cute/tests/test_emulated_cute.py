@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-import gpu_probe
 import pytest
 import torch
-from gpu_probe import VARIANTS, causal_steps, causal_table, random_table, short_strips, table_of
-from torch import Tensor
+from gpu_probe import VARIANTS
 
-from ring_core.backend import DeviceTable, Flags, on_device
+from ring_core.backend import Flags, Params, on_device
 from ring_core.segment import FIRST, LAST, Segment, Table
+from ring_core.testing.direct import (
+    ForwardCase,
+    causal_steps,
+    causal_table,
+    own_batches,
+    random_queries,
+    run_forward,
+    short_strips,
+    table_of,
+)
 from ring_cute.hopper.launch import forward
-from ring_cute.settings import settings_for
+from ring_cute.settings import Settings, settings_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,10 +33,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("cc") is None, reason="the host code is linked by cc"),
 ]
 CPU = torch.device("cpu")
-OWN = table_of(
-    [Segment(0, 200, 0, 0, 300, -200, 300, 0, 0, 1, 0, FIRST | LAST)],
-    [Segment(50, 100, 0, 0, 77, -100, 5, 0, 0, 1, 1, FIRST | LAST)],
-)
 
 
 def two_steps(q_len: int) -> list[Table]:
@@ -41,171 +44,117 @@ def two_steps(q_len: int) -> list[Table]:
     ]
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "two blocks": {"tables": [causal_table(128, 256, causal=False)], "q_len": 128, "dim": 128},
-    "causal, GQA": {"tables": [causal_table(300, 300, causal=True)], "q_len": 300, "heads": (2, 1)},
-    "ends, padded head dim": {
-        "tables": [causal_table(130, 333, causal=True, k_position=-203)],
-        "q_len": 130,
-        "dim": 40,
-    },
-    "D 192": {"tables": [causal_table(130, 333, causal=True, k_position=-203)], "q_len": 130, "dim": 192},
-    "D 256, two batches": {
-        "tables": [causal_table(130, 200, causal=True, k_position=-70)],
-        "q_len": 130,
-        "dim": 256,
-        "batch": 2,
-        "dtype": torch.float16,
-    },
-    "D 200, four steps": {"tables": causal_steps(200, (3, 2, 1, 0)), "q_len": 200, "dim": 200},
-    "clusters, two steps": {
-        "tables": two_steps(500),
-        "q_len": 500,
-        "heads": (2, 1),
-        "settings": replace(settings_for(64), cluster=2, cache_hints=True),
-    },
-    "clusters, no key": {
-        "tables": [causal_table(200, 0, causal=False)],
-        "q_len": 200,
-        "heads": (9, 1),
-        "settings": replace(settings_for(64), cluster=2),
-    },
-    "fp16": {"tables": [causal_table(128, 256, causal=False)], "q_len": 128, "dtype": torch.float16},
-    "short keys": {"tables": [causal_table(200, 17, causal=False)], "q_len": 200},
-    "no key": {"tables": [causal_table(200, 0, causal=False)], "q_len": 200},
-    "own batch entries": {"tables": [OWN], "q_len": 256, "batch": 2},
-    "four steps": {"tables": causal_steps(400, (3, 2, 1, 0)), "q_len": 400},
-    "four steps, sinks": {"tables": causal_steps(200, (1, 0, 3, 2)), "q_len": 200, "dim": 128, "with_sinks": True},
-    "short strips": {"tables": short_strips(), "q_len": 700},
-    "softcap, GQA, D 128": {
-        "tables": [causal_table(200, 300, causal=True, k_position=-100)],
-        "q_len": 200,
-        "heads": (2, 1),
-        "dim": 128,
-        "softcap": 0.7,
-    },
-    "softcap, D 40, fp16": {
-        "tables": [causal_table(130, 333, causal=True, k_position=-203)],
-        "q_len": 130,
-        "dim": 40,
-        "dtype": torch.float16,
-        "softcap": 50.0,
-    },
-    "softcap, four steps": {"tables": causal_steps(400, (3, 2, 1, 0)), "q_len": 400, "softcap": 2.0},
-    "softcap, four steps, sinks": {
-        "tables": causal_steps(200, (1, 0, 3, 2)),
-        "q_len": 200,
-        "dim": 128,
-        "with_sinks": True,
-        "softcap": 1.0,
-    },
-    "softcap, short strips": {"tables": short_strips(), "q_len": 700, "softcap": 1.0},
-    "softcap, random": {"tables": [random_table(4)[0]], "q_len": random_table(4)[1], "batch": 2, "softcap": 0.5},
-    "softcap, D 256": {"tables": [causal_table(130, 200, causal=True)], "q_len": 130, "dim": 256, "softcap": 1.0},
-    "ALiBi, GQA, D 128": {
-        "tables": [causal_table(200, 300, causal=True, k_position=-100)],
-        "q_len": 200,
-        "heads": (2, 1),
-        "dim": 128,
-        "batch": 2,
-        "alibi": True,
-    },
-    "ALiBi, D 40, fp16": {
-        "tables": [causal_table(130, 333, causal=True, k_position=-203)],
-        "q_len": 130,
-        "dim": 40,
-        "dtype": torch.float16,
-        "alibi": True,
-    },
-    "ALiBi, both sides of the diagonal": {
-        "tables": [table_of([Segment(0, 200, 0, 0, 300, -90, 140, 0, 0, 1, -1, FIRST | LAST)])],
-        "q_len": 200,
-        "alibi": True,
-    },
-    "ALiBi, stripes of two pieces": {
-        "tables": [
-            table_of(
-                [
-                    Segment(0, 200, 0, 0, 200, -200, 0, 3, 1, 4, -1, FIRST),
-                    Segment(0, 200, 1, 0, 200, -200, -1, 3, 6, 4, -1, LAST),
-                ]
-            )
-        ],
-        "q_len": 200,
-        "alibi": True,
-    },
-    "ALiBi, four steps": {"tables": causal_steps(400, (3, 2, 1, 0)), "q_len": 400, "alibi": True},
-    "ALiBi and softcap, four steps, sinks": {
-        "tables": causal_steps(200, (1, 0, 3, 2)),
-        "q_len": 200,
-        "dim": 128,
-        "with_sinks": True,
-        "softcap": 1.0,
-        "alibi": True,
-    },
-    "ALiBi, short strips": {"tables": short_strips(), "q_len": 700, "alibi": True},
-    "ALiBi and softcap, random": {
-        "tables": [random_table(4)[0]],
-        "q_len": random_table(4)[1],
-        "softcap": 0.5,
-        "alibi": True,
-    },
-    "ALiBi, D 256": {"tables": [causal_table(130, 200, causal=True)], "q_len": 130, "dim": 256, "alibi": True},
-    "random 1": {"tables": [random_table(1)[0]], "q_len": random_table(1)[1], "batch": 2},
-    "random 6": {"tables": [random_table(6)[0]], "q_len": random_table(6)[1], "dim": 128},
-    **{
-        f"{name}": {"tables": [causal_table(200, 300, causal=True, k_position=-100)], "q_len": 200, "settings": chosen}
+def case(name: str, tables: list[Table], q_len: int, **more: Any) -> ForwardCase:
+    return ForwardCase(name, tables, q_len, **{"heads": (1, 1), "dim": 64, **more})
+
+
+CAUSAL = causal_table(200, 300, causal=True, k_position=-100)
+WINDOW = table_of([Segment(0, 200, 0, 0, 300, -90, 140, 0, 0, 1, -1, FIRST | LAST)])
+STRIPES = table_of(
+    [
+        Segment(0, 200, 0, 0, 200, -200, 0, 3, 1, 4, -1, FIRST),
+        Segment(0, 200, 1, 0, 200, -200, -1, 3, 6, 4, -1, LAST),
+    ]
+)
+ENDS = [causal_table(130, 333, causal=True, k_position=-203)]
+CASES = [
+    case("two blocks", [causal_table(128, 256, causal=False)], 128, dim=128),
+    case("causal, GQA", [causal_table(300, 300, causal=True)], 300, heads=(2, 1)),
+    case("ends, padded head dim", ENDS, 130, dim=40),
+    case("D 192", ENDS, 130, dim=192),
+    case(
+        "D 256, two batches",
+        [causal_table(130, 200, causal=True, k_position=-70)],
+        130,
+        dim=256,
+        batch=2,
+        dtype=torch.float16,
+    ),
+    case("D 200, four steps", causal_steps(200, (3, 2, 1, 0)), 200, dim=200),
+    case(
+        "clusters, two steps",
+        two_steps(500),
+        500,
+        heads=(2, 1),
+        settings=replace(settings_for(64), cluster=2, cache_hints=True),
+    ),
+    case(
+        "clusters, no key",
+        [causal_table(200, 0, causal=False)],
+        200,
+        heads=(9, 1),
+        settings=replace(settings_for(64), cluster=2),
+    ),
+    case("fp16", [causal_table(128, 256, causal=False)], 128, dtype=torch.float16),
+    case("short keys", [causal_table(200, 17, causal=False)], 200),
+    case("no key", [causal_table(200, 0, causal=False)], 200),
+    case("own batch entries", [own_batches()], 256, batch=2),
+    case("four steps", causal_steps(400, (3, 2, 1, 0)), 400),
+    case("four steps, sinks", causal_steps(200, (1, 0, 3, 2)), 200, dim=128, sinks=True),
+    case("short strips", short_strips(), 700),
+    case("softcap, GQA, D 128", [CAUSAL], 200, heads=(2, 1), dim=128, softcap=0.7),
+    case("softcap, D 40, fp16", ENDS, 130, dim=40, dtype=torch.float16, softcap=50.0),
+    case("softcap, four steps", causal_steps(400, (3, 2, 1, 0)), 400, softcap=2.0),
+    case("softcap, four steps, sinks", causal_steps(200, (1, 0, 3, 2)), 200, dim=128, sinks=True, softcap=1.0),
+    case("softcap, short strips", short_strips(), 700, softcap=1.0),
+    replace(random_queries(4, heads=(1, 1), dim=64, softcap=0.5), name="softcap, random", batch=2),
+    case("softcap, D 256", [causal_table(130, 200, causal=True)], 130, dim=256, softcap=1.0),
+    case("ALiBi, GQA, D 128", [CAUSAL], 200, heads=(2, 1), dim=128, batch=2, alibi=True),
+    case("ALiBi, D 40, fp16", ENDS, 130, dim=40, dtype=torch.float16, alibi=True),
+    case("ALiBi, both sides of the diagonal", [WINDOW], 200, alibi=True),
+    case("ALiBi, stripes of two pieces", [STRIPES], 200, alibi=True),
+    case("ALiBi, four steps", causal_steps(400, (3, 2, 1, 0)), 400, alibi=True),
+    case(
+        "ALiBi and softcap, four steps, sinks",
+        causal_steps(200, (1, 0, 3, 2)),
+        200,
+        dim=128,
+        sinks=True,
+        softcap=1.0,
+        alibi=True,
+    ),
+    case("ALiBi, short strips", short_strips(), 700, alibi=True),
+    replace(
+        random_queries(4, heads=(1, 1), dim=64, softcap=0.5, alibi=True), name="ALiBi and softcap, random", batch=1
+    ),
+    case("ALiBi, D 256", [causal_table(130, 200, causal=True)], 130, dim=256, alibi=True),
+    random_queries(1, heads=(1, 1), dim=64, batch=2),
+    random_queries(6, heads=(1, 1), batch=1),
+    *(
+        case(name, [causal_table(200, 300, causal=True, k_position=-100)], 200, settings=chosen)
         for name, chosen in VARIANTS[64].items()
-    },
-    **{
-        f"D 128, {changed}": {
-            "tables": [causal_table(200, 500, causal=True, k_position=-300)],
-            "q_len": 200,
-            "dim": 128,
-            "settings": replace(settings_for(128), **changed),
-        }
+    ),
+    *(
+        case(
+            f"D 128, {changed}",
+            [causal_table(200, 500, causal=True, k_position=-300)],
+            200,
+            dim=128,
+            settings=replace(settings_for(128), **changed),
+        )
         for changed in (
             {"query_registers": True, "lazy": False, "overlap": True},
             {"ping_pong": True, "block": 160},
             {"cluster": 2, "block": 176},
             {"cache_hints": True, "consumers": 3, "consumer_registers": 160, "block": 80},
         )
-    },
-}
+    ),
+]
 
 
-@pytest.fixture(autouse=True)
-def on_the_machine() -> Iterator[None]:
-    """The probe's cases, with kernels run here."""
+def emulated(*tensors: Any, params: Params, settings: Settings | None) -> None:
+    """`launch.forward` on the machine."""
     from emulated import on_cpu
 
-    def emulated(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        state: Tensor | None,
-        table: DeviceTable,
-        **others: Any,
-    ) -> None:
-        with on_cpu(q, k, v, out, lse, state, others["sinks"], others["slopes"]):
-            forward(q, k, v, out, lse, state, table, **others)
-
-    with (
-        patch.object(gpu_probe, "forward", emulated),
-        patch.object(gpu_probe, "DEVICE", CPU),
-        patch.object(gpu_probe, "begin", lambda name: None),
-        patch.object(gpu_probe, "finish", lambda name: None),
-        patch.object(gpu_probe, "failures", []),
-    ):
-        yield
+    others = {"sinks": params.sinks, "softcap": params.softcap, "slopes": params.alibi_slopes}
+    with on_cpu(*tensors[:-1], params.sinks, params.alibi_slopes):
+        forward(*tensors, scale=params.scale, settings=settings, **others)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_case(name: str) -> None:
-    gpu_probe.check(name, **{"heads": (1, 1), "dim": 64, **CASES[name]})
-    assert not gpu_probe.failures
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case: ForwardCase) -> None:
+    message, fine = run_forward(case, emulated, CPU)
+    assert fine, message
 
 
 def test_flags() -> None:
@@ -215,8 +164,8 @@ def test_flags() -> None:
     ends = {0: FIRST, 2: LAST}
     strip = [Segment(0, 200, c, 0, 100, -200, 100, 0, 0, 1, -1, ends.get(c, 0)) for c in range(3)]
     table = on_device(table_of(strip), CPU)
-    kv = gpu_probe.keys(table.host, 1, 1, 64, torch.bfloat16)
-    q = torch.randn(1, 200, 2, 64, dtype=torch.bfloat16)
+    kv = torch.randn(2, 3, 1, 100, 1, 64).bfloat16()
+    q = torch.randn(1, 200, 2, 64).bfloat16()
     results = []
     for value, epoch in ((None, 0), (7, 7), (-1, 1 << 30)):
         out, lse = torch.empty_like(q), torch.empty(1, 2, 200)
@@ -242,5 +191,5 @@ def test_the_machine_notices_early_reads() -> None:
             barrier.pending = barrier.count
 
     with patch.object(ptx_machine.Barrier, "check", hasty):
-        gpu_probe.check("hasty", [causal_table(128, 512, causal=False)], q_len=128, heads=(1, 1), dim=64)
-    assert gpu_probe.failures == ["hasty"]
+        _, fine = run_forward(case("hasty", [causal_table(128, 512, causal=False)], 128), emulated, CPU)
+    assert not fine

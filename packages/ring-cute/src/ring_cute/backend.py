@@ -22,6 +22,7 @@ from ring_core.backend import (
 )
 from ring_cute import library
 from ring_cute.hopper.backward_settings import BACKWARD
+from ring_cute.launches import current_device
 from ring_cute.settings import FORWARD
 
 HOPPER = (9, 0)
@@ -105,16 +106,15 @@ class CuteBackend:
         flags: Flags | None = None,
         departures: Tensor | None = None,
     ) -> None:
-        _check(q, BACKWARD_HEAD_DIMS, params)
-        q, scale = _positive(q, params.scale)
-        params = params if scale == params.scale else replace(params, scale=scale)
-        others: dict[str, Any] = {"params": params, "flags": flags, "departures": departures}
+        if params.scale <= 0:
+            q, scale = _positive(q, params.scale)
+            params = replace(params, scale=scale)
         with _on(q):
-            _backward().backward(state, q, k, v, dout, dk, dv, table, **others)
+            _backward().backward(state, q, k, v, dout, dk, dv, table, params=params, flags=flags, departures=departures)
 
     def finish(self, state: Any, *, params: Params) -> tuple[Tensor, Tensor | None]:
         _, scale = _positive(None, params.scale)
-        with _on(state.delta):
+        with _on(state.memory):
             given = params if scale == params.scale else replace(params, scale=scale)
             dq, dsinks = _backward().finish(state, params=given)
             if params.scale <= 0:  # the gradient of what `_positive` made of q
@@ -140,10 +140,10 @@ def _backward() -> Any:
 _HERE = nullcontext()
 
 
-def _on(q: Tensor) -> AbstractContextManager[Any]:
+def _on(x: Tensor) -> AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one, where it is not: launches are on its current stream."""
-    index = q.get_device()
-    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+    index = x.get_device()
+    return _HERE if index < 0 or index == current_device() else torch.cuda.device(index)
 
 
 Queries = TypeVar("Queries", Tensor, None)

@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 
+from ring_cute.launches import AGAIN_SYMBOL, Kernel
+
 _log = logging.getLogger(__name__)
 Kind = Any
 """Of a kernel: a frozen dataclass that says all that is compiled into it (`settings.ForwardKind` is one). Its class
@@ -59,7 +61,7 @@ def fingerprint() -> str:
     """Of the sources that kernels are compiled from, and of their host side, which hands them their numbers."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([here / "settings.py", *here.glob("hopper/*.py")]):
+    for path in sorted([here / "settings.py", here / "launches.py", *here.glob("hopper/*.py")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -229,4 +231,5 @@ def _open(path: Path) -> Any:
 
     if torch.version.cuda is not None:  # what the library calls, made visible to it; torch has loaded it already
         ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}", mode=ctypes.RTLD_GLOBAL)
-    return getattr(tvm_ffi.load_module(str(path)), SYMBOL)
+    module = tvm_ffi.load_module(str(path))
+    return Kernel(getattr(module, SYMBOL), getattr(module, AGAIN_SYMBOL))

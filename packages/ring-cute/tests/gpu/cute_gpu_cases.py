@@ -19,7 +19,16 @@ from ring_core.testing.conformance import (
 SCALE = 31
 """Lengths of about 2,000 tokens, multiples of nothing."""
 DTYPES = (torch.bfloat16, torch.float16)
-HEAD_DIMS = (8, 24, 40, 64, 80, 96, 112, 128, 160, 192, 256)
+HEAD_DIMS = (8, 24, 40, 64, 80, 96, 112, 128, 136, 160, 192, 200, 256)
+WIDE_HEAD_DIMS = (192, 256)
+WIDE = (
+    "full-contiguous-ring-3", "causal-zigzag-gather-4", "causal-stripe-ring-3", "two-sided-zigzag-ring-4",
+    "window-unseen-rows-zigzag-gather-2", "cuts-single-rows", "entries", "packed-causal-sinks",
+    "heads-6-2-contiguous-ring-2", "strided-zigzag-ring-2", "sinks-stripe-gather-3",
+    "deterministic-packed-state-stripe-ring-3", "final-causal-zigzag-ring-1", "final-unseen-strips", "final-packed",
+    "final-fp16-deterministic-contiguous-ring-1",
+)  # fmt: skip
+"""Cases of the contract that wide heads, whose backward is a kernel of its own, are run through as well."""
 PROPERTY_HEAD_DIMS = (64, 128)
 STAGED = [
     StagedCase(),
@@ -28,6 +37,7 @@ STAGED = [
     StagedCase(layout="zigzag", causal=True, rank=0),
     StagedCase(layout="stripe", causal=True, head_dim=64, rank=2),
     StagedCase(length=4000, layout="stripe", head_dim=256, heads=(6, 2), rank=1),
+    StagedCase(length=4000, layout="zigzag", causal=True, head_dim=192, rank=3),
 ]
 LONG_STAGED = StagedCase(length=32768, heads=(16, 4))
 
@@ -62,6 +72,15 @@ def shaped() -> list[KernelCase]:
         for head_dim in (40, 128, 256)
         for scores, softcap, alibi in (("softcap", 1.5, ""), ("ALiBi", 0.0, "batch"), ("both", 1.5, "batch"))
     ]  # fmt: skip
+
+
+def wide() -> list[KernelCase]:
+    return [
+        replace(case, name=f"{case.name} of dim {head_dim}", head_dim=head_dim, dtype=case.dtype or torch.bfloat16)
+        for case in kernel_cases(scale=SCALE)
+        if case.name in WIDE
+        for head_dim in WIDE_HEAD_DIMS
+    ]
 
 
 def rings() -> list[RingCase]:

@@ -69,6 +69,7 @@ def launched() -> Iterator[KernelCase]:
     yield from cases.kernels()
     yield from cases.head_dims()
     yield from cases.shaped()
+    yield from cases.wide()
     small = {case.name: case for case in kernel_cases(scale=SANITIZED)}
     yield from (replace(small[name], head_dim=dim, dtype=torch.bfloat16) for name in NAMES for dim in HEAD_DIMS)
     alike: dict[Any, None] = {}

@@ -48,6 +48,12 @@ def test_shaped_scores(case: KernelCase, seed: int) -> None:
     check_kernel_case(case, load_backend("cute"), "cuda", seed=seed)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.wide(), ids=str)
+def test_wide_heads(case: KernelCase, seed: int) -> None:
+    check_kernel_case(case, load_backend("cute"), "cuda", seed=seed)
+
+
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=pytest.mark.multi_gpu(case.world_size), id=str(case)) for case in cases.rings()],

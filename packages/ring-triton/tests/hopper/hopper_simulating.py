@@ -2,7 +2,7 @@
 
     python hopper_simulating.py [GROUP…]
 
-The cases are the probe's, smaller, against the contract's reference: the host side of a launch, descriptors, schedule,
+Cases against the contract's reference in fp64: the host side of a launch, descriptors, schedule,
 and all partitions of all CTAs with their barriers, in an order drawn at random. Copies arrive late and in any order,
 products read shared memory as late as they may, so that a buffer given back too early shows. What it cannot tell:
 instructions (`hopper_compiling.py`), layouts, memory fences. Exit status 1 if a check failed. Run without
@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import gpu_probe
 import numpy as np
 import torch
 import triton
@@ -26,16 +25,27 @@ from hopper_compiling import NoGpu
 from torch import Tensor
 from ttgir_machine import Block, Cta, Descriptor, Pointer, Scope, Steps, Thread
 
-from ring_core.backend import Flags, on_device
+from ring_core.backend import Flags, Params, on_device
 from ring_core.plan import Problem, make_plan
 from ring_core.segment import FIRST, LAST, Segment
+from ring_core.testing.direct import (
+    ForwardCase,
+    causal_steps,
+    causal_table,
+    random_queries,
+    run_forward,
+    short_strips,
+    table_of,
+)
 from ring_triton.hopper import launch
 from ring_triton.hopper.compat import TensorDescriptor
 from ring_triton.hopper.kernel import forward_kernel
-from ring_triton.hopper.settings import settings_for
+from ring_triton.hopper.settings import Settings, settings_for
 
 PROCESSORS = 3
 WRITTEN = ("out", "lse", "state", "counter")
+CPU = torch.device("cpu")
+failures: list[str] = []
 counters: dict[int, Tensor] = {}
 modules: dict[int, tuple[list[str], Block]] = {}
 
@@ -127,47 +137,51 @@ def _storage(x: Tensor) -> Tensor:
     return torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
 
 
-def install(simulated: Simulated) -> None:
-    """Puts the simulation under `launch.forward` and the probe on the CPU."""
+def install() -> None:
+    """Puts the simulation under `launch.forward`."""
     triton.runtime.driver.set_active(NoGpu())
-    original = launch.forward
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> None:
-        out, state = args[0], args[2]
-        simulated.memory = [_storage(x) for x in (q, k, v, out, state) if x is not None]
-        with np.errstate(all="ignore"):
-            original(q, k, v, *args, **options)
-
     launch.forward_kernel = simulated
     launch.processors = lambda _: PROCESSORS
     zero = counters.setdefault(0, torch.zeros(1, dtype=torch.int32))
     launch._counter = lambda q, stream: (zero, zero.data_ptr())
     launch.current_stream = lambda: lambda device: 0
-    gpu_probe.forward = forward
-    gpu_probe.DEVICE = torch.device("cpu")
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> None:
+    out, state = args[0], args[2]
+    simulated.memory = [_storage(x) for x in (q, k, v, out, state) if x is not None]
+    with np.errstate(all="ignore"):
+        launch.forward(q, k, v, *args, **options)
+
+
+def of_case(*tensors: Any, params: Params, settings: Settings | None) -> None:
+    forward(*tensors, scale=params.scale, sinks=params.sinks, settings=settings)
+
+
+def check(case: ForwardCase) -> None:
+    message, fine = run_forward(case, of_case, CPU)
+    print(f"{'ok  ' if fine else 'FAIL'} {case.name}: {message}", flush=True)
+    if not fine:
+        failures.append(case.name)
 
 
 def several_segments() -> None:
     """Strips of more than one segment, whose blocks are numbered through."""
     problem = Problem(1024, 1024, 1000, 1000, None, None, "contiguous", 2)
     plan = make_plan(problem, 0, "gather")
-    gpu_probe.check(
-        "contiguous x2, full, gather", [step.forward for step in plan.steps], q_len=512, heads=(2, 1),
-        piece_length=plan.piece_length,
-    )  # fmt: skip
+    tables = [step.forward for step in plan.steps]
+    check(ForwardCase("contiguous x2, full, gather", tables, 512, heads=(2, 1), piece_length=plan.piece_length))
     for seed in range(6):
-        table, q_len = gpu_probe.random_table(seed)
-        gpu_probe.check(f"random table {seed}", [table], q_len=q_len, heads=(2, 1), batch=1 + seed % 2, dim=64)
+        check(random_queries(seed, heads=(2, 1), dim=64))
 
 
 def zigzag() -> None:
     for layout, world, left in (("zigzag", 4, None), ("zigzag", 2, 150), ("stripe", 4, None)):
         for schedule in ("gather", "ring"):
             plan = make_plan(Problem(1024, 1024, 900, 900, left, 0, layout, world), world - 1, schedule)
-            gpu_probe.check(
-                f"{layout} x{world} window {left}, {schedule}", [step.forward for step in plan.steps],
-                q_len=1024 // world, heads=(2, 2), dim=64, piece_length=getattr(plan, "piece_length", 0),
-            )  # fmt: skip
+            tables, length = [step.forward for step in plan.steps], getattr(plan, "piece_length", 0)
+            name = f"{layout} x{world} window {left}, {schedule}"
+            check(ForwardCase(name, tables, 1024 // world, heads=(2, 2), dim=64, piece_length=length))
 
 
 def settings() -> None:
@@ -175,35 +189,34 @@ def settings() -> None:
         Segment(0, 300, n, 0, 333, -300, 333 if n else 20, 0, 0, 1, -1, (FIRST if n == 0 else 0) | (LAST if n else 0))
         for n in range(2)
     ]
-    table = gpu_probe.table_of(strip)
     base = settings_for(128)
     for name, chosen in {
         "ping-pong": replace(base, ping_pong=True),
         "overlap 0": replace(base, overlap=0),
         "block 64, 3 stages": replace(base, block=64, stages=3),
     }.items():
-        gpu_probe.check(f"two segments, {name}", [table], q_len=300, heads=(4, 2), settings=chosen)
+        check(ForwardCase(f"two segments, {name}", [table_of(strip)], 300, settings=chosen))
 
 
 def widths() -> None:
-    table = gpu_probe.causal_table(300, 333, causal=True, k_position=-33)
+    table = causal_table(300, 333, causal=True, k_position=-33)
     for dim in (40, 96, 256):
-        gpu_probe.check(f"causal, D {dim}", [table], q_len=300, heads=(2, 1), dim=dim)
-    gpu_probe.check("sinks", [table], q_len=300, heads=(2, 1), dim=64, with_sinks=True)
-    gpu_probe.check("no key", [gpu_probe.causal_table(200, 0, causal=False)], q_len=200, heads=(2, 1), dim=64)
+        check(ForwardCase(f"causal, D {dim}", [table], 300, heads=(2, 1), dim=dim))
+    check(ForwardCase("sinks", [table], 300, heads=(2, 1), dim=64, sinks=True))
+    check(ForwardCase("no key", [causal_table(200, 0, causal=False)], 200, heads=(2, 1), dim=64))
 
 
 def steps() -> None:
     """Accumulating steps: whole and partial tiles, rows that see nothing in some of them."""
     for dim in (128, 96, 256):
-        name = f"four steps, last keys first, D {dim}"
-        gpu_probe.check(name, gpu_probe.causal_steps(300, (3, 2, 1, 0)), q_len=300, heads=(2, 1), dim=dim)
+        tables = causal_steps(300, (3, 2, 1, 0))
+        check(ForwardCase(f"four steps, last keys first, D {dim}", tables, 300, heads=(2, 1), dim=dim))
     for dim in (64, 256):
-        tables = gpu_probe.causal_steps(300, (1, 0, 3, 2))
-        gpu_probe.check(f"sinks, four steps, D {dim}", tables, q_len=300, heads=(2, 1), dim=dim, with_sinks=True)
+        tables = causal_steps(300, (1, 0, 3, 2))
+        check(ForwardCase(f"sinks, four steps, D {dim}", tables, 300, heads=(2, 1), dim=dim, sinks=True))
     for seed in range(3):
         simulated.random.seed(seed)
-        gpu_probe.check(f"steps of short strips, order {seed}", gpu_probe.short_strips(), q_len=700, heads=(2, 1))
+        check(ForwardCase(f"steps of short strips, order {seed}", short_strips(), 700, heads=(2, 1)))
 
 
 def arrived() -> None:
@@ -212,18 +225,18 @@ def arrived() -> None:
         Segment(0, 200, n, 0, 150, -200, 150, 0, 0, 1, -1, (FIRST if n == 0 else 0) | (LAST if n == 2 else 0))
         for n in range(3)
     ]
-    table = on_device(gpu_probe.table_of(strip), gpu_probe.DEVICE)
+    table = on_device(table_of(strip), CPU)
     q, kv = torch.randn(1, 200, 2, 64).bfloat16(), torch.randn(2, 3, 1, 150, 1, 64).bfloat16()
     there = Flags(torch.full((3,), -7, dtype=torch.int32), torch.full((1,), -8, dtype=torch.int32))  # read as unsigned
     got = []
     for flags in (None, there):
         out, lse = torch.full_like(q, torch.nan), torch.full((1, 2, 200), torch.nan)
-        gpu_probe.forward(q, kv[0], kv[1], out, lse, None, table, scale=0.125, flags=flags)
+        forward(q, kv[0], kv[1], out, lse, None, table, scale=0.125, flags=flags)
         got.append((out, lse))
     same = torch.equal(got[0][0], got[1][0]) and torch.equal(got[0][1], got[1][1])
     print(f"{'ok  ' if same else 'FAIL'} with flags as without: {same}", flush=True)
     if not same:
-        gpu_probe.failures.append("arrived")
+        failures.append("arrived")
 
 
 GROUPS = {f.__name__: f for f in (several_segments, zigzag, settings, widths, steps, arrived)}
@@ -231,12 +244,12 @@ GROUPS = {f.__name__: f for f in (several_segments, zigzag, settings, widths, st
 
 def main() -> int:
     print("triton", triton.__version__, flush=True)
-    install(simulated)
+    install()
     for group in sys.argv[1:] or GROUPS:
         GROUPS[group]()
     left = [int(counter) for counter in counters.values() if int(counter)]
-    print(f"failures: {gpu_probe.failures}, counters not set back: {left}", flush=True)
-    return bool(gpu_probe.failures or left)
+    print(f"failures: {failures}, counters not set back: {left}", flush=True)
+    return bool(failures or left)
 
 
 if __name__ == "__main__":

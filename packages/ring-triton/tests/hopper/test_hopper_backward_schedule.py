@@ -7,11 +7,12 @@ import heapq
 import numpy as np
 import pytest
 from hopper_backward_walk import blocks_of, distances, true_distances, visible_pairs, visits
-from hopper_plans import PLANS, problem, table_of
+from hopper_plans import PLANS, problem
 
 from ring_core.key_tiles import ITEM, Schedule, make_schedule
 from ring_core.plan import PackedProblem, Problem, make_plan
 from ring_core.segment import Segment, Table
+from ring_core.testing.direct import table_of
 
 BLOCKS = (64, 128)
 

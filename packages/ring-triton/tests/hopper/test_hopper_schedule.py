@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hopper_plans import PLANS, problem, table_of
+from hopper_plans import PLANS, problem
 from hopper_walk import distances, true_distances, visible_pairs, visits
 
 from ring_core.plan import PackedProblem, make_plan
 from ring_core.segment import FIRST, LAST, Segment, Table
+from ring_core.testing.direct import table_of
 from ring_core.tiles import ITEM, WALK, make_schedule, with_first_walk
 
 BLOCKS = (64, 128)

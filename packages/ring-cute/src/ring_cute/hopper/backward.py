@@ -54,6 +54,7 @@ from ring_cute.hopper.backward_consumer import CONSUMERS, BackwardConsumer
 from ring_cute.hopper.backward_producer import (
     KeyLoads,
     KeyShared,
+    Share,
     add_queries,
     describe,
     load,
@@ -87,6 +88,8 @@ class HopperBackward:
         self.do_stages = kind.settings.do_stages
         self.row_parts, self.dq_rows = self.consumer.row_parts, self.consumer.dq_rows
         assert self.dim in (64, 128), "a consumer's dq has 64 columns"
+        by_rows = self.row_parts > 1
+        self.shares = [Share(c, 0 if by_rows else c, c if by_rows else 0) for c in range(CONSUMERS)]
         assert self.block % (16 * self.row_parts) == 0, "a product's depth is 16"
 
     @cute.jit
@@ -354,7 +357,7 @@ class HopperBackward:
                 describe(work, shared, lse, delta, num_heads, q_len, terms, self.block, self.q_stages)
             if warp == 2:
                 add_queries(
-                    work, shared, dq_atom, dq_tma, num_heads, q_len, turns, done, self.block, self.row_parts,
+                    work, shared, dq_atom, dq_tma, num_heads, q_len, turns, done, self.block, self.shares,
                     self.kind.ordered,
                 )  # fmt: skip
         else:

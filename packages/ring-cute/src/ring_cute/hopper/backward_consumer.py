@@ -30,7 +30,7 @@ from ring_cute.hopper.backward_records import (
     RECORDS,
     TOKEN,
 )
-from ring_cute.hopper.backward_settings import TILE_KEYS, BackwardKind
+from ring_cute.hopper.backward_settings import TILE_KEYS, BackwardKind, tile_keys_of
 from ring_cute.hopper.scores import HIDDEN, Place, below, capped_probabilities, sloped_probabilities
 from ring_cute.hopper.softmax import multiply, to_operand
 
@@ -73,6 +73,7 @@ class BackwardConsumer:
         self.do_stages = kind.settings.do_stages
         self.row_parts = 2 if self.dim == 64 else 1  # its share of dq: half of the rows, or of the columns
         self.dq_rows = self.block // self.row_parts
+        self.tile_keys = tile_keys_of(kind.head_dim)
 
     @cute.jit
     def consume(
@@ -229,7 +230,7 @@ class BackwardConsumer:
         ptx.arrive(shared.do_empty + do_stage, leader)
         multiply(parts.sums, ds16, parts.queries_turned[None, None, None, q_stage], parts.dk, True)
         warpgroup.wait_group(1)
-        self.store_dq(shared, parts, dq, cid, leader, blocks)
+        self.store_dq(shared, parts.dq_at, dq, cid, blocks, leader)
         if cutlass.const_expr(not self.kind.settings.rolling):
             warpgroup.wait_group(0)
             ptx.arrive(shared.q_empty + q_stage, leader)
@@ -264,7 +265,7 @@ class BackwardConsumer:
         warpgroup.wait_group(1 if cutlass.const_expr(last) else 2)
         if cutlass.const_expr(last):
             ptx.arrive(shared.k_empty, leader)
-        self.store_dq(shared, parts, dq, cid, leader, blocks)
+        self.store_dq(shared, parts.dq_at, dq, cid, blocks, leader)
         if cutlass.const_expr(not last):
             ptx.wait(shared.do_full + next_do, next_do_phase)
             multiply(parts.scores, parts.values, parts.douts[None, None, None, next_do], next_dp, False)
@@ -340,7 +341,7 @@ class BackwardConsumer:
     def store_ds(self, shared, ds16, at, buffer):
         """A thread's ds, queries by keys."""
         words = cute.recast_tensor(ds16, Int32)
-        start = ptx.shared_address(shared.ds.iterator) + at + buffer * (self.block * TILE_KEYS * 2)
+        start = ptx.shared_address(shared.ds.iterator) + at + buffer * (self.block * self.tile_keys * 2)
         for j in cutlass.range_constexpr(self.block // 16):
             ptx.store_matrices_turned(start + j * 2048, *(words[4 * j + e] for e in range(4)))
 
@@ -358,11 +359,12 @@ class BackwardConsumer:
         return dq
 
     @cute.jit
-    def store_dq(self, shared, parts, dq, cid, leader, blocks):
-        """A thread's share of dq to shared memory, and word of it to the warp that sends it on."""
-        ptx.wait(shared.dq_empty + cid, (blocks & 1) ^ 1)
+    def store_dq(self, shared, at, dq, buffer, uses, leader):
+        """A thread's share of dq to a buffer that has been used so many times, and word of it to the warp that sends
+        it on."""
+        ptx.wait(shared.dq_empty + buffer, (uses & 1) ^ 1)
         # the swizzle of the other three of four numbers is that of the first but for a bit
-        start = ptx.opaque(parts.dq_at) + ptx.shared_address(shared.dq.iterator)
+        start = ptx.opaque(at) + ptx.shared_address(shared.dq.iterator)
         for half in cutlass.range_constexpr(2):
             for c in cutlass.range_constexpr(2):
                 here = (start ^ (16 * c + 32 * half)) + 128 * c
@@ -370,7 +372,7 @@ class BackwardConsumer:
                     ptx.store_shared(here + 1024 * j, dq[4 * j + 2 * half + c])
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_warp()
-        ptx.arrive(shared.dq_full + cid, leader)
+        ptx.arrive(shared.dq_full + buffer, leader)
 
     @cute.jit
     def leave(self, memory, x, at, stride, row, count):

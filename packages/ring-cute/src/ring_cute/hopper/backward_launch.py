@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +18,12 @@ from ring_cute import library
 from ring_cute.hopper.backward_order import stretches_of, turns_of
 from ring_cute.hopper.backward_settings import (
     BACKWARD,
-    TILE_KEYS,
     BackwardKind,
     BackwardSettings,
     EndsKind,
     backward_settings_for,
+    senders_of,
+    tile_keys_of,
 )
 from ring_cute.hopper.launch import (
     DTYPES,
@@ -30,12 +32,12 @@ from ring_cute.hopper.launch import (
     POLLS,
     _counter,
     _processors,
-    batch_stride,
-    current_stream,
     dense_keys,
     dense_slopes,
     score_scale,
+    terms_of,
 )
+from ring_cute.launches import Given, Launches, current_stream
 
 ROWS = 0x7FFF0000
 """Rows of dq that 32-bit coordinates reach."""
@@ -46,8 +48,9 @@ class BackwardState:
     """What lives from `prepare` to `finish`: for each row of q delta, lse times log2(e) (+inf where a row has seen
     nothing), and dq before it is scaled, one after the other in one piece of memory."""
 
-    memory: Tensor  # (2 * pitch + rows * D,) fp32, the pitch a multiple of 4
-    shape: torch.Size  # (B, Sq, Hq, D)
+    memory: Tensor  # (2 * pitch + rows * D,) fp32
+    pitch: int  # numbers from delta to lse and from lse to the sums, a multiple of 4, so that these are aligned
+    shape: tuple[int, ...]  # (B, Sq, Hq, D)
     dtype: torch.dtype
     dout: Tensor | None  # (B, Sq, Hq, D): instead of a dout that TMA cannot read
 
@@ -64,18 +67,13 @@ class BackwardState:
     def scaled_lse(self) -> Tensor:
         """(B, Hq, Sq)."""
         batch, length, heads, _ = self.shape
-        return self._part(_pitch(self.shape), batch, heads, length)
+        return self._part(self.pitch, batch, heads, length)
 
     @property
     def sums(self) -> Tensor:
         """(B, Hq, Sq, D)."""
         batch, length, heads, head_dim = self.shape
-        return self._part(2 * _pitch(self.shape), batch, heads, length, head_dim)
-
-
-def _pitch(shape: torch.Size) -> int:
-    """Numbers from delta to lse and from lse to the sums of q of such a shape: 16-byte aligned."""
-    return -(-shape[0] * shape[1] * shape[2] // 4) * 4
+        return self._part(2 * self.pitch, batch, heads, length, head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +87,6 @@ class PreparedKeys:
     keys: int  # in tiles that some query sees, of all batch entries
     section: Callable[[int, int, int], int]  # `Schedule.section`
     turns: Tensor | None  # (V, 2) int32: `backward_order.turns_of`
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """A kind of call that has been made: its kernel and every number that does not change."""
-
-    kernel: Any
-    items: int
-    walk: int
-    pitch: int  # of the state, in bytes
-    turns: int  # 0: in any order
-    numbers: tuple[int | float, ...]
-    terms: tuple[float, int] | None  # of shaped scores, after the stream and before the slopes' address
 
 
 def backward_supports(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> str:
@@ -136,64 +121,37 @@ def _unreadable(x: Tensor) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
-    """A kind of `prepare` or `finish` that has been called."""
-
-    kernel: Any
-    size: int  # of a state's memory
-    pitch: int  # in bytes
-    numbers: tuple[int | float, ...]
-
-
-_prepared: dict[Any, _End] = {}
-_finished: dict[Any, _End] = {}
+_prepared: dict[torch.Size, tuple[tuple[int, ...], int, int, Launches]] = {}
+"""By the shape of q: that as a plain tuple, of which tensors are made faster, numbers in a state's memory, its pitch,
+what has been launched."""
+_finished: dict[Any, tuple[Any, tuple[float, ...]]] = {}
 
 
 def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> BackwardState:
     """See `ring_core.backend.Backend.prepare`."""
     shape, device = q.shape, q.get_device()
-    key = (
-        shape, out.stride(), dout.stride(), lse.stride(), None if dlse is None else dlse.stride(), q.dtype, device
-    )  # fmt: skip
-    known = _prepared.get(key)
-    if known is None or (out.data_ptr() | dout.data_ptr()) & 15:
-        if _unreadable(out[None]) or _unreadable(dout[None]):
-            copied = dout.clone(memory_format=torch.contiguous_format)
-            state = prepare(q, out.clone(memory_format=torch.contiguous_format), copied, lse, dlse)
-            state.dout = copied
-            return state
-        known = _prepare_end(q, out, dout, lse, dlse)
-        if known is not None:
-            _prepared[key] = known
+    known = _prepared.get(shape)
     if known is None:
-        return BackwardState(torch.empty(0, dtype=torch.float32, device=q.device), shape, q.dtype, None)
-    memory = torch.empty(known.size, dtype=torch.float32, device=q.device)
+        pitch = -(-math.prod(shape[:3]) // 4) * 4
+        known = _prepared[shape] = (tuple(shape), 2 * pitch + q.numel(), pitch, Launches())
+    plain, size, pitch, launches = known
+    memory = lse.new_empty(size)
     start = memory.data_ptr()
-    known.kernel(
-        out.data_ptr(),
-        dout.data_ptr(),
-        lse.data_ptr(),
-        0 if dlse is None else dlse.data_ptr(),
-        start,
-        start + known.pitch,
-        start + 2 * known.pitch,
-        *known.numbers,
-        current_stream(device),
-    )
-    return BackwardState(memory, shape, q.dtype, None)
-
-
-def _prepare_end(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> _End | None:
-    """What such a call needs to know; None where there are no rows."""
-    batch, length, num_heads, head_dim = q.shape
-    if not q.numel():
-        return None
-    strides = (0, 0, 0) if dlse is None else dlse.stride()
+    state = BackwardState(memory, pitch, plain, q.dtype, None)
+    given = (out, dout, lse, dlse, start, start + 4 * pitch, start + 8 * pitch, current_stream(device))
+    if launches(*given) or not size:
+        return state
+    if _unreadable(out[None]) or _unreadable(dout[None]):
+        out, dout = (x.clone(memory_format=torch.contiguous_format) for x in (out, dout))
+        state.dout = dout
+        given = (out, dout, *given[2:])
+        if launches(*given):
+            return state
+    batch, length, num_heads, head_dim = shape
     kernel = library.load(EndsKind("prepare", DTYPES[q.dtype], head_dim, dlse is not None))
-    numbers = (*out.stride()[:3], *dout.stride()[:3], *lse.stride()[:2], *strides, length, num_heads, batch)
-    pitch = _pitch(q.shape)
-    return _End(kernel, 2 * pitch + q.numel(), 4 * pitch, numbers)
+    strides = (*out.stride()[:3], *dout.stride()[:3], *lse.stride()[:2], *((0,) * 3 if dlse is None else dlse.stride()))
+    launches.add(kernel, (*(None,) * 7, *strides, length, num_heads, batch, None), given)
+    return state
 
 
 def backward(
@@ -234,9 +192,8 @@ def backward(
     if final is not None:
         assert flags is None and departures is None, "final gradients are those of keys that stay"
         dk, dv = _where_final(q, dk, dv, table, settings, params.deterministic)
-    if q.numel() and len(table.host):
-        dout = dout if state.dout is None else state.dout
-        _launch(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
+    dout = dout if state.dout is None else state.dout
+    _launch(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
     if final is not None and dk is not final[0]:
         final[0].copy_(dk)
         final[1].copy_(dv)
@@ -253,7 +210,7 @@ def _where_final(
         dealt_out = written = False
         if q.numel() and len(table.host):
             chosen = settings or backward_settings_for(q.shape[-1])
-            prepared = schedule_for(table, q.shape[0], chosen.block, False, ordered)
+            prepared = schedule_for(table, q.shape[0], tile_keys_of(q.shape[-1]), chosen.block, False, ordered)
             dealt_out = _parts(prepared, q, dk.shape[3], whole=ordered) > 1
             written = prepared.keys == math.prod(dk.shape[:3])
         known = table.host.cache[key] = dealt_out, written
@@ -281,58 +238,38 @@ def _launch(
     departures: Tensor | None,
     settings: BackwardSettings | None,
 ) -> None:
-    slopes = params.alibi_slopes
-    device, q_at, k_at, v_at = q.get_device(), q.data_ptr(), k.data_ptr(), v.data_ptr()
-    dk_at, dv_at = dk.data_ptr(), dv.data_ptr()
-    key = (
-        q.shape, k.shape, q.stride(), k.stride(), v.stride(), dout.stride(), dk.stride(), dv.stride(), dk.dtype,
-        flags is None, departures is None, params.scale, params.softcap, batch_stride(slopes), params.deterministic,
-        settings, q.dtype, device,
-    )  # fmt: skip
-    calls = table.host.cache.get("cute backward")
-    known = None if calls is None else calls.get(key)
-    if known is None or (q_at | k_at | v_at) & 15 or (dk_at | dv_at) & 7:
-        if backward_supports(q, k, v, dk, dv):
-            q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
-            if reason := backward_supports(q, k, v, dk, dv):
-                raise ValueError(f"the Hopper kernels do not take {reason}")
-            _launch(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
-            return
-        known = _prepare_call(q, k, v, dout, dk, dv, table, params, flags, departures, settings)
-        if known is None:
-            return
-        table.host.cache.setdefault("cute backward", {})[key] = known
+    device = q.get_device()
     stream = current_stream(device)
-    memory = state.memory.data_ptr()
-    done = None
-    if known.turns:
+    arrived, epoch = (0, 0) if flags is None else (flags.values.data_ptr(), flags.epoch.data_ptr())
+    departed = 0 if departures is None else departures.data_ptr()
+    delta, pitch, done = state.memory.data_ptr(), 4 * state.pitch, None
+    if params.deterministic:
         stretches = stretches_of(q.shape[1], (settings or backward_settings_for(q.shape[3])).block)
-        done = torch.zeros(q.shape[0] * q.shape[2] * stretches, dtype=torch.int32, device=q.device)
-    known.kernel(
-        q_at,
-        k_at,
-        v_at,
-        dout.data_ptr(),
-        memory + known.pitch,
-        memory,
-        memory + 2 * known.pitch,
-        dk_at,
-        dv_at,
-        known.items,
-        known.walk,
-        _counter(device, stream),
-        0 if flags is None else flags.values.data_ptr(),
-        0 if flags is None else flags.epoch.data_ptr(),
-        0 if departures is None else departures.data_ptr(),
-        known.turns,
-        0 if done is None else done.data_ptr(),
-        *known.numbers,
-        stream,
-        *(() if known.terms is None else (*known.terms, 0 if slopes is None else slopes.data_ptr())),
-    )
+        counters = q.shape[0] * q.shape[2] * stretches * senders_of(q.shape[3])
+        done = torch.zeros(counters, dtype=torch.int32, device=q.device)
+    given: tuple[Given, ...] = (
+        q, k, v, dout, delta + pitch, delta, delta + 2 * pitch, dk, dv,
+        _counter(device, stream), arrived, epoch, departed, 0 if done is None else done.data_ptr(), stream,
+    )  # fmt: skip
+    slopes = params.alibi_slopes
+    if params.softcap or slopes is not None:
+        given = *given, slopes
+    known = table.host.cache.get("cute backward")
+    if known is None:
+        known = table.host.cache["cute backward"] = defaultdict(Launches)
+    kind = (
+        device, params.scale, params.softcap, slopes is None, params.deterministic, flags is None, departures is None,
+        settings,
+    )  # fmt: skip
+    launches: Launches = known[kind]
+    if not launches(*given):
+        _launch_anew(launches, given, state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
 
 
-def _prepare_call(
+def _launch_anew(
+    launches: Launches,
+    given: tuple[Given, ...],
+    state: BackwardState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -344,20 +281,28 @@ def _prepare_call(
     flags: Flags | None,
     departures: Tensor | None,
     settings: BackwardSettings | None,
-) -> _Known | None:
-    """What a call of this kind needs to know; None where there is nothing to compute."""
+) -> None:
+    """Works out what is launched for such tensors."""
+    if not q.numel() or not k.numel() or not len(table.host):
+        return
+    if backward_supports(q, k, v, dk, dv):
+        q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
+        if reason := backward_supports(q, k, v, dk, dv):
+            raise ValueError(f"the Hopper kernels do not take {reason}")
+        _launch(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
+        return
     batch, length, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
     chosen = settings or backward_settings_for(head_dim)
     by_piece = flags is not None or departures is not None
     ordered = params.deterministic
-    prepared = schedule_for(table, batch, chosen.block, by_piece, ordered)
+    prepared = schedule_for(table, batch, tile_keys_of(head_dim), chosen.block, by_piece, ordered)
     group = num_heads // num_kv_heads
     split = _parts(prepared, q, num_kv_heads, whole=ordered or departures is not None)
     head_batches = prepared.repeats * num_kv_heads * split
     total = prepared.count * head_batches
-    if not total or not k.numel():
-        return None
+    if not total:
+        return
     members = group // split
     gradients = "final" if dk.dtype != torch.float32 else "shared" if split > 1 else "added"
     kind = BackwardKind(
@@ -365,6 +310,12 @@ def _prepare_call(
         bool(params.softcap), params.alibi_slopes is not None,
     )  # fmt: skip
     numbers = (
+        *(None,) * 9,  # q, k, v, dout, lse, delta, dq, dk, dv
+        prepared.items.data_ptr(),
+        prepared.walk.data_ptr(),
+        *(None,) * 4,  # counter, flags, epoch, departures
+        0 if prepared.turns is None else prepared.turns.data_ptr(),
+        None,  # done
         score_scale(params.scale, params.softcap),
         params.scale,
         length,
@@ -390,33 +341,26 @@ def _prepare_call(
         *(x.stride(-4) // x.stride(-3) if batch > 1 else 0 for x in (q, dout, k)),
         POLLS,
         min(total, _processors(q.device)),
+        None,  # stream
+        *terms_of(params.softcap, params.alibi_slopes),
     )
-    return _Known(
-        library.load(kind),
-        prepared.items.data_ptr(),
-        prepared.walk.data_ptr(),
-        4 * _pitch(q.shape),
-        0 if prepared.turns is None else prepared.turns.data_ptr(),
-        numbers,
-        (params.softcap * LOG2E, batch_stride(params.alibi_slopes) or 0) if kind.shaped else None,
-    )
+    launches.add(library.load(kind), numbers, given)
 
 
 def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
     """See `ring_core.backend.Backend.finish`."""
-    memory = state.memory
-    dq = torch.empty(state.shape, dtype=state.dtype, device=memory.device)
-    if dq.numel():
-        device = memory.get_device()
-        key = (state.shape, params.scale, state.dtype, device)
-        known = _finished.get(key)
-        if known is None:
-            batch, length, num_heads, head_dim = state.shape
-            kernel = library.load(EndsKind("finish", DTYPES[state.dtype], head_dim))
-            numbers = (params.scale, *dq.stride()[:3], length, num_heads, batch)
-            known = _finished[key] = _End(kernel, 0, 4 * _pitch(state.shape), numbers)
-        stream = current_stream(device)
-        known.kernel(memory.data_ptr() + 2 * known.pitch, dq.data_ptr(), *known.numbers, stream)
+    memory, shape, dtype = state.memory, state.shape, state.dtype
+    device = memory.get_device()
+    dq = memory.new_empty(shape, dtype=dtype)
+    key = (shape, params.scale, dtype, device)
+    known = _finished.get(key)
+    if known is None and dq.numel():
+        batch, length, num_heads, head_dim = shape
+        kernel = library.load(EndsKind("finish", DTYPES[dtype], head_dim))
+        known = _finished[key] = (kernel, (params.scale, *dq.stride()[:3], length, num_heads, batch))
+    if known is not None:
+        kernel, numbers = known
+        kernel(memory.data_ptr() + 8 * state.pitch, dq.data_ptr(), *numbers, current_stream(device))
     if params.sinks is None:
         return dq, None
     if not dq.numel():
@@ -426,12 +370,14 @@ def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | No
     return dq, -(share * state.delta).sum((0, 2)).to(params.sinks.dtype)
 
 
-def schedule_for(table: DeviceTable, batch: int, block: int, by_piece: bool, ordered: bool) -> PreparedKeys:
+def schedule_for(
+    table: DeviceTable, batch: int, tile_keys: int, block: int, by_piece: bool, ordered: bool
+) -> PreparedKeys:
     """The table's schedule on its device, made once and kept with the table."""
-    key = ("cute backward", str(table.device), batch, block, by_piece, ordered)
+    key = ("cute backward", str(table.device), batch, tile_keys, block, by_piece, ordered)
     known = table.host.cache.get(key)
     if known is None:
-        schedule = make_schedule(table.host, tile_keys=TILE_KEYS, block=block, by_piece=by_piece)
+        schedule = make_schedule(table.host, tile_keys=tile_keys, block=block, by_piece=by_piece)
         items = schedule.items if schedule.every_batch else schedule.for_batch(batch)
         walk = schedule.walk if len(schedule.walk) else np.zeros((1, schedule.walk.shape[1]), dtype=np.int32)
         turns = None

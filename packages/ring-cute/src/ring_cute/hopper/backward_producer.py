@@ -68,7 +68,7 @@ class KeyShared:
 
     q: Any  # (BLOCK, D, Q_STAGES)
     do: Any  # (BLOCK, D, DO_STAGES)
-    k: Any  # (64, D, 2)
+    k: Any  # (64, D, 2), or (64, D, 1) where it is wide, and so on
     v: Any  # (64, D, 2)
     ds: Any  # (BLOCK, 128, 2)
     dq: Any  # (rows, 64, 2) fp32
@@ -84,7 +84,7 @@ class KeyShared:
     k_empty: Any
     v_full: Any
     v_empty: Any
-    dq_full: Any  # one for each consumer
+    dq_full: Any  # one for each buffer
     dq_empty: Any
     record_full: Any
     record_empty: Any
@@ -138,6 +138,7 @@ def load(
     """Brings each tile's keys and values, its blocks of Q and dO. sizes: piece length, batch rows of q, dO, k."""
     piece_length, q_batch_rows, do_batch_rows, k_batch_rows = sizes
     lane = cute.arch.lane_idx()
+    key_parts = cute.size(shared.k, mode=[2])
     grid, _, _ = cute.arch.grid_dim()
     first_tile, _, _ = cute.arch.block_idx()
     records, walk = shared.records, work.walk
@@ -166,8 +167,8 @@ def load(
                 x = FAR - q_len + walk[entry + I_LO] + b * block
                 if n == 0:
                     ptx.wait(shared.k_empty, (tiles & 1) ^ 1)
-                    _expect(shared.k_full, shared.k, 2)
-                    for c in cutlass.range_constexpr(2):
+                    _expect(shared.k_full, shared.k, key_parts)
+                    for c in cutlass.range_constexpr(key_parts):
                         _copy(
                             loads.k_atom, loads.k, FAR - count + 64 * c, head, k_end, shared.k[None, None, c],
                             shared.k_full,
@@ -180,8 +181,8 @@ def load(
                 )  # fmt: skip
                 if n == 0:
                     ptx.wait(shared.v_empty, (tiles & 1) ^ 1)
-                    _expect(shared.v_full, shared.v, 2)
-                    for c in cutlass.range_constexpr(2):
+                    _expect(shared.v_full, shared.v, key_parts)
+                    for c in cutlass.range_constexpr(key_parts):
                         _copy(
                             loads.v_atom, loads.v, FAR - count + 64 * c, head, k_end, shared.v[None, None, c],
                             shared.v_full,
@@ -270,13 +271,33 @@ def describe(
 
 
 @cute.jit
+def _release(barrier, behind: cutlass.Constexpr, lane):
+    """Word that a buffer has been read, behind which so many others may still be."""
+    cute.arch.cp_async_bulk_wait_group(behind, read=True)
+    cute.arch.sync_warp()
+    ptx.arrive(barrier, lane == 0)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a block's dq."""
+
+    buffer: int
+    columns: int  # which 64 columns of D
+    rows: int  # which of the parts that a buffer's rows are
+    nth: int = 0  # of the shares that go through this buffer
+    shares: int = 1
+
+
+@cute.jit
 def add_queries(
     work, shared, dq_atom, dq_tensor, num_heads, q_len_all, turns, done, block: cutlass.Constexpr,
-    parts: cutlass.Constexpr, ordered: cutlass.Constexpr,
+    shares: cutlass.Constexpr, ordered: cutlass.Constexpr, sender: cutlass.Constexpr = 0,
+    senders: cutlass.Constexpr = 1,
 ):  # fmt: skip
-    """Sends each consumer's share of a block's dq on its way to be added to global memory. parts: of the block's rows,
-    where a consumer has not all of them. ordered: when it is this block's turn (`backward_order`), and until then it
-    waits; done: how many blocks have added to each stretch of rows of each head."""
+    """Sends a block's dq on its way to be added to global memory. shares: of a block, in the order in which they come.
+    ordered: when it is this block's turn (`backward_order`), and until then it waits; done: how many blocks have added
+    to each stretch of rows of each head. senders: warps that send different columns, each with counters of its own."""
     lane = cute.arch.lane_idx()
     records, walk = shared.records, work.walk
     turn, blocks = Int32(0), Int32(0)
@@ -294,7 +315,7 @@ def add_queries(
             mine, wanted = Int32(0), Int32(-1)
             if cutlass.const_expr(ordered):
                 row = walk[entry + Q_START] + walk[entry + I_LO] + b * block
-                mine = (batch * num_heads + q_head) * stretches + row // block + lane
+                mine = ((batch * num_heads + q_head) * stretches + row // block + lane) * senders + sender
                 if lane < 2:  # a block touches one stretch, or two
                     wanted = turns[2 * (records[TURNS, slot] + nth) + lane]
             end = (batch * num_heads + q_head) * q_len_all + walk[entry + Q_START] + q_len
@@ -304,23 +325,23 @@ def add_queries(
                     while ptx.load_acquire_gpu(done.iterator + mine) != wanted:
                         pass
                 cute.arch.sync_warp()
-            for c in cutlass.range_constexpr(2):
-                buffer = shared.dq[None, None, c]
-                ptx.wait(shared.dq_full + c, blocks & 1)
+            for n in cutlass.range_constexpr(len(shares)):
+                share = shares[n]
+                buffer = shared.dq[None, None, share.buffer]
+                ptx.wait(shared.dq_full + share.buffer, (blocks * share.shares + share.nth) & 1)
                 sizes = (cute.size(buffer, mode=[0]), cute.size(buffer, mode=[1]))
-                row = x + (c * sizes[0] if parts > 1 else 0)
-                rows = cute.domain_offset((row, 0), dq_tensor[None, None, 0, end, FAR])
-                tile = cute.local_tile(rows, sizes, (0, 0 if parts > 1 else c))
+                rows = cute.domain_offset((x + share.rows * sizes[0], 0), dq_tensor[None, None, 0, end, FAR])
+                tile = cute.local_tile(rows, sizes, (0, share.columns))
                 source, target = cpasync.tma_partition(
                     dq_atom, 0, cute.make_layout(1), cute.group_modes(buffer, 0, 2), cute.group_modes(tile, 0, 2)
                 )
                 cute.copy(dq_atom, source, target)  # of reductions the DSL elects a lane by itself, and always the same
                 with cute.arch.elect_one():
                     cute.arch.cp_async_bulk_commit_group()
-            for c in cutlass.range_constexpr(2):
-                cute.arch.cp_async_bulk_wait_group(1 - c, read=True)
-                cute.arch.sync_warp()
-                ptx.arrive(shared.dq_empty + c, lane == 0)
+                if cutlass.const_expr(n > 0 and shares[n - 1].buffer != share.buffer):
+                    _release(shared.dq_empty + shares[n - 1].buffer, 1, lane)
+                if cutlass.const_expr(n == len(shares) - 1 or shares[n + 1].buffer == share.buffer):
+                    _release(shared.dq_empty + share.buffer, 0, lane)
             blocks += 1
             same = q_head
             w, b, q_head = following(walk, w, b, q_head)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-TILE_KEYS = 128
-"""Keys that a tile owns: two consumer warpgroups of 64 each."""
+TILE_KEYS, WIDE_TILE_KEYS = 128, 64
+"""Keys that a tile owns: two consumer warpgroups of 64 each; beyond a head dim of 128 the same 64 for both, of which
+one has dv and the other dk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class BackwardSettings:
     at the price of registers."""
     rolling: bool = False
     """The next block's scores are issued behind dk, before it is waited for."""
+    dq_buffers: int = 2
+    """Beyond a head dim of 128: buffers for dq on its way, of 64 columns; two, or one for each 64 columns."""
     consumer_registers: int = 240
     producer_registers: int = 24
     """Per thread, after they are moved: a CTA starts with 168 each, so 2 x consumers' + producer's are at most 504."""
@@ -45,6 +48,14 @@ BACKWARD: dict[int, BackwardSettings] = {
         ahead=True,
         reason="TFLOP/s causal, full at 4096, then at 16384: 581, 610, 635, 630, with 32/8 632, 637; not ahead "
         "534, 616, 639, 636, 584, 594; two stages of Q 578, 589, 634, 619, 631, 619, four 575, 597, 629, 616, 603, 567",
+    ),
+    # `wide_backward`: dv or dk (64 x D), scores or dP (64 x block) and 64 columns of dq live in the registers of one
+    # warpgroup each; K, V, the stages, ds twice, P in fp32 and buffers of dq in 227 KiB
+    192: BackwardSettings(
+        dq_buffers=3, reason="not measured yet; two stages of both and a buffer for all of dq are what fits"
+    ),
+    256: BackwardSettings(
+        do_stages=1, reason="not measured yet; dO is free again before Q, whose second stage lets scores run ahead"
     ),
 }
 """By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-22: the main kernel alone
@@ -77,6 +88,21 @@ def backward_settings_for(head_dim: int, *, softcap: bool = False, alibi: bool =
     return SHAPED.get((width, softcap, alibi), BACKWARD[width])
 
 
+def is_wide(head_dim: int) -> bool:
+    """Whether two warpgroups' registers cannot hold dk and dv of 128 keys: `wide_backward` computes them."""
+    return head_dim > 128
+
+
+def tile_keys_of(head_dim: int) -> int:
+    """Keys that a tile owns."""
+    return WIDE_TILE_KEYS if is_wide(head_dim) else TILE_KEYS
+
+
+def senders_of(head_dim: int) -> int:
+    """Warps that send dq on its way, of different columns: each counts whose turn it is by itself."""
+    return 2 if is_wide(head_dim) else 1
+
+
 @dataclass(frozen=True, slots=True)
 class BackwardKind:
     """What a compiled backward is for: one kernel each."""
@@ -105,10 +131,18 @@ class BackwardKind:
         return backward_head_dim(self.head_dim)
 
     @property
+    def wide(self) -> bool:
+        """Whether it is `wide_backward`'s."""
+        return is_wide(self.head_dim)
+
+    @property
     def shared_bytes(self) -> int:
-        """Of buffers: K, V, stages of Q and dO, ds twice, dq."""
+        """Of buffers: K, V, stages of Q and dO, ds twice, dq; where it is wide, P."""
         s = self.settings
-        keys_and_stages = self.padded * (2 * TILE_KEYS + (s.q_stages + s.do_stages) * s.block)
+        keys_and_stages = self.padded * (2 * tile_keys_of(self.head_dim) + (s.q_stages + s.do_stages) * s.block)
+        if self.wide:
+            p_ds_dq = 4 * s.block * (2 * WIDE_TILE_KEYS + 64 * s.dq_buffers)
+            return 2 * keys_and_stages + p_ds_dq + 8 * s.block * s.q_stages
         return 2 * keys_and_stages + 4 * s.block * TILE_KEYS + 4 * s.block * self.padded + 8 * s.block * s.q_stages
 
 

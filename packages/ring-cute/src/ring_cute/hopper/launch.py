@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +16,7 @@ from ring_core.backend import DeviceTable, Flags
 from ring_core.segment import FIRST, LAST
 from ring_core.tiles import make_schedule, with_first_walk
 from ring_cute import library
+from ring_cute.launches import Given, Launches, current_stream
 from ring_cute.settings import Settings, kind_for, settings_for
 
 L2_BYTES = 32 << 20
@@ -62,17 +64,6 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """A kind of call that has been made: its kernel and every number that does not change."""
-
-    kernel: Any
-    items: int
-    walk: int
-    numbers: tuple[int | float, ...]
-    terms: tuple[float, int] | None  # of shaped scores, after the stream and before the slopes' address
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -107,51 +98,25 @@ def forward(
     """
     if sinks is not None and (sinks.dtype != torch.float32 or not sinks.is_contiguous()):
         sinks = sinks.float().contiguous()
-    if slopes is not None:
-        slopes = dense_slopes(slopes)
-    device, q_at, k_at, v_at, out_at = q.get_device(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
-    state_at = 0 if state is None else state.data_ptr()
-    key = (
-        q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(), lse.stride(),
-        None if state is None else state.stride(), sinks is None, flags is None, scale, softcap, batch_stride(slopes),
-        settings, q.dtype, device, out_at % 16, state_at % 16,
-    )  # fmt: skip
-    calls = table.host.cache.get("cute forward")
-    known = None if calls is None else calls.get(key)
-    if known is None or (q_at | k_at | v_at) & 15:
-        if supports(q, k, v):
-            q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
-            if reason := supports(q, k, v):
-                raise ValueError(f"the Hopper kernels do not take {reason}")
-            others: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "slopes": slopes, "flags": flags}
-            forward(q, k, v, out, lse, state, table, scale=scale, settings=settings, **others)
-            return
-        known = _prepare_call(q, k, v, out, lse, state, table, scale, sinks, softcap, slopes, flags, settings)
-        if known is None:
-            return
-        if k.numel():
-            table.host.cache.setdefault("cute forward", {})[key] = known
+    device = q.get_device()
     stream = current_stream(device)
-    known.kernel(
-        q_at,
-        k_at or q_at,  # nobody sees anything, but a descriptor wants an address
-        v_at or q_at,
-        out_at,
-        lse.data_ptr(),
-        state_at,
-        0 if sinks is None else sinks.data_ptr(),
-        known.items,
-        known.walk,
-        _counter(device, stream),
-        0 if flags is None else flags.values.data_ptr(),
-        0 if flags is None else flags.epoch.data_ptr(),
-        *known.numbers,
-        stream,
-        *(() if known.terms is None else (*known.terms, 0 if slopes is None else slopes.data_ptr())),
-    )
+    arrived, epoch = (0, 0) if flags is None else (flags.values.data_ptr(), flags.epoch.data_ptr())
+    given: tuple[Given, ...] = (q, k, v, out, lse, state, sinks, _counter(device, stream), arrived, epoch, stream)
+    if softcap or slopes is not None:
+        slopes = None if slopes is None else dense_slopes(slopes)
+        given = *given, slopes
+    known = table.host.cache.get("cute forward")
+    if known is None:
+        known = table.host.cache["cute forward"] = defaultdict(Launches)
+    launches: Launches = known[device, scale, softcap, slopes is None, flags is None, settings]
+    if not launches(*given):
+        others: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "slopes": slopes, "flags": flags}
+        _launch_anew(launches, given, q, k, v, out, lse, state, table, scale=scale, settings=settings, **others)
 
 
-def _prepare_call(
+def _launch_anew(
+    launches: Launches,
+    given: tuple[Given, ...],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -165,8 +130,15 @@ def _prepare_call(
     slopes: Tensor | None,
     flags: Flags | None,
     settings: Settings | None,
-) -> _Known | None:
-    """What a call of this kind needs to know; None where there is nothing to compute."""
+) -> None:
+    """Works out what is launched for such tensors."""
+    if supports(q, k, v):
+        q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
+        if reason := supports(q, k, v):
+            raise ValueError(f"the Hopper kernels do not take {reason}")
+        others: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "slopes": slopes, "flags": flags}
+        forward(q, k, v, out, lse, state, table, scale=scale, settings=settings, **others)
+        return
     if scale <= 0:
         raise ValueError(f"scale is {scale}; the Hopper kernels take the largest score first and need it positive")
     batch, q_len, num_heads, head_dim = q.shape
@@ -180,7 +152,7 @@ def _prepare_call(
     head_batches = prepared.repeats * num_heads
     total = prepared.count * head_batches
     if not total:
-        return None
+        return
     keys = max(1, k.shape[0] * k.shape[2])
     group = num_heads // num_kv_heads
     section = min(head_batches, group * max(1, L2_BYTES // (keys * head_dim * 2 * k.element_size())))
@@ -199,6 +171,10 @@ def _prepare_call(
     )
     some = k.numel() > 0
     numbers = (
+        *(None,) * 7,  # q, k, v, out, lse, state, sinks
+        prepared.items.data_ptr(),
+        prepared.walk.data_ptr(),
+        *(None,) * 3,  # counter, flags, epoch
         score_scale(scale, softcap),
         batch,
         q_len,
@@ -217,9 +193,12 @@ def _prepare_call(
         k.stride(1) // k.stride(2) if k.shape[1] > 1 and some else 0,
         POLLS,
         min(total, _processors(q.device) // chosen.cluster) * chosen.cluster,
+        None,  # stream
+        *terms_of(softcap, slopes),
     )
-    terms = (softcap * LOG2E, batch_stride(slopes) or 0) if kind.shaped else None
-    return _Known(library.load(kind), prepared.items.data_ptr(), prepared.walk.data_ptr(), numbers, terms)
+    if not some:  # nobody sees anything, but a descriptor wants an address
+        launches, given = Launches(), (q, q, q, *given[3:])
+    launches.add(library.load(kind), numbers, given)
 
 
 def dense_slopes(slopes: Tensor) -> Tensor:
@@ -227,11 +206,12 @@ def dense_slopes(slopes: Tensor) -> Tensor:
     return slopes if slopes.dtype == torch.float32 and slopes.stride(-1) == 1 else slopes.float().contiguous()
 
 
-def batch_stride(slopes: Tensor | None) -> int | None:
-    """Numbers from the slopes of one batch entry to those of the next; None without slopes."""
-    if slopes is None:
-        return None
-    return slopes.stride(0) if slopes.dim() == 2 and slopes.shape[0] > 1 else 0
+def terms_of(softcap: float, slopes: Tensor | None) -> tuple[float | None, ...]:
+    """What kernels take last, as `scores.Terms` has it; nothing where scores are not shaped."""
+    if not softcap and slopes is None:
+        return ()
+    batches = slopes is not None and slopes.dim() == 2 and slopes.shape[0] > 1
+    return softcap * LOG2E, slopes.stride(0) if slopes is not None and batches else 0, None  # the slopes
 
 
 def score_scale(scale: float, softcap: float) -> float:
@@ -262,13 +242,6 @@ def prepare(table: DeviceTable, batch: int, piece_length: int, block: int, tile_
         )
     prepared: Prepared = known
     return prepared
-
-
-def current_stream(device: int) -> int:
-    """The driver's handle of a GPU's current stream, without the object that `torch.cuda.current_stream` makes: 0.2 µs
-    of the host's time instead of 3."""
-    handle: int = torch._C._cuda_getCurrentRawStream(device)
-    return handle
 
 
 @cache

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cutlass.cute.runtime import find_runtime_libraries
+from tvm_ffi.libinfo import find_dlpack_include_path, find_include_path
+
+from ring_cute.launches import again_source
 
 SHIM = """
 /* What the DSL's runtime library has for reporting CUDA errors: compiled functions call it. Declared here, so that a
@@ -40,6 +43,7 @@ def link(compiled: Any, name: str, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         made, source = Path(folder, "kernel.o"), Path(folder, "shim.c")
         compiled.export_to_c(str(made), function_name=name)
-        source.write_text(SHIM)
-        command: list[str | Path] = [compiler, "-shared", "-fPIC", "-O1", "-o", target, made, source, runtimes[0]]
-        subprocess.run(command, check=True, capture_output=True)
+        source.write_text(SHIM + again_source(name))
+        headers = [f"-I{find_include_path()}", f"-I{find_dlpack_include_path()}"]
+        options = ["-shared", "-fPIC", "-O2", "-ffreestanding", *headers]
+        subprocess.run([compiler, *options, "-o", target, made, source, runtimes[0]], check=True, capture_output=True)

@@ -1,0 +1,302 @@
+"""The consumers of the backward of wide heads (`wide_backward`): one has P and dv, the other dS and dk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+from cutlass import Float32, Int32, Int64, cute
+from cutlass.cute.nvgpu import warpgroup
+
+from ring_cute.hopper import ptx
+from ring_cute.hopper.backward_consumer import CONSUMERS, END_BARRIER, BackwardConsumer
+from ring_cute.hopper.backward_producer import KeyShared, Share, next_stage
+from ring_cute.hopper.backward_records import (
+    BATCH,
+    BLOCKS,
+    EXISTS,
+    HEAD,
+    KEYS,
+    PIECE,
+    RECORD_BITS,
+    RECORDS,
+    TOKEN,
+)
+from ring_cute.hopper.backward_settings import BackwardKind
+from ring_cute.hopper.softmax import multiply, to_operand
+
+VALUES, QUERIES = 0, 1
+"""What a consumer sums: dv, from P and dO; dk, from dS and Q."""
+
+
+@dataclass(frozen=True)
+class WideShared(KeyShared):
+    """What lives in shared memory besides."""
+
+    p: Any  # (4, 128 threads, BLOCK * 64 / 512) fp32
+    p_full: Any  # one for each warp
+    ds_full: Any  # one for each buffer of ds
+    ds_empty: Any
+
+
+@dataclass(frozen=True)
+class WideParts:
+    """A consumer's products, their operands in shared memory, and what it holds in registers."""
+
+    scores: Any
+    sums: Any
+    turned: Any
+    first: Any  # K, or V: (64, D)
+    second: Any  # Q, or dO, of each stage: with the first it makes scores, or dP
+    factors: Any  # dO, or Q, of each stage: with P, or dS, it makes dv, or dk
+    keys_turned: Any  # 64 columns of D by the keys, of each of its shares of dq
+    ds_read: Any  # (BLOCK, 64 keys), of each buffer
+    total: Any  # dv, or dk
+    ds_at: Any  # where this thread writes, in bytes
+    dq_at: Any
+
+
+class WideConsumer(BackwardConsumer):
+    """A warpgroup's part of `wide_backward.WideBackward`."""
+
+    def __init__(self, kind: BackwardKind) -> None:
+        super().__init__(kind)
+        self.dq_rows = self.block
+        columns = range(self.dim // 64)
+        half = -(-len(columns) // 2)
+        self.shares: list[list[Share]] = [[], []]
+        """Of dq, for each consumer: 64 columns at a time."""
+        for role, own in ((VALUES, columns[:half]), (QUERIES, columns[half:])):
+            for nth, c in enumerate(own):
+                alone = kind.settings.dq_buffers > CONSUMERS  # a buffer for each share
+                self.shares[role].append(Share(c, c, 0) if alone else Share(role, c, 0, nth, len(own)))
+
+    @cute.jit
+    def consume_wide(
+        self, shared, scores, sums, turned, out, departures, score_scale, scale, strides, terms,
+        role: cutlass.Constexpr,
+    ):  # fmt: skip
+        """A consumer warpgroup, for all of the CTA's tiles. strides: of out, piece, batch entry, token and head."""
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3
+        lane = cute.arch.lane_idx()
+        leader = lane == 0
+        row = warp * 16 + (lane >> 2)  # of the tile's keys, and this + 8
+        column = 2 * (lane & 3)
+        records = shared.records
+
+        # operands in shared memory are the same for all threads
+        flip = lambda x: cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, 2]))  # noqa: E731
+        one = scores.get_slice(0)
+        stationary = shared.k if cutlass.const_expr(role == VALUES) else shared.v
+        moving = shared.q if cutlass.const_expr(role == VALUES) else shared.do
+        other = shared.do if cutlass.const_expr(role == VALUES) else shared.q
+        first = scores.make_fragment_A(one.partition_A(stationary))[None, None, None, 0]
+        second = scores.make_fragment_B(one.partition_B(moving))
+        factors = sums.make_fragment_B(sums.get_slice(0).partition_B(flip(other)))  # (D, BLOCK, stages)
+        one = turned.get_slice(0)
+        keys_turned = []
+        for n in cutlass.range_constexpr(len(self.shares[role])):
+            columns = cute.local_tile(
+                flip(shared.k)[None, None, 0], (64, self.tile_keys), (self.shares[role][n].columns, 0)
+            )
+            keys_turned.append(turned.make_fragment_A(one.partition_A(columns)))
+        ds_read = turned.make_fragment_B(one.partition_B(shared.ds))
+        total = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), Float32)
+
+        # where a thread writes: ds (its row of a matrix of stmatrix), dq (the first number); both in bytes
+        query = lane & 7
+        chunk = 2 * warp + ((lane >> 3) & 1)
+        ds_at = (query + 8 * (lane >> 4)) * 128 + ((chunk ^ query) << 4)
+        chunk = 4 * (warp & 1) + (lane >> 4)
+        dq_at = (warp >> 1) * self.block * 128 + column * 128
+        dq_at += ((chunk ^ column) << 4) + ((lane >> 2) & 3) * 4
+
+        tiles, turn, blocks = Int32(0), Int32(0), Int32(0)
+        q_stage, q_phase, do_stage, do_phase = Int32(0), Int32(0), Int32(0), Int32(0)
+        ptx.wait(shared.record_full, 0)
+        going = records[EXISTS, 0] != 0
+        while going:
+            slot = turn & (RECORDS - 1)
+            number, count = records[BLOCKS, slot], records[KEYS, slot]
+            if number > 0:
+                total.fill(0.0)
+                parts = WideParts(
+                    scores, sums, turned, first, second, factors, keys_turned, ds_read, total, ds_at, dq_at
+                )
+                thread = (warp, lane, row, column)
+                state = (q_stage, q_phase, do_stage, do_phase, blocks)
+                if cutlass.const_expr(role == VALUES):
+                    state = self.sum_values(shared, parts, thread, state, number, tiles, score_scale, terms, count)
+                else:
+                    state = self.sum_queries(shared, parts, thread, state, number, tiles)
+                q_stage, q_phase, do_stage, do_phase, blocks = state
+                tiles += 1
+                piece, batch, head = (
+                    Int64(records[PIECE, slot]),
+                    Int64(records[BATCH, slot]),
+                    Int64(records[HEAD, slot]),
+                )
+                by_piece, by_batch, by_token, by_head = strides
+                at = piece * by_piece + batch * by_batch + Int64(records[TOKEN, slot]) * by_token + head * by_head
+                if cutlass.const_expr(role == QUERIES):
+                    for e in cutlass.range_constexpr(cute.size(total) // 4):
+                        for c in cutlass.range_constexpr(4):
+                            total[4 * e + c] = total[4 * e + c] * scale
+                self.leave(out, total, at + column, by_token, row, count)
+            if cutlass.const_expr(self.kind.departures):
+                # every thread's additions come before the count
+                cute.arch.barrier(barrier_id=END_BARRIER, number_of_threads=128 * CONSUMERS)
+                if 4 * role + warp == 0 and leader:
+                    ptx.add_release_sys(departures.iterator + records[PIECE, slot], count)
+            cute.arch.sync_warp()  # all lanes have read the record
+            ptx.arrive(shared.record_empty + slot, leader)
+            turn += 1
+            slot = turn & (RECORDS - 1)
+            ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
+            going = records[EXISTS, slot] != 0
+
+    # the consumer that has dv
+
+    @cute.jit
+    def sum_values(self, shared, parts, thread, state, number, tiles, scale, terms, count):
+        """dv of a tile, of so many blocks, and the first share of their dq."""
+        q_stage, q_phase, _, _, blocks = state
+        ptx.wait(shared.k_full, tiles & 1)
+        ptx.wait(shared.q_full + q_stage, q_phase)
+        s, p16 = self.block_scores(parts.scores), self.operand(parts.sums)
+        multiply(parts.scores, parts.first, parts.second[None, None, None, q_stage], s, False)
+        warpgroup.wait_group(0)
+        self.make_p(shared, s, p16, thread, q_stage, blocks, scale, terms, count)
+        for _ in cutlass.range(number - 1, unroll=1):
+            state = self.values_block(shared, parts, p16, thread, state, scale, terms, count, False)
+        return self.values_block(shared, parts, p16, thread, state, scale, terms, count, True)
+
+    @cute.jit
+    def values_block(self, shared, parts, p16, thread, state, scale, terms, count, last: cutlass.Constexpr):
+        """A block whose P is in p16; and P of the next one, unless this is the last."""
+        _, lane, _, _ = thread
+        leader = lane == 0
+        q_stage, q_phase, do_stage, do_phase, blocks = state
+        next_q, next_q_phase = next_stage(q_stage, q_phase, self.q_stages)
+        next_do, next_do_phase = next_stage(do_stage, do_phase, self.do_stages)
+        ptx.wait(shared.do_full + do_stage, do_phase)
+        multiply(parts.sums, p16, parts.factors[None, None, None, do_stage], parts.total, True)
+        s = self.block_scores(parts.scores)
+        if cutlass.const_expr(not last):
+            ptx.wait(shared.q_full + next_q, next_q_phase)
+            multiply(parts.scores, parts.first, parts.second[None, None, None, next_q], s, False)
+        warpgroup.wait_group(0 if cutlass.const_expr(last) else 1)
+        ptx.arrive(shared.do_empty + do_stage, leader)
+        ptx.wait(shared.ds_full + (blocks & 1), (blocks >> 1) & 1)
+        shares = self.shares[VALUES]
+        for n in cutlass.range_constexpr(len(shares)):
+            dq = self.multiply_share(parts, n, blocks & 1)
+            if cutlass.const_expr(n == 0 and not last):
+                warpgroup.wait_group(1)
+                self.make_p(shared, s, p16, thread, next_q, blocks + 1, scale, terms, count)
+            warpgroup.wait_group(0)
+            if cutlass.const_expr(n == len(shares) - 1):
+                ptx.arrive(shared.ds_empty + (blocks & 1), leader)
+                if cutlass.const_expr(last):
+                    ptx.arrive(shared.k_empty, leader)
+            self.store_share(shared, parts, dq, shares[n], blocks, leader)
+        return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
+
+    @cute.jit
+    def make_p(self, shared, s, p16, thread, stage, blocks, scale, terms, count):
+        """P from scores: for the other consumer in fp32, thread for thread (with softcap times the cap's derivative),
+        and here as an operand."""
+        warp, lane, row, column = thread
+        self.probabilities(shared, s, p16, stage, scale, terms, row, column, count)
+        four = cute.make_rmem_tensor(4, Float32)
+        for j in cutlass.range_constexpr(cute.size(s) // 4):
+            for e in cutlass.range_constexpr(4):
+                four[e] = s[4 * j + e]
+            cute.autovec_copy(four, shared.p[None, warp * 32 + lane, j])
+        cute.arch.sync_warp()
+        ptx.arrive(shared.p_full + warp, lane == 0)
+        ptx.arrive(shared.q_empty + stage, lane == 0)
+        if cutlass.const_expr(not self.kind.softcap):
+            to_operand(s, p16)
+
+    # the consumer that has dk
+
+    @cute.jit
+    def sum_queries(self, shared, parts, thread, state, number, tiles):
+        """dk of a tile, of so many blocks, and the other share of their dq."""
+        _, _, do_stage, do_phase, _ = state
+        ptx.wait(shared.v_full, tiles & 1)
+        ptx.wait(shared.do_full + do_stage, do_phase)
+        dp = self.block_scores(parts.scores)
+        multiply(parts.scores, parts.first, parts.second[None, None, None, do_stage], dp, False)
+        ptx.wait(shared.k_full, tiles & 1)  # for dq
+        warpgroup.wait_group(0)
+        for _ in cutlass.range(number - 1, unroll=1):
+            state = self.queries_block(shared, parts, dp, thread, state, False)
+        return self.queries_block(shared, parts, dp, thread, state, True)
+
+    @cute.jit
+    def queries_block(self, shared, parts, dp, thread, state, last: cutlass.Constexpr):
+        """A block whose dP is in dp; and dP of the next one, unless this is the last."""
+        warp, lane, _, column = thread
+        leader = lane == 0
+        q_stage, q_phase, do_stage, do_phase, blocks = state
+        next_q, next_q_phase = next_stage(q_stage, q_phase, self.q_stages)
+        next_do, next_do_phase = next_stage(do_stage, do_phase, self.do_stages)
+        ptx.arrive(shared.do_empty + do_stage, leader)
+        if cutlass.const_expr(last):
+            ptx.arrive(shared.v_empty, leader)
+        p, ds16 = self.block_scores(parts.scores), self.operand(parts.sums)
+        ptx.wait(shared.q_full + q_stage, q_phase)  # Q, and delta
+        ptx.wait(shared.p_full + warp, blocks & 1)
+        four = cute.make_rmem_tensor(4, Float32)
+        for j in cutlass.range_constexpr(cute.size(p) // 4):
+            cute.autovec_copy(shared.p[None, warp * 32 + lane, j], four)
+            for e in cutlass.range_constexpr(4):
+                p[4 * j + e] = four[e]
+        self.differences(shared, p, dp, q_stage, column)
+        to_operand(dp, ds16)
+        ptx.wait(shared.ds_empty + (blocks & 1), ((blocks >> 1) & 1) ^ 1)
+        self.store_ds(shared, ds16, parts.ds_at, blocks & 1)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        ptx.arrive(shared.ds_full + (blocks & 1), leader)  # P has been read, too
+        multiply(parts.sums, ds16, parts.factors[None, None, None, q_stage], parts.total, True)
+        ptx.wait(shared.ds_full + (blocks & 1), (blocks >> 1) & 1)
+        next_dp = self.block_scores(parts.scores)
+        shares = self.shares[QUERIES]
+        for n in cutlass.range_constexpr(len(shares)):
+            dq = self.multiply_share(parts, n, blocks & 1)
+            ahead = n == len(shares) - 1 and not last
+            if cutlass.const_expr(ahead):
+                ptx.wait(shared.do_full + next_do, next_do_phase)
+                multiply(parts.scores, parts.first, parts.second[None, None, None, next_do], next_dp, False)
+            warpgroup.wait_group(1 if cutlass.const_expr(ahead) else 0)
+            if cutlass.const_expr(n == 0):
+                ptx.arrive(shared.q_empty + q_stage, leader)
+            if cutlass.const_expr(n == len(shares) - 1):
+                ptx.arrive(shared.ds_empty + (blocks & 1), leader)
+                if cutlass.const_expr(last):
+                    ptx.arrive(shared.k_empty, leader)
+            self.store_share(shared, parts, dq, shares[n], blocks, leader)
+        if cutlass.const_expr(not last):
+            warpgroup.wait_group(0)
+            for e in cutlass.range_constexpr(cute.size(dp)):
+                dp[e] = next_dp[e]
+        return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
+
+    # both
+
+    @cute.jit
+    def multiply_share(self, parts, n: cutlass.Constexpr, buffer):
+        """64 columns of dqᵀ = Kᵀ ds: issued, one group."""
+        dq = cute.make_rmem_tensor(parts.turned.partition_shape_C((64, self.block)), Float32)
+        multiply(parts.turned, parts.keys_turned[n], parts.ds_read[None, None, None, buffer], dq, False)
+        return dq
+
+    @cute.jit
+    def store_share(self, shared, parts, dq, share: cutlass.Constexpr, blocks, leader):
+        """64 columns of dq to their buffer."""
+        at = parts.dq_at + share.buffer * (self.block * 64 * 4)
+        self.store_dq(shared, at, dq, share.buffer, blocks * share.shares + share.nth, leader)
