@@ -179,9 +179,11 @@ class Expectation:
         errors = difference(plain, self._heads, ranks)
         self.single_provider = call.provider if call is not None else ""
         self.single = difference(once, self._heads, ranks) if call is not None else {}
-        dtype = inputs.q.dtype
+        # lse is in float32 whatever the inputs are
+        stored = {name: torch.float32 if name == "lse" else inputs.q.dtype for name in errors}
         self.tolerance = {
-            name: max(BASELINE_FACTOR * errors[name]["relative"], rounding(name, dtype)) for name in errors
+            name: max(BASELINE_FACTOR * errors[name]["relative"], rounding(name, dtype))
+            for name, dtype in stored.items()
         }
 
     def errors(self, results: Sequence[HeadResults]) -> ErrorTable:
