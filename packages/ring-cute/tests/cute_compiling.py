@@ -85,7 +85,8 @@ def compiled_and_ptx(kind: Kind, cubin_to: Path | None = None) -> tuple[Any, str
         os.environ["CUTE_DSL_DUMP_DIR"] = folder
         from cutlass.cutlass_dsl import CuTeDSL
 
-        CuTeDSL._get_dsl().envar.dump_dir = folder  # read once, at import
+        options = CuTeDSL._get_dsl().envar  # read from the environment at import, which may have been before
+        options.dump_dir, options.keep_ptx, options.keep_cubin = folder, True, True
         from ring_cute.hopper.compiling import compile_kind
 
         compiled = compile_kind(kind)
