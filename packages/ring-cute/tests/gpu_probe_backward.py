@@ -82,7 +82,7 @@ WIDE_SHAPES = [(batch, 16384 // batch, (16, 16), dim) for dim in (192, 256) for 
 
 
 def kinds() -> Iterator[BackwardKind | EndsKind]:
-    """Every kernel that the probe launches, those of `speed` first."""
+    """Every kernel that the probe launches."""
     for dim in VARIANTS:
         shipped = backward_settings_for(dim)
         yield EndsKind("prepare", "bfloat16", dim)

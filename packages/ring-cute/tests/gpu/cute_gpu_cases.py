@@ -28,7 +28,7 @@ WIDE = (
     "deterministic-packed-state-stripe-ring-3", "final-causal-zigzag-ring-1", "final-unseen-strips", "final-packed",
     "final-fp16-deterministic-contiguous-ring-1",
 )  # fmt: skip
-"""Cases of the contract that wide heads, whose backward is a kernel of its own, are run through as well."""
+"""Cases of the contract that wide heads, whose backward has consumers of its own, are run through as well."""
 PROPERTY_HEAD_DIMS = (64, 128)
 STAGED = [
     StagedCase(),

@@ -1,4 +1,5 @@
-"""The backward in CuTe DSL: one launch over all key tiles of a table.
+"""The backward in CuTe DSL: one launch over all key tiles of a table. Head dims to 128 as below; beyond them consumers
+divide the work otherwise (`wide_consumer`), and all else is the same.
 
     warpgroup 0: three warps, few registers           warpgroups 1 and 2: 64 keys each, many registers
     ┌───────────── load ───────────────┐              ┌──────────────── consumer ────────────────┐
@@ -50,11 +51,10 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import hopper_helpers
 
-from ring_cute.hopper.backward_consumer import CONSUMERS, BackwardConsumer
+from ring_cute.hopper.backward_consumer import CONSUMERS, WARPS, BackwardConsumer
 from ring_cute.hopper.backward_producer import (
     KeyLoads,
     KeyShared,
-    Share,
     add_queries,
     describe,
     load,
@@ -63,14 +63,12 @@ from ring_cute.hopper.backward_records import (
     RECORDS,
     KeyWork,
 )
-from ring_cute.hopper.backward_settings import TILE_KEYS, BackwardKind
+from ring_cute.hopper.backward_settings import BackwardKind
 from ring_cute.hopper.dsl import LayoutEnum, SmemAllocator
 from ring_cute.hopper.scores import Terms
 from ring_cute.hopper.views import flat, ragged_view
+from ring_cute.hopper.wide_consumer import WideConsumer
 
-WARPS = 4 * CONSUMERS
-HELPERS = 2
-"""Warps, besides the one that loads, that read records."""
 THREADS = 128 * (1 + CONSUMERS)
 
 
@@ -79,18 +77,18 @@ class HopperBackward:
 
     def __init__(self, kind: BackwardKind) -> None:
         self.kind = kind
-        self.consumer = BackwardConsumer(kind)
+        self.consumer = WideConsumer(kind) if kind.wide else BackwardConsumer(kind)
         self.dtype = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}[kind.dtype]
         self.dim = kind.padded
         self.head_dim = kind.head_dim
         self.block = kind.settings.block
         self.q_stages = kind.settings.q_stages
         self.do_stages = kind.settings.do_stages
-        self.row_parts, self.dq_rows = self.consumer.row_parts, self.consumer.dq_rows
-        assert self.dim in (64, 128), "a consumer's dq has 64 columns"
-        by_rows = self.row_parts > 1
-        self.shares = [Share(c, 0 if by_rows else c, c if by_rows else 0) for c in range(CONSUMERS)]
-        assert self.block % (16 * self.row_parts) == 0, "a product's depth is 16"
+        self.tile_keys, self.key_parts = self.consumer.tile_keys, self.consumer.tile_keys // 64
+        self.dq_rows, self.dq_buffers = self.consumer.dq_rows, self.consumer.dq_buffers
+        self.shares = self.consumer.shares
+        self.p_numbers = self.tile_keys * self.block if kind.wide else 0
+        self.p_barriers, self.ds_barriers = (4, 2) if kind.wide else (0, 0)
 
     @cute.jit
     def __call__(
@@ -159,9 +157,9 @@ class HopperBackward:
         )
         q_layout = cute.tile_to_shape(atom, (self.block, self.dim, self.q_stages), (0, 1, 2))
         do_layout = cute.tile_to_shape(atom, (self.block, self.dim, self.do_stages), (0, 1, 2))
-        k_layout = cute.tile_to_shape(atom, (64, self.dim, CONSUMERS), (0, 1, 2))
-        ds_layout = cute.tile_to_shape(atom, (self.block, TILE_KEYS, 2), (0, 1, 2))
-        dq_layout = cute.tile_to_shape(wide, (self.dq_rows, 64, CONSUMERS), (0, 1, 2))
+        k_layout = cute.tile_to_shape(atom, (64, self.dim, self.key_parts), (0, 1, 2))
+        ds_layout = cute.tile_to_shape(atom, (self.block, self.tile_keys, 2), (0, 1, 2))
+        dq_layout = cute.tile_to_shape(wide, (self.dq_rows, 64, self.dq_buffers), (0, 1, 2))
         bring, one = cpasync.CopyBulkTensorTileG2SOp(), lambda layout: cute.select(layout, mode=[0, 1])
         rows, keys = (self.block, self.dim), (64, self.dim)
         view = lambda x, heads, s, h: ragged_view(x, self.dtype, self.head_dim, heads, s, h)  # noqa: E731
@@ -190,6 +188,7 @@ class HopperBackward:
             do: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(do_layout)], 1024]
             ds: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(ds_layout)], 1024]
             dq: cute.struct.Align[cute.struct.MemRange[Float32, cute.cosize(dq_layout)], 1024]
+            p: cute.struct.Align[cute.struct.MemRange[Float32, self.p_numbers], 128]
             lse: cute.struct.Align[cute.struct.MemRange[Float32, self.block * self.q_stages], 128]
             delta: cute.struct.Align[cute.struct.MemRange[Float32, self.block * self.q_stages], 128]
             bounds: cute.struct.Align[cute.struct.MemRange[Int32, 4 * self.q_stages], 16]
@@ -202,8 +201,11 @@ class HopperBackward:
             k_empty: cute.struct.MemRange[Int64, 1]
             v_full: cute.struct.MemRange[Int64, 1]
             v_empty: cute.struct.MemRange[Int64, 1]
-            dq_full: cute.struct.MemRange[Int64, CONSUMERS]
-            dq_empty: cute.struct.MemRange[Int64, CONSUMERS]
+            dq_full: cute.struct.MemRange[Int64, self.dq_buffers]
+            dq_empty: cute.struct.MemRange[Int64, self.dq_buffers]
+            p_full: cute.struct.MemRange[Int64, self.p_barriers]
+            ds_full: cute.struct.MemRange[Int64, self.ds_barriers]
+            ds_empty: cute.struct.MemRange[Int64, self.ds_barriers]
             record_full: cute.struct.MemRange[Int64, RECORDS]
             record_empty: cute.struct.MemRange[Int64, RECORDS]
             slopes: cute.struct.MemRange[Float32, 2 * self.q_stages if self.kind.alibi else 0]
@@ -315,6 +317,10 @@ class HopperBackward:
             record_full=storage.record_full.data_ptr(),
             record_empty=storage.record_empty.data_ptr(),
             slopes=storage.slopes.get_tensor(cute.make_layout((2, self.q_stages))) if self.kind.alibi else None,
+            p=storage.p.get_tensor(cute.make_layout((4, 128, self.p_numbers // 512))) if self.kind.wide else None,
+            p_full=storage.p_full.data_ptr() if self.kind.wide else None,
+            ds_full=storage.ds_full.data_ptr() if self.kind.wide else None,
+            ds_empty=storage.ds_empty.data_ptr() if self.kind.wide else None,
         )
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -330,13 +336,18 @@ class HopperBackward:
                 cute.arch.mbarrier_init(shared.k_full, 1)
                 cute.arch.mbarrier_init(shared.k_empty, WARPS)
                 cute.arch.mbarrier_init(shared.v_full, 1)
-                cute.arch.mbarrier_init(shared.v_empty, WARPS)
-                for i in cutlass.range_constexpr(CONSUMERS):
+                cute.arch.mbarrier_init(shared.v_empty, self.consumer.v_readers)
+                for i in cutlass.range_constexpr(self.dq_buffers):
                     cute.arch.mbarrier_init(shared.dq_full + i, 4)
                     cute.arch.mbarrier_init(shared.dq_empty + i, 1)
+                for i in cutlass.range_constexpr(self.p_barriers):
+                    cute.arch.mbarrier_init(shared.p_full + i, 1)
+                for i in cutlass.range_constexpr(self.ds_barriers):
+                    cute.arch.mbarrier_init(shared.ds_full + i, 4)
+                    cute.arch.mbarrier_init(shared.ds_empty + i, WARPS)
                 for i in cutlass.range_constexpr(RECORDS):
                     cute.arch.mbarrier_init(shared.record_full + i, 1)
-                    cute.arch.mbarrier_init(shared.record_empty + i, WARPS + HELPERS)
+                    cute.arch.mbarrier_init(shared.record_empty + i, WARPS + 1 + len(self.shares))
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -355,11 +366,12 @@ class HopperBackward:
             if warp == 1:
                 terms = Terms(cap, slopes_b, slopes) if self.kind.alibi else None
                 describe(work, shared, lse, delta, num_heads, q_len, terms, self.block, self.q_stages)
-            if warp == 2:
-                add_queries(
-                    work, shared, dq_atom, dq_tma, num_heads, q_len, turns, done, self.block, self.shares,
-                    self.kind.ordered,
-                )  # fmt: skip
+            for sender in cutlass.range_constexpr(len(self.shares)):
+                if warp == 2 + sender:
+                    add_queries(
+                        work, shared, dq_atom, dq_tma, num_heads, q_len, turns, done, self.block,
+                        self.shares[sender], self.kind.ordered, sender, len(self.shares),
+                    )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.kind.settings.consumer_registers)
             self.consumer.consume(

@@ -17,6 +17,7 @@ from ring_cute.hopper.backward_producer import (
     LAST_OFFSET,
     SLOPE,
     STEP,
+    Share,
     next_stage,
 )
 from ring_cute.hopper.backward_records import (
@@ -35,6 +36,7 @@ from ring_cute.hopper.scores import HIDDEN, Place, below, capped_probabilities, 
 from ring_cute.hopper.softmax import multiply, to_operand
 
 CONSUMERS = 2
+WARPS = 4 * CONSUMERS
 DS_BARRIER, END_BARRIER = 1, 2
 """Named barriers of both consumers."""
 
@@ -74,6 +76,11 @@ class BackwardConsumer:
         self.row_parts = 2 if self.dim == 64 else 1  # its share of dq: half of the rows, or of the columns
         self.dq_rows = self.block // self.row_parts
         self.tile_keys = tile_keys_of(kind.head_dim)
+        self.dq_buffers, self.v_readers = CONSUMERS, WARPS
+        by_rows = self.row_parts > 1
+        self.shares = [[Share(c, 0 if by_rows else c, c if by_rows else 0) for c in range(CONSUMERS)]]
+        """Of dq, for each warp that sends some of them, in the order in which they come."""
+        assert self.block % (16 * self.row_parts) == 0, "a product's depth is 16"
 
     @cute.jit
     def consume(

@@ -125,6 +125,8 @@ _prepared: dict[torch.Size, tuple[tuple[int, ...], int, int, Launches]] = {}
 """By the shape of q: that as a plain tuple, of which tensors are made faster, numbers in a state's memory, its pitch,
 what has been launched."""
 _finished: dict[Any, tuple[Any, tuple[float, ...]]] = {}
+REMEMBERED = 1024
+"""Shapes that are remembered: those of documents may come once and never again."""
 
 
 def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> BackwardState:
@@ -132,6 +134,8 @@ def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | No
     shape, device = q.shape, q.get_device()
     known = _prepared.get(shape)
     if known is None:
+        if len(_prepared) == REMEMBERED:
+            _prepared.clear()
         pitch = -(-math.prod(shape[:3]) // 4) * 4
         known = _prepared[shape] = (tuple(shape), 2 * pitch + q.numel(), pitch, Launches())
     plain, size, pitch, launches = known
@@ -355,6 +359,8 @@ def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | No
     key = (shape, params.scale, dtype, device)
     known = _finished.get(key)
     if known is None and dq.numel():
+        if len(_finished) == REMEMBERED:
+            _finished.clear()
         batch, length, num_heads, head_dim = shape
         kernel = library.load(EndsKind("finish", DTYPES[dtype], head_dim))
         known = _finished[key] = (kernel, (params.scale, *dq.stride()[:3], length, num_heads, batch))

@@ -89,6 +89,10 @@ class KeyShared:
     record_full: Any
     record_empty: Any
     slopes: Any  # (2, Q_STAGES) fp32, None without ALiBi
+    p: Any  # of wide heads, as all that follows: (4, 128 threads, BLOCK * 64 / 512) fp32
+    p_full: Any  # one for each warp
+    ds_full: Any  # one for each buffer of ds
+    ds_empty: Any
 
 
 @cute.jit
@@ -292,8 +296,7 @@ class Share:
 @cute.jit
 def add_queries(
     work, shared, dq_atom, dq_tensor, num_heads, q_len_all, turns, done, block: cutlass.Constexpr,
-    shares: cutlass.Constexpr, ordered: cutlass.Constexpr, sender: cutlass.Constexpr = 0,
-    senders: cutlass.Constexpr = 1,
+    shares: cutlass.Constexpr, ordered: cutlass.Constexpr, sender: cutlass.Constexpr, senders: cutlass.Constexpr,
 ):  # fmt: skip
     """Sends a block's dq on its way to be added to global memory. shares: of a block, in the order in which they come.
     ordered: when it is this block's turn (`backward_order`), and until then it waits; done: how many blocks have added

@@ -49,7 +49,7 @@ BACKWARD: dict[int, BackwardSettings] = {
         reason="TFLOP/s causal, full at 4096, then at 16384: 581, 610, 635, 630, with 32/8 632, 637; not ahead "
         "534, 616, 639, 636, 584, 594; two stages of Q 578, 589, 634, 619, 631, 619, four 575, 597, 629, 616, 603, 567",
     ),
-    # `wide_backward`: dv or dk (64 x D), scores or dP (64 x block) and 64 columns of dq live in the registers of one
+    # `wide_consumer`: dv or dk (64 x D), scores or dP (64 x block) and 64 columns of dq live in the registers of one
     # warpgroup each; K, V, the stages, ds twice, P in fp32 and buffers of dq in 227 KiB
     192: BackwardSettings(
         dq_buffers=3, reason="not measured yet; two stages of both and a buffer for all of dq are what fits"
@@ -89,7 +89,7 @@ def backward_settings_for(head_dim: int, *, softcap: bool = False, alibi: bool =
 
 
 def is_wide(head_dim: int) -> bool:
-    """Whether two warpgroups' registers cannot hold dk and dv of 128 keys: `wide_backward` computes them."""
+    """Whether two warpgroups' registers cannot hold dk and dv of 128 keys: `wide_consumer` divides them."""
     return head_dim > 128
 
 
@@ -132,7 +132,7 @@ class BackwardKind:
 
     @property
     def wide(self) -> bool:
-        """Whether it is `wide_backward`'s."""
+        """See `is_wide`."""
         return is_wide(self.head_dim)
 
     @property

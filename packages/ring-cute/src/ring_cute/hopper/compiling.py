@@ -13,7 +13,6 @@ from ring_cute.hopper.backward_ends import Finish, Prepare
 from ring_cute.hopper.backward_settings import BackwardKind, EndsKind
 from ring_cute.hopper.forward import HopperForward
 from ring_cute.hopper.scores import no_terms
-from ring_cute.hopper.wide_backward import WideBackward
 from ring_cute.settings import ForwardKind
 
 ADDRESSES, SIZES, STRIDES, COUNTS = 12, 4, 15, 7
@@ -37,10 +36,9 @@ def compile_forward(kind: ForwardKind, options: str = OPTIONS) -> Any:
 
 
 def compile_backward(kind: BackwardKind, options: str = OPTIONS) -> Any:
-    """The kernel for that kind: a callable that takes what `HopperBackward.__call__`, or `WideBackward.__call__`, does,
-    in that order."""
+    """The kernel for that kind: a callable that takes what `HopperBackward.__call__` does, in that order."""
     return cute.compile(
-        WideBackward(kind) if kind.wide else HopperBackward(kind),
+        HopperBackward(kind),
         *(Int64(0) for _ in range(BACKWARD_ADDRESSES)),
         Float32(0.0),
         Float32(0.0),

@@ -1,4 +1,42 @@
-"""The consumers of the backward of wide heads (`wide_backward`): one has P and dv, the other dS and dk."""
+"""The consumers of the backward of wide heads, beyond 128: one has P and dv, the other dS and dk, of the same keys.
+
+    warpgroup 0: four warps, few registers            warpgroups 1 (dv) and 2 (dk): the same 64 keys, many registers
+    ┌───────────── load ───────────────┐              ┌─────────── dv ───────────┐      ┌──────────── dk ────────────┐
+    │ K and V tile, then blocks of     │── full ────► │ P = exp2(K Q[n]ᵀ - lse)  │─ P ─►│ ds = P (V dO[n]ᵀ - delta)  │
+    │ queries by TMA: Q and dO rings   │◄── empty ─── │ dv += P dO[n]            │◄ ds ─│ dk += ds Q[n]              │
+    ├──────────── describe ────────────┤              │ dqᵀ = Kᵀ ds, half of D   │      │ dqᵀ = Kᵀ ds, the other half│
+    │ lse, delta, edges of each block  │── full ────► │       64 columns at a time, to shared memory                  │
+    ├────── add_queries, 2 warps ──────┤              │                          │      │                            │
+    │ dq by TMA reduce-add to memory   │◄── full ──── │                          │      │                            │
+    └──────────────────────────────────┘              └──────────────────────────┘      └────────────────────────────┘
+
+All else is as in `backward`: the kernel itself, tiles, the walk, order, flags and departures.
+
+Why so. dk and dv of 64 keys by 256 are 128 registers of each of 256 threads, whoever has them; those of 128 keys would
+be all there are. K and V of 64 keys are 64 KiB at a head dim of 256, a stage of Q or dO is 32. Were keys or queries of
+scores split between the warpgroups, products of 32 columns would read 24 bytes of operands for every 16 that the tensor
+cores take; were D split for dv and dk, P and ds would come from shared memory. Where one consumer has all of P and dv,
+and the other all of dP and dk, products have 64 columns or D, and P and ds are operands from registers. For 64 queries
+by 64 keys by 256, in cycles of 128 bytes of shared memory: scores and dP 1024, dv and dk 512, dq 512, P 256, ds 64, dq
+out and in 1024, loads 512: 3900, while the tensor cores take 2560. P goes from one consumer to the other in fp32, each
+thread's to the same thread of the other (scores and dP are laid out alike), so that ds is rounded once.
+
+dq is summed by twice as many tiles as with 128 keys. What that costs is what limits this kernel by estimate: sums in
+memory take some 3 TB/s, which 64 keys a tile come to at 500 TFLOP/s. 80 keys (as FlashAttention-3) fit by transposing
+dv and dk, whose products then read both operands from shared memory; a pair of CTAs that shares 128 keys halves it.
+
+Shared memory: `k`, `v` (64, D); `q` (BLOCK, D) Q_STAGES, with `lse`, `delta`, `bounds`; `do` (BLOCK, D) DO_STAGES; `p`
+in fp32, as threads have it; `ds` (BLOCK, 64 keys) twice; `dq` (BLOCK, 64 columns) in fp32, two or more.
+
+Barriers besides those of `backward`: `p_full`, one a warp: its threads' P is there. It needs no `p_empty`, since the
+consumer of dv writes the next P only once it has seen ds, which the other made of this P. `ds_full`/`ds_empty`, one a
+buffer: written by the four warps of one consumer, read by both. `v_empty` and `p_full` have arrivals of one consumer.
+
+Order of a block, of which products that follow each other without a wait are under way together:
+
+    dv: P[n] there │ dv, s[n+1] │ dO[n] free │ ds[n] there │ dq │ P[n+1] made, handed over │ dq goes │ dq │ dq goes
+    dk: dP[n] there, P[n] there │ ds[n] made, stored │ dk, dq │ Q[n] free, dq goes │ dq, dP[n+1] │ dq goes
+"""
 
 from __future__ import annotations
 
@@ -10,8 +48,8 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import warpgroup
 
 from ring_cute.hopper import ptx
-from ring_cute.hopper.backward_consumer import CONSUMERS, END_BARRIER, BackwardConsumer
-from ring_cute.hopper.backward_producer import KeyShared, Share, next_stage
+from ring_cute.hopper.backward_consumer import CONSUMERS, END_BARRIER, WARPS, BackwardConsumer
+from ring_cute.hopper.backward_producer import Share, next_stage
 from ring_cute.hopper.backward_records import (
     BATCH,
     BLOCKS,
@@ -28,16 +66,6 @@ from ring_cute.hopper.softmax import multiply, to_operand
 
 VALUES, QUERIES = 0, 1
 """What a consumer sums: dv, from P and dO; dk, from dS and Q."""
-
-
-@dataclass(frozen=True)
-class WideShared(KeyShared):
-    """What lives in shared memory besides."""
-
-    p: Any  # (4, 128 threads, BLOCK * 64 / 512) fp32
-    p_full: Any  # one for each warp
-    ds_full: Any  # one for each buffer of ds
-    ds_empty: Any
 
 
 @dataclass(frozen=True)
@@ -58,26 +86,39 @@ class WideParts:
 
 
 class WideConsumer(BackwardConsumer):
-    """A warpgroup's part of `wide_backward.WideBackward`."""
+    """A warpgroup's part of `backward.HopperBackward`, where heads are wide."""
 
     def __init__(self, kind: BackwardKind) -> None:
         super().__init__(kind)
-        self.dq_rows = self.block
+        assert self.block == 64, "a row of ds has 64 keys, and as many queries are a buffer of dq"
+        self.dq_rows, self.dq_buffers, self.v_readers = self.block, kind.settings.dq_buffers, WARPS // CONSUMERS
+        assert self.dq_buffers in (CONSUMERS, self.dim // 64), "one for each consumer, or for each share"
         columns = range(self.dim // 64)
         half = -(-len(columns) // 2)
-        self.shares: list[list[Share]] = [[], []]
-        """Of dq, for each consumer: 64 columns at a time."""
+        self.shares = [[], []]  # each consumer's, by a warp of their own
         for role, own in ((VALUES, columns[:half]), (QUERIES, columns[half:])):
             for nth, c in enumerate(own):
                 alone = kind.settings.dq_buffers > CONSUMERS  # a buffer for each share
                 self.shares[role].append(Share(c, c, 0) if alone else Share(role, c, 0, nth, len(own)))
 
     @cute.jit
+    def consume(
+        self, shared, scores, sums, turned, dk_out, dv_out, departures, score_scale, scale,
+        dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h, terms,
+    ):  # fmt: skip
+        """A consumer warpgroup, for all of the CTA's tiles."""
+        both = (shared, scores, sums, turned)
+        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) < 8:
+            self.consume_wide(*both, dv_out, departures, score_scale, scale, (dv_c, dv_b, dv_s, dv_h), terms, VALUES)
+        else:
+            self.consume_wide(*both, dk_out, departures, score_scale, scale, (dk_c, dk_b, dk_s, dk_h), terms, QUERIES)
+
+    @cute.jit
     def consume_wide(
         self, shared, scores, sums, turned, out, departures, score_scale, scale, strides, terms,
         role: cutlass.Constexpr,
     ):  # fmt: skip
-        """A consumer warpgroup, for all of the CTA's tiles. strides: of out, piece, batch entry, token and head."""
+        """The one that sums these. strides: of out, piece, batch entry, token and head."""
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3
         lane = cute.arch.lane_idx()
         leader = lane == 0
