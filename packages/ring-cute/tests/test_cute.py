@@ -144,13 +144,8 @@ def test_capabilities(on_hopper: CuteBackend) -> None:
     assert can.available and can.flags and can.accumulate
     assert can.dtypes == {torch.bfloat16, torch.float16}
     for head_dim in (8, 40, max(FORWARD)):
-        check_supported(
-            "cute",
-            CUDA,
-            torch.bfloat16,
-            head_dim,
-            frozenset({"alibi", "gqa", "packed", "ring_alibi", "sinks", "softcap", "window"}),
-        )
+        features = frozenset({"alibi", "gqa", "packed", "ring_alibi", "sinks", "softcap", "window"})
+        check_supported("cute", CUDA, torch.bfloat16, head_dim, features)
     assert f"the head dim is {max(FORWARD) + 8}" in refusal(max(FORWARD) + 8)
     assert "the head dim is 60" in refusal(60)
     said = refusal(64, frozenset({"dropout"}))

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+import gpu_probe
 import pytest
 import torch
-from gpu_probe import VARIANTS
 
 from ring_core.backend import Flags, Params, on_device
 from ring_core.segment import FIRST, LAST, Segment, Table
@@ -122,7 +122,7 @@ CASES = [
     random_queries(6, heads=(1, 1), batch=1),
     *(
         case(name, [causal_table(200, 300, causal=True, k_position=-100)], 200, settings=chosen)
-        for name, chosen in VARIANTS[64].items()
+        for name, chosen in gpu_probe.VARIANTS[64].items()
     ),
     *(
         case(
@@ -146,9 +146,8 @@ def emulated(*tensors: Any, params: Params, settings: Settings | None) -> None:
     """`launch.forward` on the machine."""
     from emulated import on_cpu
 
-    others = {"sinks": params.sinks, "softcap": params.softcap, "slopes": params.alibi_slopes}
     with on_cpu(*tensors[:-1], params.sinks, params.alibi_slopes):
-        forward(*tensors, scale=params.scale, settings=settings, **others)
+        gpu_probe.forward(*tensors, params=params, settings=settings)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

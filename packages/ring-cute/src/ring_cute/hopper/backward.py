@@ -16,9 +16,9 @@ and walks the queries that see it, of every query head of the group, or of a par
 the registers before a tile's end. dq is summed in fp32 in global memory by every CTA that has a part of it: rows of D
 numbers, so that a block may begin at any row.
 
-Shared memory: `k`, `v` (64, D) for each consumer; `q` (BLOCK, D) Q_STAGES, with `lse`, `delta`, `bounds`; `do`
-(BLOCK, D) DO_STAGES; `ds` (BLOCK, 128 keys) twice; `dq` in fp32 for each consumer: its 64 columns of D of all rows, or
-at head dim 64 all columns of its half of the rows.
+Shared memory: `k`, `v` (64, D) for each consumer; `q` (BLOCK, D) Q_STAGES, with `lse`, `delta`, `bounds` and, for
+ALiBi, `slopes`; `do` (BLOCK, D) DO_STAGES; `ds` (BLOCK, 128 keys) twice; `dq` in fp32 for each consumer: its 64 columns
+of D of all rows, or at head dim 64 all columns of its half of the rows.
 
 Barriers, of which phases follow from counts over the whole life of the CTA: `q_full`/`q_empty` (q_full: the loads and
 the description), `do_full`/`do_empty` one a stage, `k_full`/`k_empty`, `v_full`/`v_empty`, `dq_full`/`dq_empty` one a

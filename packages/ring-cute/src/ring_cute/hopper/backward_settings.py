@@ -61,14 +61,13 @@ BACKWARD: dict[int, BackwardSettings] = {
 """By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-22: the main kernel alone
 (`gpu_probe_backward.py variants`)."""
 
-_CAPPED = BackwardSettings(
-    q_stages=3,
-    reason="not measured yet; ahead, the 16 registers of P in 16 bits, beside P times the cap's derivative in 32, are "
-    "too many: ptxas then waits for every product by itself",
-)
 SHAPED: dict[tuple[int, bool, bool], BackwardSettings] = {
     (64, True, True): BackwardSettings(block=96, q_stages=3, reason="not measured yet; ahead spills"),
-    (128, True, False): _CAPPED,
+    (128, True, False): BackwardSettings(
+        q_stages=3,
+        reason="not measured yet; ahead, the 16 registers of P in 16 bits, beside P times the cap's derivative in 32, "
+        "are too many: ptxas then waits for every product by itself",
+    ),
     (128, False, True): BackwardSettings(q_stages=3, reason="not measured yet; ahead spills where pieces depart"),
     (128, True, True): BackwardSettings(
         block=48, q_stages=3, reason="not measured yet; not ahead either, blocks of 64 spill where pieces depart"

@@ -38,11 +38,11 @@ class Terms:
 
 @dataclass(frozen=True)
 class Place:
-    """Of a walk's row, for ALiBi; None without."""
+    """Of a walk's row in the forward, of a block in the backward, for ALiBi; None without."""
 
     slope: Any  # the head's, times -log2(e)
-    distance: Any  # of the tile's first row and the segment's first key
-    stride: Any  # of positions
+    distance: Any  # of the tile's first row and the segment's first key, Int32; None in the backward
+    stride: Any  # of positions: Int32, in the backward Float32
 
 
 def no_terms() -> tuple[Float32, Int64, Int64]:
@@ -92,7 +92,8 @@ def add_slopes(s, scale, place, row, column, j):
 
 
 def starts(bound: Any, place: Place, row: Any, column: Any) -> list[Any]:
-    """The distances of a thread's two keys and its first query, of a block of the backward."""
+    """The distances of a thread's two keys and its first query, of a block of the backward; bound: of the block's first
+    query and the tile's first key."""
     return [Float32(bound) + place.stride * Float32(column - row - 8 * half) for half in range(2)]
 
 

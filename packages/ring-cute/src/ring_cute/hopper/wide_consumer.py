@@ -25,8 +25,8 @@ dq is summed by twice as many tiles as with 128 keys. What that costs is what li
 memory take some 3 TB/s, which 64 keys a tile come to at 500 TFLOP/s. 80 keys (as FlashAttention-3) fit by transposing
 dv and dk, whose products then read both operands from shared memory; a pair of CTAs that shares 128 keys halves it.
 
-Shared memory: `k`, `v` (64, D); `q` (BLOCK, D) Q_STAGES, with `lse`, `delta`, `bounds`; `do` (BLOCK, D) DO_STAGES; `p`
-in fp32, as threads have it; `ds` (BLOCK, 64 keys) twice; `dq` (BLOCK, 64 columns) in fp32, two or more.
+Shared memory: as in `backward`, but `k`, `v` (64, D); `ds` (BLOCK, 64 keys) twice; `dq` (BLOCK, 64 columns) in fp32,
+two or more; and `p` in fp32, as threads have it (with a softcap, times the cap's derivative).
 
 Barriers besides those of `backward`: `p_full`, one a warp: its threads' P is there. It needs no `p_empty`, since the
 consumer of dv writes the next P only once it has seen ds, which the other made of this P. `ds_full`/`ds_empty`, one a
