@@ -33,8 +33,8 @@ CPU = torch.device("cpu")
 REFERENCE = ReferenceBackend()
 
 
-def forward(*given: Any, scale: float, sinks: Tensor | None, settings: Any) -> None:
-    REFERENCE.forward(*given, params=Params(scale, sinks=sinks))
+def forward(*given: Any, params: Params, settings: Any) -> None:
+    REFERENCE.forward(*given, params=params)
 
 
 def prepare(q: Tensor, *tensors: Tensor, params: Params) -> Any:

@@ -67,12 +67,15 @@ def kind_of(
     state: bool = False,
     sinks: bool = False,
     flags: bool = False,
+    softcap: bool = False,
+    alibi: bool = False,
     settings: Settings | None = None,
     **changed: Any,
 ) -> ForwardKind:
     """The kind that `launch` would ask for."""
-    chosen = replace(settings or settings_for(head_dim), **changed)
-    return kind_for(dtype, head_dim, chosen, state=state, sinks=sinks, flags=flags)
+    asked = {"softcap": softcap, "alibi": alibi}
+    chosen = replace(settings or settings_for(head_dim, **asked), **changed)
+    return kind_for(dtype, head_dim, chosen, state=state, sinks=sinks, flags=flags, **asked)
 
 
 def compiled_and_ptx(kind: Kind, cubin_to: Path | None = None) -> tuple[Any, str]:
@@ -82,7 +85,8 @@ def compiled_and_ptx(kind: Kind, cubin_to: Path | None = None) -> tuple[Any, str
         os.environ["CUTE_DSL_DUMP_DIR"] = folder
         from cutlass.cutlass_dsl import CuTeDSL
 
-        CuTeDSL._get_dsl().envar.dump_dir = folder  # read once, at import
+        options = CuTeDSL._get_dsl().envar  # read from the environment at import, which may have been before
+        options.dump_dir, options.keep_ptx, options.keep_cubin = folder, True, True
         from ring_cute.hopper.compiling import compile_kind
 
         compiled = compile_kind(kind)
@@ -128,6 +132,14 @@ GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "wide": [(192, {}), (256, {}), (192, {"state": True}), (256, {"state": True, "dtype": "float16"})],
     "padded": [(40, {}), (96, {"state": True})],
     "fp16": [(64, {"dtype": "float16"}), (128, {"dtype": "float16"})],
+    **{
+        "-".join(scores): [
+            (head_dim, {**dict.fromkeys(scores, True), **more})
+            for head_dim in (64, 128, 192, 256)
+            for more in ({}, {"state": True, "flags": True, "sinks": True})
+        ]
+        for scores in (("softcap",), ("alibi",), ("softcap", "alibi"))
+    },
     "variants": [
         (128, {"ping_pong": True, "overlap": True}),
         (128, {"query_registers": True, "cache_hints": True}),

@@ -5,18 +5,36 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from cute_compiling import Compiled, compile_kind
 
 from ring_cute.compile import backwards
-from ring_cute.hopper.backward_settings import BACKWARD, TILE_KEYS, WIDE_TILE_KEYS, BackwardKind
+from ring_cute.hopper.backward_settings import (
+    BACKWARD,
+    TILE_KEYS,
+    WIDE_TILE_KEYS,
+    BackwardKind,
+    backward_settings_for,
+)
 from ring_cute.settings import SHARED_BYTES
 
-GROUPS: dict[str, tuple[int, str]] = {
-    **{f"backward-{head_dim}": (head_dim, "bfloat16") for head_dim in BACKWARD},
-    "backward-padded": (40, "float16"),
-    "backward-wide-padded": (200, "float16"),
+
+def shaped(head_dim: int, dtype: str) -> Iterator[BackwardKind]:
+    """Kinds of shaped scores that `backward_launch` would ask for."""
+    for asked in ({"softcap": True}, {"alibi": True}, {"softcap": True, "alibi": True}):
+        settings = backward_settings_for(head_dim, **asked)
+        for gradients in ("final", "shared", "added"):
+            staged = gradients == "added"
+            yield BackwardKind(dtype, head_dim, gradients, staged, staged, settings, **asked)
+
+
+GROUPS: dict[str, list[Any]] = {
+    **{f"backward-{head_dim}": [*backwards(head_dim, "bfloat16")] for head_dim in BACKWARD},
+    "backward-padded": [*backwards(40, "float16")],
+    "backward-wide-padded": [*backwards(200, "float16")],
+    **{f"backward-shaped-{head_dim}": [*shaped(head_dim, "bfloat16")] for head_dim in BACKWARD},
 }
 
 
@@ -60,12 +78,12 @@ def _products_and_waits(kind: BackwardKind) -> tuple[int, int]:
 def main() -> int:
     failed = 0
     for group in sys.argv[1:] or GROUPS:
-        for kind in backwards(*GROUPS[group]):
+        for kind in GROUPS[group]:
             got = compile_kind(kind)
             wrong = problems(got, kind)
             failed += bool(wrong)
             what = f"{getattr(kind, 'step', 'backward')} {getattr(kind, 'gradients', '')}".strip()
-            what += " staged" if getattr(kind, "flags", False) else ""
+            what += "".join(f" {word}" for word in ("flags", "softcap", "alibi") if getattr(kind, word, False))
             print(
                 f"D {kind.head_dim} {kind.dtype} {what}: {got.registers} registers, {got.stack} B stack, "
                 f"{getattr(kind, 'shared_bytes', 0)} B shared, {got.hgmma} wgmma, {got.loads} TMA loads, "

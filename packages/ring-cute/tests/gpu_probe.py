@@ -20,6 +20,7 @@ from typing import Any
 import host_time
 import torch
 
+from ring_core.backend import Params
 from ring_core.testing.direct import (
     ForwardCase,
     causal_steps,
@@ -34,7 +35,6 @@ from ring_core.testing.direct.calls import ForwardCall, forward_calls
 from ring_core.testing.probe import Probe, heat, host_microseconds
 from ring_cute.compile import backwards
 from ring_cute.hopper import launch as launching
-from ring_cute.hopper.launch import forward
 from ring_cute.settings import Settings, kind_for, settings_for
 
 DEVICE = torch.device("cuda", 0)
@@ -87,6 +87,11 @@ def compile_all() -> None:
         if library.find(each) is None:
             library.build(each)
             print(library.path_of(each), flush=True)
+
+
+def forward(*tensors: Any, params: Params, settings: Settings | None) -> None:
+    others = {"sinks": params.sinks, "softcap": params.softcap, "slopes": params.alibi_slopes}
+    launching.forward(*tensors, scale=params.scale, settings=settings, **others)
 
 
 def check(case: ForwardCase) -> None:

@@ -62,4 +62,5 @@ def test_compiled_for_sm_90a(group: str, compiling: Compiling) -> None:
 def test_every_setting_is_among_them() -> None:
     forward = {settings.padded_head_dim(dim) for group in cute_compiling.GROUPS.values() for dim, _ in group}
     assert forward == set(settings.FORWARD)
-    assert {backward_head_dim(dim) for dim, _ in cute_compiling_backward.GROUPS.values()} == set(BACKWARD)
+    backward = {kind for group in cute_compiling_backward.GROUPS.values() for kind in group}
+    assert {backward_head_dim(kind.head_dim) for kind in backward} == set(BACKWARD)

@@ -31,7 +31,7 @@ from ring_core.segment import FIRST, LAST
 from ring_cute import CuteBackend, backend, library
 from ring_cute.compile import backwards, shipped
 from ring_cute.hopper.backward_settings import BACKWARD, BackwardKind, backward_settings_for
-from ring_cute.settings import FORWARD, SHARED_BYTES, settings_for
+from ring_cute.settings import FORWARD, SHARED_BYTES, kind_for, settings_for
 
 
 @pytest.fixture(autouse=True)
@@ -144,12 +144,12 @@ def test_capabilities(on_hopper: CuteBackend) -> None:
     assert can.available and can.flags and can.accumulate
     assert can.dtypes == {torch.bfloat16, torch.float16}
     for head_dim in (8, 40, max(FORWARD)):
-        check_supported("cute", CUDA, torch.bfloat16, head_dim, frozenset({"gqa", "packed", "sinks", "window"}))
+        features = frozenset({"alibi", "gqa", "packed", "ring_alibi", "sinks", "softcap", "window"})
+        check_supported("cute", CUDA, torch.bfloat16, head_dim, features)
     assert f"the head dim is {max(FORWARD) + 8}" in refusal(max(FORWARD) + 8)
     assert "the head dim is 60" in refusal(60)
-    for feature in ("alibi", "dropout", "softcap"):
-        said = refusal(64, frozenset({feature}))
-        assert f"{feature} is not among its features" in said and said.endswith("reference")
+    said = refusal(64, frozenset({"dropout"}))
+    assert "dropout is not among its features" in said and said.endswith("reference")
 
 
 def test_gradients_are_those_that_there_are_kernels_for(
@@ -189,18 +189,24 @@ def test_scores_of_any_scale(scale: float) -> None:
     assert backend._positive(None, scale) == (None, positive)
 
 
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("softcap", [False, True])
 @pytest.mark.parametrize("head_dim", FORWARD)
-def test_settings_fit(head_dim: int) -> None:
-    s = settings_for(head_dim)
+def test_settings_fit(head_dim: int, softcap: bool, alibi: bool) -> None:
+    s = settings_for(head_dim, softcap=softcap, alibi=alibi)
+    assert kind_for("bfloat16", head_dim, s, state=True).shared_bytes <= SHARED_BYTES
     assert s.stages & (s.stages - 1) == 0
     assert s.consumer_registers % 8 == 0 and s.producer_registers % 8 == 0
     assert 128 * (s.consumers * s.consumer_registers + s.producer_registers) <= 65536
     assert all(kind.shared_bytes <= SHARED_BYTES for kind in shipped((head_dim,), directions=("forward",)))
 
 
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("softcap", [False, True])
 @pytest.mark.parametrize("head_dim", BACKWARD)
-def test_backward_settings_fit(head_dim: int) -> None:
-    s = backward_settings_for(head_dim)
+def test_backward_settings_fit(head_dim: int, softcap: bool, alibi: bool) -> None:
+    s = backward_settings_for(head_dim, softcap=softcap, alibi=alibi)
+    assert BackwardKind("bfloat16", head_dim, "added", True, True, s).shared_bytes <= SHARED_BYTES
     assert s.block % 16 == 0 and s.consumer_registers % 8 == 0 and s.producer_registers % 8 == 0
     assert 128 * (2 * s.consumer_registers + s.producer_registers) <= 65536
     kinds = [kind for kind in backwards(head_dim, "bfloat16") if isinstance(kind, BackwardKind)]
@@ -215,6 +221,7 @@ def test_kinds_have_files_of_their_own() -> None:
 
 def test_record_columns_are_those_of_tiles() -> None:
     """The kernel reads `items` and `walk` by number."""
+    from ring_core.key_tiles import WALK as KEY_WALK
     from ring_core.tiles import ITEM, WALK
 
     assert (ITEM + WALK[:8]) == (
@@ -222,3 +229,4 @@ def test_record_columns_are_those_of_tiles() -> None:
         "k_row", "k_len", "j_lo", "blocks", "right", "edges", "lower", "upper",
     )  # fmt: skip
     assert (WALK[8], FIRST, LAST) == ("piece", 1, 2)
+    assert WALK[10:] == KEY_WALK[10:] == ("distance", "stride")

@@ -34,6 +34,8 @@ pytestmark = [
 ]
 CPU = torch.device("cpu")
 CAUSAL = causal_keys(200, 300, causal=True, offset=100)
+STRIPES = table_of([Segment(0, 100, 0, 0, 150, -100, 40, 3, 1, 4, -1, 3)])
+WINDOW = table_of([Segment(0, 200, 0, 0, 200, -60, 20, 0, 0, 1, -1, 3)])
 WIDE = causal_keys(200, 150, causal=True, offset=-50)
 STEPS = [table_of([Segment(0, 90, n, 0, 60, -90, -40 * n, 0, 60 * n, 1, -1, 3)]) for n in range(2)]
 CASES = [
@@ -69,6 +71,22 @@ CASES = [
     BackwardCase("D 160, two steps", STEPS[::-1], 90, heads=(1, 1), dim=160, departures=True, piece_length=60),
     key_batches(192),
     random_keys(0, 256),
+    BackwardCase("softcap, GQA", [CAUSAL], 200, softcap=0.7),
+    BackwardCase("softcap, D 40", [causal_keys(130, 200, causal=True, offset=70)], 130, dim=40, dlse=True, softcap=2.0),
+    BackwardCase("softcap, ahead", [CAUSAL], 200, dim=64, heads=(4, 1), softcap=1.0, dtype=torch.float16),
+    BackwardCase("softcap, window, final", [WINDOW], 200, heads=(1, 1), softcap=3.0, final=True),
+    replace(key_steps(64, batch=1, heads=(1, 1), softcap=1.0), name="softcap, four steps"),
+    replace(random_keys(3, 64, softcap=0.5), name="softcap, random"),
+    BackwardCase("ALiBi, GQA, two batches", [CAUSAL], 200, batch=2, alibi=True),
+    BackwardCase("ALiBi, D 40", [causal_keys(130, 200, causal=True, offset=70)], 130, dim=40, dlse=True, alibi=True),
+    BackwardCase("ALiBi, both sides of the diagonal", [WINDOW], 200, dim=64, heads=(4, 1), final=True, alibi=True),
+    BackwardCase("ALiBi, stripes", [STRIPES], 100, dim=64, alibi=True, dtype=torch.float16),
+    replace(key_steps(64, batch=1, heads=(1, 1), alibi=True), name="ALiBi, four steps"),
+    BackwardCase("ALiBi and softcap", [CAUSAL], 200, softcap=0.7, alibi=True),
+    BackwardCase("ALiBi and softcap, stripes", [STRIPES], 100, dim=64, softcap=0.7, alibi=True),
+    BackwardCase("softcap, D 256", [WIDE], 200, dim=256, softcap=0.7),
+    BackwardCase("ALiBi, D 192", [WIDE], 200, dim=192, alibi=True),
+    BackwardCase("ALiBi and softcap, stripes, D 256", [STRIPES], 100, dim=256, softcap=0.7, alibi=True),
 ]
 
 
@@ -83,7 +101,8 @@ def emulated(processors: int = 2) -> Functions:
     def backward(state: backward_launch.BackwardState, *tensors: Any, **others: Any) -> None:
         flags = others.get("flags")
         words = () if flags is None else (flags.values, flags.epoch)
-        with backward_on_cpu(state.memory, *tensors[:-1], others.get("departures"), *words, processors=processors):
+        more = others.get("departures"), others["params"].alibi_slopes
+        with backward_on_cpu(state.memory, *tensors[:-1], *more, *words, processors=processors):
             backward_launch.backward(state, *tensors, **others)
 
     def finish(state: backward_launch.BackwardState, **others: Any) -> Any:

@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+import gpu_probe
 import pytest
 import torch
-from gpu_probe import VARIANTS
-from torch import Tensor
 
-from ring_core.backend import DeviceTable, Flags, on_device
+from ring_core.backend import Flags, Params, on_device
 from ring_core.segment import FIRST, LAST, Segment, Table
 from ring_core.testing.direct import (
     ForwardCase,
@@ -26,7 +25,7 @@ from ring_core.testing.direct import (
     table_of,
 )
 from ring_cute.hopper.launch import forward
-from ring_cute.settings import settings_for
+from ring_cute.settings import Settings, settings_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -49,6 +48,14 @@ def case(name: str, tables: list[Table], q_len: int, **more: Any) -> ForwardCase
     return ForwardCase(name, tables, q_len, **{"heads": (1, 1), "dim": 64, **more})
 
 
+CAUSAL = causal_table(200, 300, causal=True, k_position=-100)
+WINDOW = table_of([Segment(0, 200, 0, 0, 300, -90, 140, 0, 0, 1, -1, FIRST | LAST)])
+STRIPES = table_of(
+    [
+        Segment(0, 200, 0, 0, 200, -200, 0, 3, 1, 4, -1, FIRST),
+        Segment(0, 200, 1, 0, 200, -200, -1, 3, 6, 4, -1, LAST),
+    ]
+)
 ENDS = [causal_table(130, 333, causal=True, k_position=-203)]
 CASES = [
     case("two blocks", [causal_table(128, 256, causal=False)], 128, dim=128),
@@ -85,11 +92,37 @@ CASES = [
     case("four steps", causal_steps(400, (3, 2, 1, 0)), 400),
     case("four steps, sinks", causal_steps(200, (1, 0, 3, 2)), 200, dim=128, sinks=True),
     case("short strips", short_strips(), 700),
+    case("softcap, GQA, D 128", [CAUSAL], 200, heads=(2, 1), dim=128, softcap=0.7),
+    case("softcap, D 40, fp16", ENDS, 130, dim=40, dtype=torch.float16, softcap=50.0),
+    case("softcap, four steps", causal_steps(400, (3, 2, 1, 0)), 400, softcap=2.0),
+    case("softcap, four steps, sinks", causal_steps(200, (1, 0, 3, 2)), 200, dim=128, sinks=True, softcap=1.0),
+    case("softcap, short strips", short_strips(), 700, softcap=1.0),
+    replace(random_queries(4, heads=(1, 1), dim=64, softcap=0.5), name="softcap, random", batch=2),
+    case("softcap, D 256", [causal_table(130, 200, causal=True)], 130, dim=256, softcap=1.0),
+    case("ALiBi, GQA, D 128", [CAUSAL], 200, heads=(2, 1), dim=128, batch=2, alibi=True),
+    case("ALiBi, D 40, fp16", ENDS, 130, dim=40, dtype=torch.float16, alibi=True),
+    case("ALiBi, both sides of the diagonal", [WINDOW], 200, alibi=True),
+    case("ALiBi, stripes of two pieces", [STRIPES], 200, alibi=True),
+    case("ALiBi, four steps", causal_steps(400, (3, 2, 1, 0)), 400, alibi=True),
+    case(
+        "ALiBi and softcap, four steps, sinks",
+        causal_steps(200, (1, 0, 3, 2)),
+        200,
+        dim=128,
+        sinks=True,
+        softcap=1.0,
+        alibi=True,
+    ),
+    case("ALiBi, short strips", short_strips(), 700, alibi=True),
+    replace(
+        random_queries(4, heads=(1, 1), dim=64, softcap=0.5, alibi=True), name="ALiBi and softcap, random", batch=1
+    ),
+    case("ALiBi, D 256", [causal_table(130, 200, causal=True)], 130, dim=256, alibi=True),
     random_queries(1, heads=(1, 1), dim=64, batch=2),
     random_queries(6, heads=(1, 1), batch=1),
     *(
         case(name, [causal_table(200, 300, causal=True, k_position=-100)], 200, settings=chosen)
-        for name, chosen in VARIANTS[64].items()
+        for name, chosen in gpu_probe.VARIANTS[64].items()
     ),
     *(
         case(
@@ -109,14 +142,12 @@ CASES = [
 ]
 
 
-def emulated(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Tensor | None, table: DeviceTable, **others: Any
-) -> None:
+def emulated(*tensors: Any, params: Params, settings: Settings | None) -> None:
     """`launch.forward` on the machine."""
     from emulated import on_cpu
 
-    with on_cpu(q, k, v, out, lse, state, others["sinks"]):
-        forward(q, k, v, out, lse, state, table, **others)
+    with on_cpu(*tensors[:-1], params.sinks, params.alibi_slopes):
+        gpu_probe.forward(*tensors, params=params, settings=settings)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -21,8 +21,8 @@ from ring_core.segment import COLUMNS, Table
 
 ITEM = ("walk_start", "unused", "token", "keys", "batch", "piece", "blocks", "unused2")
 WALK = (
-    "q_start", "q_len", "i_lo", "blocks", "unused", "whole_from", "whole_to", "lower", "upper", "next", "unused2",
-    "unused3",
+    "q_start", "q_len", "i_lo", "blocks", "unused", "whole_from", "whole_to", "lower", "upper", "next", "distance",
+    "stride",
 )  # fmt: skip
 
 
@@ -33,8 +33,9 @@ class Schedule:
     items: int32 (N, 8), columns `ITEM`: first row of the walk, the tile's first key in its piece, how many keys, the
         batch entry (-1: every one), the piece, how many blocks for one query head.
     walk: int32 (M, 12), columns `WALK`: the segment's queries, the first query of block 0 (counted from q_start),
-        blocks, whole blocks; key r of the tile takes part with query i of the segment iff lower <= r - i <= upper;
-        `next`: the row after this one, for a tile's last row its first.
+        blocks, whole blocks; key r of the tile takes part with query i of the segment iff lower <= r - i <= upper, and
+        its global position is distance + stride (i - r) before the query's; `next`: the row after this one, for a
+        tile's last row its first.
     """
 
     items: NDArray[np.int32]
@@ -113,20 +114,21 @@ def make_schedule(table: Table, *, tile_keys: int, block: int, by_piece: bool = 
     own = tile[kept]
     following = np.arange(1, len(own) + 1)
     following = np.where(following == ends[own], (ends - number)[own], following)
-    unused = np.zeros_like(following)
+    stride = field["stride"][row]
+    distance = field["q_position"][row] - field["k_position"][row] - stride * first[tile]
     columns = (
         field["q_start"][row][kept],
         q_len[kept],
         i_lo[kept],
         blocks[kept],
-        unused,
+        np.zeros_like(following),
         whole_from[kept],
         whole_to[kept],
         lower[kept],
         upper[kept],
         following,
-        unused,
-        unused,
+        distance[kept],
+        stride[kept],
     )
     walk = np.stack(columns, axis=1).astype(np.int32)
 

@@ -25,7 +25,9 @@ from ring_core.segment import COLUMNS, FIRST, LAST, Table
 
 ITEM = ("walk_start", "walk_stop", "q_row", "rows", "batch", "flags", "blocks", "unused")
 """Columns 6 and 7 are head and "there is such a tile" in what the kernel makes of an item."""
-WALK = ("k_row", "k_len", "j_lo", "blocks", "right", "edges", "lower", "upper", "piece", "k_start", "unused", "unused2")
+WALK = (
+    "k_row", "k_len", "j_lo", "blocks", "right", "edges", "lower", "upper", "piece", "k_start", "distance", "stride",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,8 @@ class Schedule:
         rows, the batch entry (-1: every one), FIRST and LAST of the strip, how many blocks in all.
     walk: int32 (M, 12), columns `WALK`: the segment's first key among all pieces' keys (piece * piece_length +
         k_start), k_len, the first key j_lo of block 0, blocks, how many of them are right edges, right and left edges;
-        row r of the tile sees key j iff r + lower <= j <= r + upper.
+        row r of the tile sees key j iff r + lower <= j <= r + upper, from a global position that is
+        distance + stride (r - j) behind the key's.
     """
 
     items: NDArray[np.int32]
@@ -93,7 +96,8 @@ def make_schedule(table: Table, *, tile_rows: int, block: int, piece_length: int
     full_stop = np.clip((np.minimum(upper + 1, k_len) - j_lo) // block, left, blocks)
     right = blocks - full_stop
     piece, k_start = field["piece"][row], field["k_start"][row]
-    unused = np.zeros_like(row)
+    stride = field["stride"][row]
+    distance = field["q_position"][row] + stride * first[tile] - field["k_position"][row]
     columns = (
         piece * piece_length + k_start,
         k_len,
@@ -105,8 +109,8 @@ def make_schedule(table: Table, *, tile_rows: int, block: int, piece_length: int
         upper,
         piece,
         k_start,
-        unused,
-        unused,
+        distance,
+        stride,
     )
     kept = blocks > 0
     walk = np.stack(columns, axis=1)[kept].astype(np.int32)

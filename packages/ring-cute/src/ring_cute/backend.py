@@ -30,7 +30,7 @@ DTYPES = frozenset({torch.float16, torch.bfloat16})
 HEAD_DIMS = HeadDims(smallest=8, largest=max(FORWARD), multiple=8)
 BACKWARD_HEAD_DIMS = HeadDims(smallest=8, largest=max(BACKWARD), multiple=8)
 """What there are backward kernels for: calls of other head dims that need gradients are refused."""
-LACKS = frozenset({"alibi", "dropout", "ring_alibi", "softcap"})
+LACKS = frozenset({"dropout"})
 """Features that its kernels do not have."""
 
 
@@ -72,8 +72,9 @@ class CuteBackend:
     ) -> None:
         _check(q, HEAD_DIMS, params)
         q, scale = _positive(q, params.scale)
+        others: dict[str, Any] = {"sinks": params.sinks, "softcap": params.softcap, "slopes": params.alibi_slopes}
         with _on(q):
-            _forward()(q, k, v, out, lse, state, table, scale=scale, sinks=params.sinks, flags=flags)
+            _forward()(q, k, v, out, lse, state, table, scale=scale, flags=flags, **others)
 
     def prepare(
         self,
@@ -166,10 +167,6 @@ def _check(q: Tensor, head_dims: HeadDims, params: Params) -> None:
 def _refuses(head_dim: int, head_dims: HeadDims, params: Params) -> str:
     if head_dim not in head_dims:
         return f"the head dim is {head_dim}, it takes {head_dims}{'' if head_dims == HEAD_DIMS else ' with gradients'}"
-    if params.softcap:
-        return "it knows no softcap"
-    if params.alibi_slopes is not None:
-        return "it knows no ALiBi"
     if params.dropout is not None:
         return "it knows no dropout"
     return ""

@@ -79,15 +79,25 @@ FORWARD: dict[int, Settings] = {
 """By head dim, rounded up to the next key. Measured on an H200 that its power limits, DSL 4.8.1, 2026-11-22
 (`gpu_probe.py variants`)."""
 
+_TWO = Settings(reason="not measured yet; three consumers of 160 registers spill, two have the room")
+SHAPED: dict[tuple[int, bool, bool], Settings] = {
+    (64, True, False): _TWO,
+    (64, True, True): _TWO,
+    (128, True, False): Settings(lazy=False, reason="not measured yet; lazy spills where steps accumulate"),
+    (128, True, True): Settings(block=112, lazy=False, reason="not measured yet; 128 spills where steps accumulate"),
+}
+"""By padded head dim, softcap, ALiBi: where shaped scores take others."""
+
 
 def padded_head_dim(head_dim: int) -> int:
     """The head dim that is computed with; columns beyond the true one are zeros that TMA fills in."""
     return next(width for width in FORWARD if head_dim <= width)
 
 
-def settings_for(head_dim: int) -> Settings:
-    """The settings for a head dim."""
-    return FORWARD[padded_head_dim(head_dim)]
+def settings_for(head_dim: int, *, softcap: bool = False, alibi: bool = False) -> Settings:
+    """The settings for a head dim and scores."""
+    width = padded_head_dim(head_dim)
+    return SHAPED.get((width, softcap, alibi), FORWARD[width])
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +117,13 @@ class ForwardKind:
     state_tma: bool = False
     """A tile's state arrives while it is computed, and leaves while the next one is, by TMA and through shared memory
     of its own, where final rows leave through as well; otherwise at the tile's end, from and to registers."""
+    softcap: bool = False
+    alibi: bool = False
+
+    @property
+    def shaped(self) -> bool:
+        """Scores are more than products times a scale (`hopper.scores`)."""
+        return self.softcap or self.alibi
 
     @property
     def padded(self) -> int:
@@ -148,11 +165,13 @@ def kind_for(
     flags: bool = False,
     out_tma: bool = True,
     state_tma: bool = True,
+    softcap: bool = False,
+    alibi: bool = False,
 ) -> ForwardKind:
     """The kernel for a call; out_tma and state_tma say whether TMA can address these tensors at all."""
-    chosen = settings or settings_for(head_dim)
+    chosen = settings or settings_for(head_dim, softcap=softcap, alibi=alibi)
     ahead = state and state_tma and state_fits(head_dim, chosen)
     if ahead and query_buffers(head_dim, chosen, True) == 1:  # free for the next tile's as soon as they are read
         chosen = replace(chosen, query_registers=True)
     staged = ahead or query_buffers(head_dim, chosen) > 1
-    return ForwardKind(dtype, head_dim, state, sinks, flags, out_tma and staged, chosen, ahead)
+    return ForwardKind(dtype, head_dim, state, sinks, flags, out_tma and staged, chosen, ahead, softcap, alibi)

@@ -59,6 +59,21 @@ def head_dims() -> list[KernelCase]:
     ]
 
 
+def shaped() -> list[KernelCase]:
+    """Softcap and ALiBi, which have settings of their own, at head dims other than most cases have, in one step and in
+    steps, and in a fixed order."""
+    found = {case.name: case for case in kernel_cases(scale=SCALE)}
+    return [
+        replace(
+            found[name], name=f"{scores} {name} {head_dim}", head_dim=head_dim, dtype=torch.bfloat16, softcap=softcap,
+            alibi=alibi, deterministic=head_dim == 128,
+        )
+        for name in ("causal-stripe-ring-3", "causal-zigzag-gather-4")
+        for head_dim in (40, 128, 256)
+        for scores, softcap, alibi in (("softcap", 1.5, ""), ("ALiBi", 0.0, "batch"), ("both", 1.5, "batch"))
+    ]  # fmt: skip
+
+
 def wide() -> list[KernelCase]:
     return [
         replace(case, name=f"{case.name} of dim {head_dim}", head_dim=head_dim, dtype=case.dtype or torch.bfloat16)

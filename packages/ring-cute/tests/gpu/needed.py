@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,23 +68,28 @@ def launched() -> Iterator[KernelCase]:
     yield from (replace(case, dtype=case.dtype or cases.DTYPES[0]) for case in kernel_cases())
     yield from cases.kernels()
     yield from cases.head_dims()
+    yield from cases.shaped()
     yield from cases.wide()
     small = {case.name: case for case in kernel_cases(scale=SANITIZED)}
     yield from (replace(small[name], head_dim=dim, dtype=torch.bfloat16) for name in NAMES for dim in HEAD_DIMS)
     alike: dict[Any, None] = {}
     for case in (*cases.rings(), *cases.packed()):
-        alike[case.head_dim, case.dtype or torch.bfloat16, case.sinks, case.dlse, case.deterministic] = None
+        dtype = case.dtype or torch.bfloat16
+        alike[case.head_dim, dtype, case.sinks, case.dlse, case.deterministic, case.softcap, case.alibi] = None
     for dim in cases.PROPERTY_HEAD_DIMS:
         for dtype in cases.DTYPES:
-            alike |= {(dim, dtype, sinks, dlse, False): None for sinks in (False, True) for dlse in (False, True)}
+            for sinks in (False, True):
+                alike[dim, dtype, sinks, True, False, 0.0, ""] = None
+                for softcap, alibi in product((0.0, 1.0), ("", "head")):
+                    alike[dim, dtype, sinks, False, False, softcap, alibi] = None
     for staged in (*cases.STAGED, cases.LONG_STAGED):
-        alike[staged.head_dim, staged.dtype, False, False, False] = None
+        alike[staged.head_dim, staged.dtype, False, False, False, 0.0, ""] = None
     simulated = {case.name: case for case in kernel_cases(scale=cases.SCALE)}
-    for dim, dtype, sinks, dlse, deterministic in alike:
+    for dim, dtype, sinks, dlse, deterministic, softcap, alibi in alike:
         for name in ("causal-contiguous-ring-3", "causal-contiguous-gather-3"):
             for flags in (False, True):
                 case = replace(simulated[name], head_dim=dim, dtype=dtype, sinks=sinks, dlse=dlse, flags=flags)
-                yield replace(case, deterministic=deterministic)
+                yield replace(case, deterministic=deterministic, softcap=softcap, alibi=alibi)
 
 
 def needed() -> list[Any]:

@@ -43,6 +43,12 @@ def test_head_dim(case: KernelCase, seed: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.shaped(), ids=str)
+def test_shaped_scores(case: KernelCase, seed: int) -> None:
+    check_kernel_case(case, load_backend("cute"), "cuda", seed=seed)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", cases.wide(), ids=str)
 def test_wide_heads(case: KernelCase, seed: int) -> None:
     check_kernel_case(case, load_backend("cute"), "cuda", seed=seed)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ring_core.backend import Params
 from ring_core.testing.direct import (
     ForwardCase,
     causal_steps,
@@ -26,7 +27,7 @@ from ring_core.testing.direct import (
 )
 from ring_core.testing.direct.calls import ForwardCall, forward_calls
 from ring_core.testing.probe import Probe, heat, host_microseconds
-from ring_triton.hopper import forward
+from ring_triton import hopper
 from ring_triton.hopper.settings import Settings, settings_for
 
 DEVICE = torch.device("cuda", 0)
@@ -45,6 +46,10 @@ def tried(dim: int) -> dict[str, Settings]:
         "block 64, 3 stages": replace(base, block=64, stages=3),
     }
     return made | ({"3 stages": replace(base, stages=3)} if dim == 64 else {})
+
+
+def forward(*tensors: Any, params: Params, settings: Settings | None) -> None:
+    hopper.forward(*tensors, scale=params.scale, sinks=params.sinks, settings=settings)
 
 
 def check(case: ForwardCase) -> None:

@@ -48,6 +48,35 @@ def visits(
     return count
 
 
+def distances(schedule: Schedule, *, q_len: int, pieces: int, length: int, block: int) -> np.ndarray:
+    """How far behind each key (of all pieces) each row of q is, where the kernel sums the pair, else 0."""
+    found = np.zeros((q_len, pieces * length), dtype=np.int64)
+    for values in schedule.items.tolist():
+        item = dict(zip(ITEM, values, strict=True))
+        first = item["piece"] * length + item["token"]
+        for row, number, _ in blocks_of(schedule, item):
+            i = row["i_lo"] + number * block + np.arange(block)[None, :]
+            r = np.arange(item["keys"])[:, None]
+            seen = (row["lower"] <= r - i) & (r - i <= row["upper"]) & (i < row["q_len"])
+            distance = row["distance"] + row["stride"] * (i - r)
+            at = np.nonzero(seen)
+            found[row["q_start"] + i[0, at[1]], first + at[0]] = distance[at]
+    return found
+
+
+def true_distances(table: Table, *, q_len: int, pieces: int, length: int) -> np.ndarray:
+    """The same from the table alone."""
+    found = np.zeros((q_len, pieces * length), dtype=np.int64)
+    for s in table.segments:
+        i, j = np.arange(s.q_len)[:, None], np.arange(s.k_len)[None, :]
+        seen = (s.lower <= j - i) & (j - i <= s.upper)
+        distance = s.q_position + s.stride * i - s.k_position - s.stride * j
+        first = s.piece * length + s.k_start
+        part = found[s.q_start : s.q_start + s.q_len, first : first + s.k_len]
+        part[seen] = distance[seen]
+    return found
+
+
 def visible_pairs(table: Table, *, q_len: int, pieces: int, length: int) -> np.ndarray:
     """How often each (row of q, key of all pieces) is visible, from the table alone."""
     count = np.zeros((q_len, pieces * length), dtype=np.int64)

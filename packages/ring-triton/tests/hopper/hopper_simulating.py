@@ -25,7 +25,7 @@ from hopper_compiling import NoGpu
 from torch import Tensor
 from ttgir_machine import Block, Cta, Descriptor, Pointer, Scope, Steps, Thread
 
-from ring_core.backend import Flags, on_device
+from ring_core.backend import Flags, Params, on_device
 from ring_core.plan import Problem, make_plan
 from ring_core.segment import FIRST, LAST, Segment
 from ring_core.testing.direct import (
@@ -40,7 +40,7 @@ from ring_core.testing.direct import (
 from ring_triton.hopper import launch
 from ring_triton.hopper.compat import TensorDescriptor
 from ring_triton.hopper.kernel import forward_kernel
-from ring_triton.hopper.settings import settings_for
+from ring_triton.hopper.settings import Settings, settings_for
 
 PROCESSORS = 3
 WRITTEN = ("out", "lse", "state", "counter")
@@ -154,8 +154,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> None
         launch.forward(q, k, v, *args, **options)
 
 
+def of_case(*tensors: Any, params: Params, settings: Settings | None) -> None:
+    forward(*tensors, scale=params.scale, sinks=params.sinks, settings=settings)
+
+
 def check(case: ForwardCase) -> None:
-    message, fine = run_forward(case, forward, CPU)
+    message, fine = run_forward(case, of_case, CPU)
     print(f"{'ok  ' if fine else 'FAIL'} {case.name}: {message}", flush=True)
     if not fine:
         failures.append(case.name)

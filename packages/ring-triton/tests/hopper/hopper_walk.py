@@ -45,6 +45,34 @@ def visits(schedule: Schedule, *, q_len: int, keys: int, block: int, tile_rows: 
     return count
 
 
+def distances(schedule: Schedule, *, q_len: int, keys: int, block: int) -> np.ndarray:
+    """How far behind each key (of all pieces) each row of q is, where the kernel sums the pair, else 0."""
+    found = np.zeros((q_len, keys), dtype=np.int64)
+    for values in schedule.items.tolist():
+        item = dict(zip(ITEM, values, strict=True))
+        for row, j, _ in blocks_of(schedule, item, block):
+            r = np.arange(item["rows"])[:, None]
+            key = np.arange(j, j + block)[None, :]
+            visible = (key >= r + row["lower"]) & (key <= np.minimum(r + row["upper"], row["k_len"] - 1))
+            distance = row["distance"] + row["stride"] * (r - key)
+            at = np.nonzero(visible)
+            found[item["q_row"] + at[0], row["k_row"] + j + at[1]] = distance[at]
+    return found
+
+
+def true_distances(table: Table, *, q_len: int, keys: int, piece_length: int) -> np.ndarray:
+    """The same from the table alone."""
+    found = np.zeros((q_len, keys), dtype=np.int64)
+    for s in table.segments:
+        i, j = np.arange(s.q_len)[:, None], np.arange(s.k_len)[None, :]
+        seen = (s.lower <= j - i) & (j - i <= s.upper)
+        distance = s.q_position + s.stride * i - s.k_position - s.stride * j
+        k_row = s.piece * piece_length + s.k_start
+        part = found[s.q_start : s.q_start + s.q_len, k_row : k_row + s.k_len]
+        part[seen] = distance[seen]
+    return found
+
+
 def visible_pairs(table: Table, *, q_len: int, keys: int, piece_length: int) -> np.ndarray:
     """How often each (row of q, key of all pieces) is visible, from the table alone."""
     count = np.zeros((q_len, keys), dtype=np.int64)

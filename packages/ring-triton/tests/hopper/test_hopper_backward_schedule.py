@@ -6,7 +6,7 @@ import heapq
 
 import numpy as np
 import pytest
-from hopper_backward_walk import blocks_of, visible_pairs, visits
+from hopper_backward_walk import blocks_of, distances, true_distances, visible_pairs, visits
 from hopper_plans import PLANS, problem
 
 from ring_core.key_tiles import ITEM, Schedule, make_schedule
@@ -28,6 +28,7 @@ def check(
     wanted = visible_pairs(table, **shape)
     for head in got:
         np.testing.assert_array_equal(head, wanted)
+    np.testing.assert_array_equal(distances(schedule, **shape, block=block), true_distances(table, **shape))
     blocks = schedule.items[:, ITEM.index("blocks")]
     if not by_piece:
         assert (np.diff(blocks) <= 0).all(), "not longest first"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hopper_plans import PLANS, problem
-from hopper_walk import visible_pairs, visits
+from hopper_walk import distances, true_distances, visible_pairs, visits
 
 from ring_core.plan import PackedProblem, make_plan
 from ring_core.segment import FIRST, LAST, Segment, Table
@@ -22,6 +22,8 @@ def check(table: Table, q_len: int, block: int, tile_rows: int = 128) -> None:
     keys = pieces * piece_length + block
     got = visits(schedule, q_len=q_len, keys=keys, block=block, tile_rows=tile_rows)
     np.testing.assert_array_equal(got, visible_pairs(table, q_len=q_len, keys=keys, piece_length=piece_length))
+    far = true_distances(table, q_len=q_len, keys=keys, piece_length=piece_length)
+    np.testing.assert_array_equal(distances(schedule, q_len=q_len, keys=keys, block=block), far)
     items = schedule.items
     blocks = items[:, ITEM.index("blocks")]
     assert (np.diff(blocks) <= 0).all(), "not longest first"

@@ -16,9 +16,9 @@ and walks the queries that see it, of every query head of the group, or of a par
 the registers before a tile's end. dq is summed in fp32 in global memory by every CTA that has a part of it: rows of D
 numbers, so that a block may begin at any row.
 
-Shared memory: `k`, `v` (64, D) for each consumer; `q` (BLOCK, D) Q_STAGES, with `lse`, `delta`, `bounds`; `do`
-(BLOCK, D) DO_STAGES; `ds` (BLOCK, 128 keys) twice; `dq` in fp32 for each consumer: its 64 columns of D of all rows, or
-at head dim 64 all columns of its half of the rows.
+Shared memory: `k`, `v` (64, D) for each consumer; `q` (BLOCK, D) Q_STAGES, with `lse`, `delta`, `bounds` and, for
+ALiBi, `slopes`; `do` (BLOCK, D) DO_STAGES; `ds` (BLOCK, 128 keys) twice; `dq` in fp32 for each consumer: its 64 columns
+of D of all rows, or at head dim 64 all columns of its half of the rows.
 
 Barriers, of which phases follow from counts over the whole life of the CTA: `q_full`/`q_empty` (q_full: the loads and
 the description), `do_full`/`do_empty` one a stage, `k_full`/`k_empty`, `v_full`/`v_empty`, `dq_full`/`dq_empty` one a
@@ -65,6 +65,7 @@ from ring_cute.hopper.backward_records import (
 )
 from ring_cute.hopper.backward_settings import BackwardKind
 from ring_cute.hopper.dsl import LayoutEnum, SmemAllocator
+from ring_cute.hopper.scores import Terms
 from ring_cute.hopper.views import flat, ragged_view
 from ring_cute.hopper.wide_consumer import WideConsumer
 
@@ -143,9 +144,11 @@ class HopperBackward:
         polls: Int32,
         grid: Int32,
         stream: Any,
+        *terms: Any,
     ):
         """Addresses, sizes and strides in elements; q, dout (B, Sq, Hq, D), lse (times log2(e)), delta (B, Hq, Sq), dq
-        (B, Hq, Sq, D) fp32, k, v, dk, dv (C, B, S, Hkv, D)."""
+        (B, Hq, Sq, D) fp32, k, v, dk, dv (C, B, S, Hkv, D). terms: of shaped scores only, those of `scores.Terms`;
+        `score_scale` is then what `scores` takes."""
         atom = warpgroup.make_smem_layout_atom(
             hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, 64), self.dtype
         )
@@ -205,6 +208,7 @@ class HopperBackward:
             ds_empty: cute.struct.MemRange[Int64, self.ds_barriers]
             record_full: cute.struct.MemRange[Int64, RECORDS]
             record_empty: cute.struct.MemRange[Int64, RECORDS]
+            slopes: cute.struct.MemRange[Float32, 2 * self.q_stages if self.kind.alibi else 0]
 
         self.storage = Storage
         self.kernel(
@@ -217,6 +221,7 @@ class HopperBackward:
             score_scale, scale, q_len, num_heads, num_kv_heads, dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s,
             dv_h, num_items, section, head_batches, total,
             split, members, piece_length, q_batch_rows, do_batch_rows, k_batch_rows, polls,
+            *(terms if self.kind.shaped else (None, None, None)),
         ).launch(grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
 
     def product(self, a, b, columns, source=warpgroup.OperandSource.SMEM):
@@ -282,6 +287,9 @@ class HopperBackward:
         do_batch_rows: Int32,
         k_batch_rows: Int32,
         polls: Int32,
+        cap: Any,  # this and what follows: None unless scores are shaped
+        slopes_b: Any,
+        slopes: Any,
     ):
         storage = SmemAllocator().allocate(self.storage)
         stats = cute.make_layout((self.block, self.q_stages))
@@ -308,6 +316,7 @@ class HopperBackward:
             dq_empty=storage.dq_empty.data_ptr(),
             record_full=storage.record_full.data_ptr(),
             record_empty=storage.record_empty.data_ptr(),
+            slopes=storage.slopes.get_tensor(cute.make_layout((2, self.q_stages))) if self.kind.alibi else None,
             p=storage.p.get_tensor(cute.make_layout((4, 128, self.p_numbers // 512))) if self.kind.wide else None,
             p_full=storage.p_full.data_ptr() if self.kind.wide else None,
             ds_full=storage.ds_full.data_ptr() if self.kind.wide else None,
@@ -355,7 +364,8 @@ class HopperBackward:
                     self.block, self.q_stages, self.do_stages, self.kind.flags,
                 )  # fmt: skip
             if warp == 1:
-                describe(work, shared, lse, delta, num_heads, q_len, self.block, self.q_stages)
+                terms = Terms(cap, slopes_b, slopes) if self.kind.alibi else None
+                describe(work, shared, lse, delta, num_heads, q_len, terms, self.block, self.q_stages)
             for sender in cutlass.range_constexpr(len(self.shares)):
                 if warp == 2 + sender:
                     add_queries(
@@ -367,4 +377,5 @@ class HopperBackward:
             self.consumer.consume(
                 shared, scores, sums, turned, dk, dv, departures, score_scale, scale,
                 dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h,
+                Terms(cap, slopes_b, slopes),
             )  # fmt: skip

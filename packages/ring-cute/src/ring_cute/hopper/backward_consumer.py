@@ -10,7 +10,16 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import warpgroup
 
 from ring_cute.hopper import ptx
-from ring_cute.hopper.backward_producer import EDGE, FIRST_OFFSET, LAST_OFFSET, Share, next_stage
+from ring_cute.hopper.backward_producer import (
+    APART,
+    EDGE,
+    FIRST_OFFSET,
+    LAST_OFFSET,
+    SLOPE,
+    STEP,
+    Share,
+    next_stage,
+)
 from ring_cute.hopper.backward_records import (
     BATCH,
     BLOCKS,
@@ -23,6 +32,7 @@ from ring_cute.hopper.backward_records import (
     TOKEN,
 )
 from ring_cute.hopper.backward_settings import TILE_KEYS, BackwardKind, tile_keys_of
+from ring_cute.hopper.scores import HIDDEN, Place, below, capped_probabilities, sloped_probabilities
 from ring_cute.hopper.softmax import multiply, to_operand
 
 CONSUMERS = 2
@@ -75,7 +85,7 @@ class BackwardConsumer:
     @cute.jit
     def consume(
         self, shared, scores, sums, turned, dk_out, dv_out, departures, score_scale, scale,
-        dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h,
+        dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h, terms,
     ):  # fmt: skip
         """A consumer warpgroup, for all of the CTA's tiles."""
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4
@@ -138,24 +148,29 @@ class BackwardConsumer:
                 state = (q_stage, q_phase, do_stage, do_phase, blocks)
                 if cutlass.const_expr(self.kind.settings.ahead):
                     s, dp = self.block_scores(scores), self.block_scores(scores)
+                    p16 = self.operand(sums) if cutlass.const_expr(self.kind.softcap) else None
                     ptx.wait(shared.q_full + q_stage, q_phase)
                     multiply(scores, keys, queries[None, None, None, q_stage], s, False)
                     ptx.wait(shared.v_full, tiles & 1)
                     ptx.wait(shared.do_full + do_stage, do_phase)
                     multiply(scores, values, douts[None, None, None, do_stage], dp, False)
                     warpgroup.wait_group(1)
-                    self.probabilities(shared, s, q_stage, score_scale, cid * 64 + row, column, count)
+                    self.probabilities(shared, s, p16, q_stage, score_scale, terms, cid * 64 + row, column, count)
                     warpgroup.wait_group(0)
                     for _ in cutlass.range(total - 1, unroll=1):
-                        state = self.block_and_next(shared, parts, s, dp, thread, state, score_scale, count, False)
+                        state = self.block_and_next(
+                            shared, parts, s, dp, p16, thread, state, score_scale, terms, count, False
+                        )
                     ptx.arrive(shared.v_empty, leader)
-                    state = self.block_and_next(shared, parts, s, dp, thread, state, score_scale, count, True)
+                    state = self.block_and_next(
+                        shared, parts, s, dp, p16, thread, state, score_scale, terms, count, True
+                    )
                 else:
                     ptx.wait(shared.v_full, tiles & 1)
                     before = Int32(-1)  # the stage that the block before has read
                     for _ in cutlass.range(total, unroll=1):
                         then = state[0]
-                        state = self.block_alone(shared, parts, thread, state, before, score_scale, count)
+                        state = self.block_alone(shared, parts, thread, state, before, score_scale, terms, count)
                         before = then
                     if cutlass.const_expr(self.kind.settings.rolling):
                         warpgroup.wait_group(0)
@@ -198,7 +213,7 @@ class BackwardConsumer:
         return cute.make_rmem_tensor(sums.partition_shape_A((64, self.block)), self.dtype)
 
     @cute.jit
-    def block_alone(self, shared, parts, thread, state, before, scale, count):
+    def block_alone(self, shared, parts, thread, state, before, scale, terms, count):
         """A block from beginning to end."""
         cid, leader, row, column = thread
         q_stage, q_phase, do_stage, do_phase, blocks = state
@@ -210,9 +225,10 @@ class BackwardConsumer:
         warpgroup.wait_group(1)
         if cutlass.const_expr(self.kind.settings.rolling):
             ptx.arrive(shared.q_empty + cute.math.max(before, 0), leader & (before >= 0))
-        self.probabilities(shared, s, q_stage, scale, row, column, count)
         p16, ds16 = self.operand(parts.sums), self.operand(parts.sums)
-        to_operand(s, p16)
+        self.probabilities(shared, s, p16, q_stage, scale, terms, row, column, count)
+        if cutlass.const_expr(not self.kind.softcap):
+            to_operand(s, p16)
         warpgroup.wait_group(0)
         multiply(parts.sums, p16, parts.douts_turned[None, None, None, do_stage], parts.dv, True)
         self.share_differences(shared, parts, s, dp, ds16, q_stage, column, blocks)
@@ -230,14 +246,19 @@ class BackwardConsumer:
         return q_stage, q_phase, do_stage, do_phase, blocks + 1
 
     @cute.jit
-    def block_and_next(self, shared, parts, s, dp, thread, state, scale, count, last: cutlass.Constexpr):
-        """A block whose P and dP are in s and dp, and P and dP of the next one, unless this is the last."""
+    def block_and_next(
+        self, shared, parts, s, dp, p16, thread, state, scale, terms, count, last: cutlass.Constexpr
+    ):  # fmt: skip
+        """A block whose P and dP are in s and dp, and P and dP of the next one, unless this is the last. With softcap P
+        is in p16, rounded, and s is P times the cap's derivative."""
         cid, leader, row, column = thread
         q_stage, q_phase, do_stage, do_phase, blocks = state
         next_q, next_q_phase = next_stage(q_stage, q_phase, self.q_stages)
         next_do, next_do_phase = next_stage(do_stage, do_phase, self.do_stages)
-        p16, ds16 = self.operand(parts.sums), self.operand(parts.sums)
-        to_operand(s, p16)
+        ds16 = self.operand(parts.sums)
+        if cutlass.const_expr(not self.kind.softcap):
+            p16 = self.operand(parts.sums)
+            to_operand(s, p16)
         multiply(parts.sums, p16, parts.douts_turned[None, None, None, do_stage], parts.dv, True)
         self.share_differences(shared, parts, s, dp, ds16, q_stage, column, blocks)
         dq = self.multiply_dq(parts, blocks & 1)
@@ -256,7 +277,7 @@ class BackwardConsumer:
             ptx.wait(shared.do_full + next_do, next_do_phase)
             multiply(parts.scores, parts.values, parts.douts[None, None, None, next_do], next_dp, False)
             warpgroup.wait_group(2)
-            self.probabilities(shared, next_s, next_q, scale, row, column, count)
+            self.probabilities(shared, next_s, p16, next_q, scale, terms, row, column, count)
         warpgroup.wait_group(0)
         ptx.arrive(shared.q_empty + q_stage, leader)
         if cutlass.const_expr(not last):
@@ -275,14 +296,32 @@ class BackwardConsumer:
         cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=128 * CONSUMERS)
 
     @cute.jit
-    def probabilities(self, shared, s, stage, scale, row, column, count):
-        """s becomes exp2(s scale - lse), 0 where a pair takes no part."""
-        for j in cutlass.range_constexpr(cute.size(s) // 4):
-            for c in cutlass.range_constexpr(2):
-                lse = shared.lse[8 * j + column + c, stage]
-                for half in cutlass.range_constexpr(2):
-                    e = 4 * j + 2 * half + c
-                    s[e] = ptx.exp2(ptx.fma(s[e], scale, -lse))
+    def probabilities(self, shared, s, p16, stage, scale, terms, row, column, count):
+        """s becomes exp2(s scale - lse), 0 where a pair takes no part. With softcap that, rounded, is p16, and s it
+        times the cap's derivative."""
+        place, bound = None, None
+        if cutlass.const_expr(self.kind.alibi):
+            place = Place(shared.slopes[SLOPE, stage], None, shared.slopes[STEP, stage])
+            bound = shared.bounds[APART, stage]
+        if cutlass.const_expr(self.kind.softcap):
+            below(s, scale)
+            self.hide(shared, s, stage, row, column, count, HIDDEN)
+            capped_probabilities(shared, s, p16, stage, terms.cap, place, bound, row, column)
+        else:
+            if cutlass.const_expr(self.kind.alibi):
+                sloped_probabilities(shared, s, stage, scale, place, bound, row, column)
+            else:
+                for j in cutlass.range_constexpr(cute.size(s) // 4):
+                    for c in cutlass.range_constexpr(2):
+                        lse = shared.lse[8 * j + column + c, stage]
+                        for half in cutlass.range_constexpr(2):
+                            e = 4 * j + 2 * half + c
+                            s[e] = ptx.exp2(ptx.fma(s[e], scale, -lse))
+            self.hide(shared, s, stage, row, column, count, 0.0)
+
+    @cute.jit
+    def hide(self, shared, s, stage, row, column, count, value: cutlass.Constexpr):
+        """That value where a pair of the block takes no part."""
         if shared.bounds[EDGE, stage] != 0:
             for half in cutlass.range_constexpr(2):
                 own = row + 8 * half
@@ -293,7 +332,7 @@ class BackwardConsumer:
                 for j in cutlass.range_constexpr(cute.size(s) // 4):
                     for c in cutlass.range_constexpr(2):
                         here, e = 8 * j + c, 4 * j + 2 * half + c
-                        s[e] = cutlass.select_((first <= here) & (last >= here), s[e], Float32(0.0))
+                        s[e] = cutlass.select_((first <= here) & (last >= here), s[e], Float32(value))
 
     @cute.jit
     def differences(self, shared, s, dp, stage, column):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,20 @@ from ring_cute.hopper.backward_settings import (
     senders_of,
     tile_keys_of,
 )
-from ring_cute.hopper.launch import DTYPES, L2_BYTES, POLLS, _counter, _processors, dense_keys
+from ring_cute.hopper.launch import (
+    DTYPES,
+    L2_BYTES,
+    LOG2E,
+    POLLS,
+    _counter,
+    _processors,
+    dense_keys,
+    dense_slopes,
+    score_scale,
+    terms_of,
+)
 from ring_cute.launches import Given, Launches, current_stream
 
-LOG2E = math.log2(math.e)
 ROWS = 0x7FFF0000
 """Rows of dq that 32-bit coordinates reach."""
 
@@ -177,6 +187,11 @@ def backward(
     Raises:
         ValueError: tensors are of other kinds.
     """
+    if settings is None and (params.softcap or params.alibi_slopes is not None):
+        asked = {"softcap": bool(params.softcap), "alibi": params.alibi_slopes is not None}
+        settings = backward_settings_for(q.shape[3], **asked)
+    if params.alibi_slopes is not None:
+        params = replace(params, alibi_slopes=dense_slopes(params.alibi_slopes))
     final = None if dk.dtype == torch.float32 else (dk, dv)
     if final is not None:
         assert flags is None and departures is None, "final gradients are those of keys that stay"
@@ -236,14 +251,20 @@ def _launch(
         stretches = stretches_of(q.shape[1], (settings or backward_settings_for(q.shape[3])).block)
         counters = q.shape[0] * q.shape[2] * stretches * senders_of(q.shape[3])
         done = torch.zeros(counters, dtype=torch.int32, device=q.device)
-    given = (
+    given: tuple[Given, ...] = (
         q, k, v, dout, delta + pitch, delta, delta + 2 * pitch, dk, dv,
         _counter(device, stream), arrived, epoch, departed, 0 if done is None else done.data_ptr(), stream,
     )  # fmt: skip
+    slopes = params.alibi_slopes
+    if params.softcap or slopes is not None:
+        given = *given, slopes
     known = table.host.cache.get("cute backward")
     if known is None:
         known = table.host.cache["cute backward"] = defaultdict(Launches)
-    kind = device, params.scale, params.deterministic, flags is None, departures is None, settings
+    kind = (
+        device, params.scale, params.softcap, slopes is None, params.deterministic, flags is None, departures is None,
+        settings,
+    )  # fmt: skip
     launches: Launches = known[kind]
     if not launches(*given):
         _launch_anew(launches, given, state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
@@ -289,8 +310,9 @@ def _launch_anew(
     members = group // split
     gradients = "final" if dk.dtype != torch.float32 else "shared" if split > 1 else "added"
     kind = BackwardKind(
-        DTYPES[q.dtype], head_dim, gradients, flags is not None, departures is not None, chosen, ordered
-    )
+        DTYPES[q.dtype], head_dim, gradients, flags is not None, departures is not None, chosen, ordered,
+        bool(params.softcap), params.alibi_slopes is not None,
+    )  # fmt: skip
     numbers = (
         *(None,) * 9,  # q, k, v, dout, lse, delta, dq, dk, dv
         prepared.items.data_ptr(),
@@ -298,7 +320,7 @@ def _launch_anew(
         *(None,) * 4,  # counter, flags, epoch, departures
         0 if prepared.turns is None else prepared.turns.data_ptr(),
         None,  # done
-        params.scale * LOG2E,
+        score_scale(params.scale, params.softcap),
         params.scale,
         length,
         num_heads,
@@ -324,6 +346,7 @@ def _launch_anew(
         POLLS,
         min(total, _processors(q.device)),
         None,  # stream
+        *terms_of(params.softcap, params.alibi_slopes),
     )
     launches.add(library.load(kind), numbers, given)
 

@@ -13,6 +13,7 @@ from ring_cute.hopper import ptx
 from ring_cute.hopper.backward_records import (
     BATCH,
     BLOCKS,
+    DISTANCE,
     EXISTS,
     HEAD,
     I_LO,
@@ -25,6 +26,7 @@ from ring_cute.hopper.backward_records import (
     RECORD_BITS,
     RECORDS,
     START,
+    STRIDE,
     TOKEN,
     TURNS,
     UPPER,
@@ -36,11 +38,14 @@ from ring_cute.hopper.backward_records import (
 )
 from ring_cute.hopper.producer import await_piece
 from ring_cute.hopper.records import ask
+from ring_cute.hopper.scores import slope_of
 from ring_cute.hopper.views import FAR
 
-EDGE, FIRST_OFFSET, LAST_OFFSET = 0, 1, 2
+EDGE, FIRST_OFFSET, LAST_OFFSET, APART = range(4)
 """Of a block's `bounds`: whether some pair takes no part; key r of the tile sees query c of the block iff
-r - FIRST_OFFSET <= c <= r - LAST_OFFSET."""
+r - FIRST_OFFSET <= c <= r - LAST_OFFSET; with ALiBi, how far query 0 is behind key 0."""
+SLOPE, STEP = 0, 1
+"""Of a block's `slopes`: `scores.Place.slope`, and the stride of positions."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class KeyShared:
     dq_empty: Any
     record_full: Any
     record_empty: Any
+    slopes: Any  # (2, Q_STAGES) fp32, None without ALiBi
     p: Any  # of wide heads, as all that follows: (4, 128 threads, BLOCK * 64 / 512) fp32
     p_full: Any  # one for each warp
     ds_full: Any  # one for each buffer of ds
@@ -203,10 +209,10 @@ def load(
 
 @cute.jit
 def describe(
-    work, shared, lse, delta, num_heads, q_len_all, block: cutlass.Constexpr, q_stages: cutlass.Constexpr
+    work, shared, lse, delta, num_heads, q_len_all, terms, block: cutlass.Constexpr, q_stages: cutlass.Constexpr
 ):  # fmt: skip
-    """Brings what is known of each block's rows: lse, delta, and which pairs take part. Rows beyond the segment get an
-    lse of +inf: their P is 0."""
+    """Brings what is known of each block's rows: lse, delta, and which pairs take part; with ALiBi's terms also the
+    head's slope, and how far pairs are apart. Rows beyond the segment get an lse of +inf: their P is 0."""
     lane = cute.arch.lane_idx()
     records, walk = shared.records, work.walk
     turn = Int32(0)
@@ -233,6 +239,12 @@ def describe(
             value = walk[entry + LOWER] + i
             if lane == FIRST_OFFSET:
                 value = walk[entry + UPPER] + i
+            slope, stride = Float32(0.0), Int32(0)
+            if cutlass.const_expr(terms is not None):
+                stride = walk[entry + STRIDE]
+                if lane == APART:
+                    value = walk[entry + DISTANCE] + stride * i
+                slope = slope_of(terms, batch, q_head)
             if lane == EDGE:
                 value = Int32(0)
                 if b < walk[entry + WHOLE_FROM] or b >= walk[entry + WHOLE_TO]:
@@ -245,6 +257,11 @@ def describe(
                     shared.delta[row, stage] = values[2 * t + 1]
             if lane < 4:
                 shared.bounds[lane, stage] = value
+            if cutlass.const_expr(terms is not None):
+                if lane == SLOPE:
+                    shared.slopes[SLOPE, stage] = slope
+                if lane == STEP:
+                    shared.slopes[STEP, stage] = Float32(stride)
             cute.arch.sync_warp()
             ptx.arrive(shared.q_full + stage, lane == 0)
             stage, phase = next_stage(stage, phase, q_stages)

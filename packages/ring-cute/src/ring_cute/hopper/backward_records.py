@@ -18,7 +18,9 @@ RECORD_BITS = 1
 RECORDS = 1 << RECORD_BITS
 """Tiles, this one and the next, whose records are kept."""
 START, TURNS, TOKEN, KEYS, BATCH, PIECE, BLOCKS, HEAD, Q_HEAD, EXISTS = 0, 1, 2, 3, 4, 5, 6, 8, 9, 10
-Q_START, Q_LEN, I_LO, NUMBER, WHOLE_FROM, WHOLE_TO, LOWER, UPPER, NEXT = 0, 1, 2, 3, 5, 6, 7, 8, 9
+Q_START, Q_LEN, I_LO, NUMBER, WHOLE_FROM, WHOLE_TO, LOWER, UPPER, NEXT, DISTANCE, STRIDE = (
+    0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11
+)  # fmt: skip
 """Columns of `ring_core.key_tiles.WALK`."""
 WALK_COLUMNS = 12
 

@@ -61,15 +61,30 @@ BACKWARD: dict[int, BackwardSettings] = {
 """By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-22: the main kernel alone
 (`gpu_probe_backward.py variants`)."""
 
+SHAPED: dict[tuple[int, bool, bool], BackwardSettings] = {
+    (64, True, True): BackwardSettings(block=96, q_stages=3, reason="not measured yet; ahead spills"),
+    (128, True, False): BackwardSettings(
+        q_stages=3,
+        reason="not measured yet; ahead, the 16 registers of P in 16 bits, beside P times the cap's derivative in 32, "
+        "are too many: ptxas then waits for every product by itself",
+    ),
+    (128, False, True): BackwardSettings(q_stages=3, reason="not measured yet; ahead spills where pieces depart"),
+    (128, True, True): BackwardSettings(
+        block=48, q_stages=3, reason="not measured yet; not ahead either, blocks of 64 spill where pieces depart"
+    ),
+}
+"""By padded head dim, softcap, ALiBi: where shaped scores take others."""
+
 
 def backward_head_dim(head_dim: int) -> int:
     """The head dim that is computed with; columns beyond the true one are zeros that TMA fills in."""
     return next(width for width in BACKWARD if head_dim <= width)
 
 
-def backward_settings_for(head_dim: int) -> BackwardSettings:
-    """The settings for a head dim."""
-    return BACKWARD[backward_head_dim(head_dim)]
+def backward_settings_for(head_dim: int, *, softcap: bool = False, alibi: bool = False) -> BackwardSettings:
+    """The settings for a head dim and scores."""
+    width = backward_head_dim(head_dim)
+    return SHAPED.get((width, softcap, alibi), BACKWARD[width])
 
 
 def is_wide(head_dim: int) -> bool:
@@ -102,6 +117,13 @@ class BackwardKind:
     settings: BackwardSettings
     ordered: bool = False
     """dq is summed in a fixed order."""
+    softcap: bool = False
+    alibi: bool = False
+
+    @property
+    def shaped(self) -> bool:
+        """Scores are more than products times a scale (`hopper.scores`)."""
+        return self.softcap or self.alibi
 
     @property
     def padded(self) -> int:

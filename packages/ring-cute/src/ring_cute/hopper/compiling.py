@@ -12,6 +12,7 @@ from ring_cute.hopper.backward import HopperBackward
 from ring_cute.hopper.backward_ends import Finish, Prepare
 from ring_cute.hopper.backward_settings import BackwardKind, EndsKind
 from ring_cute.hopper.forward import HopperForward
+from ring_cute.hopper.scores import no_terms
 from ring_cute.settings import ForwardKind
 
 ADDRESSES, SIZES, STRIDES, COUNTS = 12, 4, 15, 7
@@ -20,7 +21,7 @@ BACKWARD_ADDRESSES, BACKWARD_SIZES, BACKWARD_STRIDES, BACKWARD_COUNTS = 17, 3, 1
 
 
 def compile_forward(kind: ForwardKind, options: str = OPTIONS) -> Any:
-    """The kernel for that kind: a callable that takes the numbers of `HopperForward.__call__` and a stream."""
+    """The kernel for that kind: a callable that takes what `HopperForward.__call__` does, in that order."""
     return cute.compile(
         HopperForward(kind),
         *(Int64(0) for _ in range(ADDRESSES)),
@@ -29,12 +30,13 @@ def compile_forward(kind: ForwardKind, options: str = OPTIONS) -> Any:
         *(Int64(0) for _ in range(STRIDES)),
         *(Int32(0) for _ in range(COUNTS)),
         make_fake_stream(),
+        *_terms(kind),
         options=options,
     )
 
 
 def compile_backward(kind: BackwardKind, options: str = OPTIONS) -> Any:
-    """The kernel for that kind: a callable that takes the numbers of `HopperBackward.__call__` and a stream."""
+    """The kernel for that kind: a callable that takes what `HopperBackward.__call__` does, in that order."""
     return cute.compile(
         HopperBackward(kind),
         *(Int64(0) for _ in range(BACKWARD_ADDRESSES)),
@@ -44,8 +46,14 @@ def compile_backward(kind: BackwardKind, options: str = OPTIONS) -> Any:
         *(Int64(0) for _ in range(BACKWARD_STRIDES)),
         *(Int32(0) for _ in range(BACKWARD_COUNTS)),
         make_fake_stream(),
+        *_terms(kind),
         options=options,
     )
+
+
+def _terms(kind: ForwardKind | BackwardKind) -> tuple[Any, ...]:
+    """What shaped scores take after the stream, so that kernels of others are handed no more than ever."""
+    return no_terms() if kind.shaped else ()
 
 
 def compile_ends(kind: EndsKind, options: str = OPTIONS) -> Any:

@@ -12,6 +12,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from ring_cute.hopper import ptx
 from ring_cute.hopper.records import (
     BATCH,
+    DISTANCE,
     EDGES,
     ENDS,
     EXISTS,
@@ -27,9 +28,11 @@ from ring_cute.hopper.records import (
     ROWS,
     START,
     STOP,
+    STRIDE,
     UPPER,
     WALK_COLUMNS,
 )
+from ring_cute.hopper.scores import Place, add_slopes, cap_scores, slope_of
 from ring_cute.hopper.softmax import mask, multiply, rescale, softmax, to_operand
 from ring_cute.hopper.views import DROP
 from ring_cute.settings import ForwardKind
@@ -98,7 +101,7 @@ class Consumer:
         self.queries = kind.queries
 
     @cute.jit
-    def consume(self, shared, walk, results, scores, sums, sinks, scale):
+    def consume(self, shared, walk, results, scores, sums, sinks, scale, terms):
         """All of the CTA's tiles."""
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) - 4
         cid = warp >> 2
@@ -172,6 +175,8 @@ class Consumer:
                 j = j_lo
                 if right > 0:
                     j = j_lo + (number - 1) * self.block
+                slope = self.slope(records, slot, terms)
+                place = self.place(walk, start, slope)
                 stage = blocks & (self.stages - 1)
                 ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
                 if cutlass.const_expr(self.settings.ping_pong):
@@ -181,9 +186,10 @@ class Consumer:
                     self.your_turn(cid)
                 warpgroup.wait_group(0)
                 self.release(shared.k_empty + stage, lane)
+                factor = self.shape(s, scale, terms, place, first_row, column, j)
                 if edges > 0:
                     mask(s, first_row, column, j, k_len, lower, upper)
-                softmax(s, m, norm, decay, scale, True, False)
+                softmax(s, m, norm, decay, factor, True, False)
                 self.free_buffers(shared, cid, tiles, leader, True)
                 to_operand(s, p)
                 blocks += 1
@@ -194,19 +200,23 @@ class Consumer:
                         k_len, j_lo, number = walk[entry + 1], walk[entry + 2], walk[entry + 3]
                         right, edges = walk[entry + 4], walk[entry + 5]
                         lower, upper = walk[entry + 6], walk[entry + 7]
+                    place = self.place(walk, w, slope)
                     for t in cutlass.range(done, edges, unroll=1):
                         nth = t - right
                         if t < right:
                             nth = number - 1 - t
                         self.attend(
-                            shared, of, kept, scale, cid, lane, first_row, column, blocks,
+                            shared, of, kept, scale, terms, place, cid, lane, first_row, column, blocks,
                             j_lo + nth * self.block, k_len, lower, upper, True,
                         )  # fmt: skip
                         blocks += 1
-                    for _ in cutlass.range(cute.math.max(done, edges), number, unroll=1):
+                    for t in cutlass.range(cute.math.max(done, edges), number, unroll=1):
+                        j = Int32(0)  # what has no mask looks at it for distances only
+                        if cutlass.const_expr(self.kind.alibi):
+                            j = j_lo + (t - right) * self.block
                         self.attend(
-                            shared, of, kept, scale, cid, lane, first_row, column, blocks,
-                            Int32(0), k_len, lower, upper, False,
+                            shared, of, kept, scale, terms, place, cid, lane, first_row, column, blocks,
+                            j, k_len, lower, upper, False,
                         )  # fmt: skip
                         blocks += 1
                     done = Int32(0)
@@ -233,7 +243,7 @@ class Consumer:
 
     @cute.jit
     def attend(
-        self, shared, of, kept, scale, cid, lane, row, column, blocks, j, k_len, lower, upper,
+        self, shared, of, kept, scale, terms, place, cid, lane, row, column, blocks, j, k_len, lower, upper,
         masked: cutlass.Constexpr,
     ):  # fmt: skip
         """Scores of this block, then the sum over the values of the block before, whose P is at hand."""
@@ -248,9 +258,10 @@ class Consumer:
             self.your_turn(cid)
         warpgroup.wait_group(1)
         self.release(shared.k_empty + stage, lane)
+        factor = self.shape(of.s, scale, terms, place, row, column, j)
         if cutlass.const_expr(masked):
             mask(of.s, row, column, j, k_len, lower, upper)
-        grown = softmax(of.s, kept.m, kept.norm, kept.decay, scale, masked, self.settings.lazy)
+        grown = softmax(of.s, kept.m, kept.norm, kept.decay, factor, masked, self.settings.lazy)
         if cutlass.const_expr(self.settings.overlap):
             # over already, but a branch: ptxas would otherwise wait for the sums before the exponentials they overlap
             ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
@@ -262,6 +273,27 @@ class Consumer:
         else:
             rescale(kept.o, kept.decay)
         to_operand(of.s, of.p)
+
+    def slope(self, records, slot, terms):
+        """That of a tile's head."""
+        return slope_of(terms, records[BATCH, slot], records[HEAD, slot]) if self.kind.alibi else None
+
+    def place(self, walk, w, slope):
+        """What slopes are multiplied with in the segment of a walk's row."""
+        if not self.kind.alibi:
+            return None
+        return Place(slope, walk[w * WALK_COLUMNS + DISTANCE], walk[w * WALK_COLUMNS + STRIDE])
+
+    def shape(self, s, scale, terms, place, row, column, j):
+        """Products as scores, before the mask; what is left to be multiplied with in the softmax."""
+        if not self.kind.shaped:
+            return scale
+        if self.kind.softcap:
+            cap_scores(s, scale, terms.cap)
+            scale = Float32(1.0)
+        if self.kind.alibi:
+            add_slopes(s, scale, place, row, column, j)
+        return Float32(1.0)
 
     @cute.jit
     def free_buffers(self, shared, cid, tiles, leader, walked: cutlass.Constexpr):

@@ -54,6 +54,7 @@ from ring_cute.hopper.consumer import Consumer, Results
 from ring_cute.hopper.dsl import LayoutEnum, SmemAllocator
 from ring_cute.hopper.producer import Loads, Shared, produce
 from ring_cute.hopper.records import RECORDS, Work
+from ring_cute.hopper.scores import Terms
 from ring_cute.hopper.views import flat, ragged_view, rows_view
 from ring_cute.settings import ForwardKind
 
@@ -119,8 +120,10 @@ class HopperForward:
         polls: Int32,
         grid: Int32,
         stream: Any,
+        *terms: Any,
     ):
-        """Addresses, sizes and strides in elements; q, out, state (B, Sq, Hq, D), lse (B, Hq, Sq), k, v (…, Hkv, D)."""
+        """Addresses, sizes and strides in elements; q, out, state (B, Sq, Hq, D), lse (B, Hq, Sq), k, v (…, Hkv, D).
+        terms: of shaped scores only, those of `scores.Terms`; `scale` is then what `scores` takes."""
         sizes = (batch, q_len, num_heads)
         q_layout = hopper_helpers.make_smem_layout_a(
             LayoutEnum.ROW_MAJOR, (64, self.block, self.dim), self.dtype, self.consumers * self.queries
@@ -227,6 +230,7 @@ class HopperForward:
             flat(items, Int32), flat(walk, Int32), flat(counter, Int32), flat(flags, cutlass.Uint32),
             flat(epoch, cutlass.Uint32), scale, num_heads, num_kv_heads, out_b, out_s, out_h, lse_b, lse_h,
             state_b, state_s, state_h, num_items, section, head_batches, total, k_batch_rows, polls,
+            *(terms if self.kind.shaped else (None, None, None)),
         ).launch(
             grid=(grid, 1, 1),
             block=(threads, 1, 1),
@@ -280,6 +284,9 @@ class HopperForward:
         total: Int32,
         k_batch_rows: Int32,
         polls: Int32,
+        cap: Any,  # this and what follows: None unless scores are shaped
+        slopes_b: Any,
+        slopes: Any,
     ):
         storage = SmemAllocator().allocate(self.storage)
         o, staged = None, None
@@ -351,7 +358,7 @@ class HopperForward:
                 out_atom, out_tma, out, out_b, out_s, out_h, lse, lse_b, lse_h, state_out, state_tma, state,
                 state_b, state_s, state_h,
             )  # fmt: skip
-            self.consumer.consume(shared, walk, results, scores, sums, sinks, scale)
+            self.consumer.consume(shared, walk, results, scores, sums, sinks, scale, Terms(cap, slopes_b, slopes))
         if cutlass.const_expr(self.cluster > 1):
             self.meet()  # what others send to a CTA's memory, they send while it lives
 

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ POLLS = (1 << 31) - 1
 by poison, and raises; ending by itself would be silent."""
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 LARGEST = 256
+LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ def forward(
     *,
     scale: float,
     sinks: Tensor | None = None,
+    softcap: float = 0.0,
+    slopes: Tensor | None = None,
     flags: Flags | None = None,
     settings: Settings | None = None,
 ) -> None:
@@ -84,6 +88,8 @@ def forward(
             copied.
         scale: of the scores, positive.
         sinks: (Hq,), one more logit a head.
+        softcap: scores become softcap tanh(score / softcap); 0: they stay.
+        slopes: (Hq,) or (B, Hq), of ALiBi.
         flags: arrival of the pieces; a piece's keys are read once its flag says so.
         settings: instead of those for this head dim.
 
@@ -95,13 +101,17 @@ def forward(
     device = q.get_device()
     stream = current_stream(device)
     arrived, epoch = (0, 0) if flags is None else (flags.values.data_ptr(), flags.epoch.data_ptr())
-    given = (q, k, v, out, lse, state, sinks, _counter(device, stream), arrived, epoch, stream)
+    given: tuple[Given, ...] = (q, k, v, out, lse, state, sinks, _counter(device, stream), arrived, epoch, stream)
+    if softcap or slopes is not None:
+        slopes = None if slopes is None else dense_slopes(slopes)
+        given = *given, slopes
     known = table.host.cache.get("cute forward")
     if known is None:
         known = table.host.cache["cute forward"] = defaultdict(Launches)
-    launches: Launches = known[device, scale, flags is None, settings]
+    launches: Launches = known[device, scale, softcap, slopes is None, flags is None, settings]
     if not launches(*given):
-        _launch_anew(launches, given, q, k, v, out, lse, state, table, scale, sinks, flags, settings)
+        others: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "slopes": slopes, "flags": flags}
+        _launch_anew(launches, given, q, k, v, out, lse, state, table, scale=scale, settings=settings, **others)
 
 
 def _launch_anew(
@@ -116,6 +126,8 @@ def _launch_anew(
     table: DeviceTable,
     scale: float,
     sinks: Tensor | None,
+    softcap: float,
+    slopes: Tensor | None,
     flags: Flags | None,
     settings: Settings | None,
 ) -> None:
@@ -124,13 +136,14 @@ def _launch_anew(
         q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
         if reason := supports(q, k, v):
             raise ValueError(f"the Hopper kernels do not take {reason}")
-        forward(q, k, v, out, lse, state, table, scale=scale, sinks=sinks, flags=flags, settings=settings)
+        others: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "slopes": slopes, "flags": flags}
+        forward(q, k, v, out, lse, state, table, scale=scale, settings=settings, **others)
         return
     if scale <= 0:
         raise ValueError(f"scale is {scale}; the Hopper kernels take the largest score first and need it positive")
     batch, q_len, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
-    chosen = settings or settings_for(head_dim)
+    chosen = settings or settings_for(head_dim, softcap=bool(softcap), alibi=slopes is not None)
     prepared = prepare(table, batch, k.shape[2], chosen.block, chosen.tile_rows)
     if not prepared.whole and state is None:
         raise ValueError("strips begin or end outside this table, but there is no state")
@@ -153,6 +166,8 @@ def _launch_anew(
         flags=flags is not None,
         out_tma=takes_tma(out),
         state_tma=state is not None and takes_tma(state),
+        softcap=bool(softcap),
+        alibi=slopes is not None,
     )
     some = k.numel() > 0
     numbers = (
@@ -160,7 +175,7 @@ def _launch_anew(
         prepared.items.data_ptr(),
         prepared.walk.data_ptr(),
         *(None,) * 3,  # counter, flags, epoch
-        scale * math.log2(math.e),
+        score_scale(scale, softcap),
         batch,
         q_len,
         num_heads,
@@ -179,10 +194,29 @@ def _launch_anew(
         POLLS,
         min(total, _processors(q.device) // chosen.cluster) * chosen.cluster,
         None,  # stream
+        *terms_of(softcap, slopes),
     )
     if not some:  # nobody sees anything, but a descriptor wants an address
         launches, given = Launches(), (q, q, q, *given[3:])
     launches.add(library.load(kind), numbers, given)
+
+
+def dense_slopes(slopes: Tensor) -> Tensor:
+    """Slopes of ALiBi as kernels read them: fp32, those of neighbouring heads one after the other."""
+    return slopes if slopes.dtype == torch.float32 and slopes.stride(-1) == 1 else slopes.float().contiguous()
+
+
+def terms_of(softcap: float, slopes: Tensor | None) -> tuple[float | None, ...]:
+    """What kernels take last, as `scores.Terms` has it; nothing where scores are not shaped."""
+    if not softcap and slopes is None:
+        return ()
+    batches = slopes is not None and slopes.dim() == 2 and slopes.shape[0] > 1
+    return softcap * LOG2E, slopes.stride(0) if slopes is not None and batches else 0, None  # the slopes
+
+
+def score_scale(scale: float, softcap: float) -> float:
+    """What kernels multiply products with: scores in base 2, or with a softcap what `scores.below` takes."""
+    return 2 * scale * LOG2E / softcap if softcap else scale * LOG2E
 
 
 def dense_keys(x: Tensor) -> Tensor:

@@ -97,6 +97,20 @@ def log2(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
 
 
 @dsl_user_op
+def rcp(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
+    """1 / x, denormals flushed."""
+    value = Float32(x).ir_value(loc=loc, ip=ip)
+    return Float32(_asm(T.f32(), [value], "rcp.approx.ftz.f32 $0, $1;", "=f,f", effects=False))
+
+
+@dsl_user_op
+def magnitude(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
+    """|x|."""
+    value = Float32(x).ir_value(loc=loc, ip=ip)
+    return Float32(_asm(T.f32(), [value], "abs.ftz.f32 $0, $1;", "=f,f", effects=False))
+
+
+@dsl_user_op
 def pack(low: Any, high: Any, dtype: Any, *, loc: Any = None, ip: Any = None) -> Int32:
     """Two fp32 numbers, rounded, in one register."""
     kind = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}[dtype]

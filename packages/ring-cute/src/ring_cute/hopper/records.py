@@ -18,6 +18,8 @@ RECORDS = 1 << RECORD_BITS
 """Tiles, this one and those before and after it, whose records are kept."""
 START, STOP, Q_ROW, ROWS, BATCH, ENDS, HEAD, EXISTS = range(8)
 K_LEN, J_LO, NUMBER, RIGHT, EDGES, LOWER, UPPER = range(9, 16)
+DISTANCE, STRIDE = 10, 11
+"""Columns of `ring_core.tiles.WALK` that records have no room for."""
 WALK_COLUMNS = 12
 
 

@@ -25,8 +25,8 @@ dq is summed by twice as many tiles as with 128 keys. What that costs is what li
 memory take some 3 TB/s, which 64 keys a tile come to at 500 TFLOP/s. 80 keys (as FlashAttention-3) fit by transposing
 dv and dk, whose products then read both operands from shared memory; a pair of CTAs that shares 128 keys halves it.
 
-Shared memory: `k`, `v` (64, D); `q` (BLOCK, D) Q_STAGES, with `lse`, `delta`, `bounds`; `do` (BLOCK, D) DO_STAGES; `p`
-in fp32, as threads have it; `ds` (BLOCK, 64 keys) twice; `dq` (BLOCK, 64 columns) in fp32, two or more.
+Shared memory: as in `backward`, but `k`, `v` (64, D); `ds` (BLOCK, 64 keys) twice; `dq` (BLOCK, 64 columns) in fp32,
+two or more; and `p` in fp32, as threads have it (with a softcap, times the cap's derivative).
 
 Barriers besides those of `backward`: `p_full`, one a warp: its threads' P is there. It needs no `p_empty`, since the
 consumer of dv writes the next P only once it has seen ds, which the other made of this P. `ds_full`/`ds_empty`, one a
@@ -104,18 +104,19 @@ class WideConsumer(BackwardConsumer):
     @cute.jit
     def consume(
         self, shared, scores, sums, turned, dk_out, dv_out, departures, score_scale, scale,
-        dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h,
+        dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h, terms,
     ):  # fmt: skip
         """A consumer warpgroup, for all of the CTA's tiles."""
         both = (shared, scores, sums, turned)
         if cute.arch.make_warp_uniform(cute.arch.warp_idx()) < 8:
-            self.consume_wide(*both, dv_out, departures, score_scale, scale, (dv_c, dv_b, dv_s, dv_h), VALUES)
+            self.consume_wide(*both, dv_out, departures, score_scale, scale, (dv_c, dv_b, dv_s, dv_h), terms, VALUES)
         else:
-            self.consume_wide(*both, dk_out, departures, score_scale, scale, (dk_c, dk_b, dk_s, dk_h), QUERIES)
+            self.consume_wide(*both, dk_out, departures, score_scale, scale, (dk_c, dk_b, dk_s, dk_h), terms, QUERIES)
 
     @cute.jit
     def consume_wide(
-        self, shared, scores, sums, turned, out, departures, score_scale, scale, strides, role: cutlass.Constexpr
+        self, shared, scores, sums, turned, out, departures, score_scale, scale, strides, terms,
+        role: cutlass.Constexpr,
     ):  # fmt: skip
         """The one that sums these. strides: of out, piece, batch entry, token and head."""
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3
@@ -167,7 +168,7 @@ class WideConsumer(BackwardConsumer):
                 thread = (warp, lane, row, column)
                 state = (q_stage, q_phase, do_stage, do_phase, blocks)
                 if cutlass.const_expr(role == VALUES):
-                    state = self.sum_values(shared, parts, thread, state, number, tiles, score_scale, count)
+                    state = self.sum_values(shared, parts, thread, state, number, tiles, score_scale, terms, count)
                 else:
                     state = self.sum_queries(shared, parts, thread, state, number, tiles)
                 q_stage, q_phase, do_stage, do_phase, blocks = state
@@ -199,7 +200,7 @@ class WideConsumer(BackwardConsumer):
     # the consumer that has dv
 
     @cute.jit
-    def sum_values(self, shared, parts, thread, state, number, tiles, scale, count):
+    def sum_values(self, shared, parts, thread, state, number, tiles, scale, terms, count):
         """dv of a tile, of so many blocks, and the first share of their dq."""
         q_stage, q_phase, _, _, blocks = state
         ptx.wait(shared.k_full, tiles & 1)
@@ -207,13 +208,13 @@ class WideConsumer(BackwardConsumer):
         s, p16 = self.block_scores(parts.scores), self.operand(parts.sums)
         multiply(parts.scores, parts.first, parts.second[None, None, None, q_stage], s, False)
         warpgroup.wait_group(0)
-        self.make_p(shared, s, p16, thread, q_stage, blocks, scale, count)
+        self.make_p(shared, s, p16, thread, q_stage, blocks, scale, terms, count)
         for _ in cutlass.range(number - 1, unroll=1):
-            state = self.values_block(shared, parts, p16, thread, state, scale, count, False)
-        return self.values_block(shared, parts, p16, thread, state, scale, count, True)
+            state = self.values_block(shared, parts, p16, thread, state, scale, terms, count, False)
+        return self.values_block(shared, parts, p16, thread, state, scale, terms, count, True)
 
     @cute.jit
-    def values_block(self, shared, parts, p16, thread, state, scale, count, last: cutlass.Constexpr):
+    def values_block(self, shared, parts, p16, thread, state, scale, terms, count, last: cutlass.Constexpr):
         """A block whose P is in p16; and P of the next one, unless this is the last."""
         _, lane, _, _ = thread
         leader = lane == 0
@@ -234,7 +235,7 @@ class WideConsumer(BackwardConsumer):
             dq = self.multiply_share(parts, n, blocks & 1)
             if cutlass.const_expr(n == 0 and not last):
                 warpgroup.wait_group(1)
-                self.make_p(shared, s, p16, thread, next_q, blocks + 1, scale, count)
+                self.make_p(shared, s, p16, thread, next_q, blocks + 1, scale, terms, count)
             warpgroup.wait_group(0)
             if cutlass.const_expr(n == len(shares) - 1):
                 ptx.arrive(shared.ds_empty + (blocks & 1), leader)
@@ -244,10 +245,11 @@ class WideConsumer(BackwardConsumer):
         return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
 
     @cute.jit
-    def make_p(self, shared, s, p16, thread, stage, blocks, scale, count):
-        """P from scores: for the other consumer in fp32, thread for thread, and here as an operand."""
+    def make_p(self, shared, s, p16, thread, stage, blocks, scale, terms, count):
+        """P from scores: for the other consumer in fp32, thread for thread (with softcap times the cap's derivative),
+        and here as an operand."""
         warp, lane, row, column = thread
-        self.probabilities(shared, s, stage, scale, row, column, count)
+        self.probabilities(shared, s, p16, stage, scale, terms, row, column, count)
         four = cute.make_rmem_tensor(4, Float32)
         for j in cutlass.range_constexpr(cute.size(s) // 4):
             for e in cutlass.range_constexpr(4):
@@ -256,7 +258,8 @@ class WideConsumer(BackwardConsumer):
         cute.arch.sync_warp()
         ptx.arrive(shared.p_full + warp, lane == 0)
         ptx.arrive(shared.q_empty + stage, lane == 0)
-        to_operand(s, p16)
+        if cutlass.const_expr(not self.kind.softcap):
+            to_operand(s, p16)
 
     # the consumer that has dk
 

@@ -52,6 +52,8 @@ class BackwardCase:
     scale: float = 0.0
     dlse: bool = False
     sinks: bool = False
+    softcap: float = 0.0
+    alibi: bool = False
     departures: bool = False
     final: bool = False
     deterministic: bool = False
@@ -69,6 +71,7 @@ class _Inputs:
     lse: Tensor
     dlse: Tensor | None
     sinks: Tensor | None
+    slopes: Tensor | None
     rows: Tensor  # (B, Sq) of some segment
     keys: Tensor  # (B, C * S) of some segment
     pieces: int
@@ -92,7 +95,8 @@ def _inputs(case: BackwardCase, device: torch.device) -> _Inputs:
     memory[~keys] = torch.nan
     kv = memory.unflatten(1, (pieces, length)).movedim((3, 1), (0, 1))
     sinks = torch.randn(heads, device=device) if case.sinks else None
-    return _Inputs(q, kv, out, dout, lse, dlse, sinks, rows, keys, pieces, length)
+    slopes = torch.rand(batch, heads, device=device) / 50 if case.alibi else None
+    return _Inputs(q, kv, out, dout, lse, dlse, sinks, slopes, rows, keys, pieces, length)
 
 
 def _wanted(
@@ -114,7 +118,10 @@ def run_backward(case: BackwardCase, functions: Functions, device: torch.device)
     """What came out, and whether that is right."""
     x = _inputs(case, device)
     batch, (_, kv_heads), dim = case.batch, case.heads, case.dim
-    params = Params(case.scale or dim**-0.5, sinks=x.sinks, deterministic=case.deterministic)
+    params = Params(
+        case.scale or dim**-0.5, sinks=x.sinks, softcap=case.softcap, alibi_slopes=x.slopes,
+        deterministic=case.deterministic,
+    )  # fmt: skip
     results = []
     for _ in range(case.repeat):
         sums = torch.zeros(2, batch, x.pieces * x.length, kv_heads, dim, device=device)

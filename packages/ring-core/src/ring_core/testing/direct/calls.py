@@ -49,7 +49,7 @@ class ForwardCall(_Call):
 
     def kernel(self, settings: Any = None) -> Work:
         given = (self.q, self.kv[0], self.kv[1], self._out, self._lse, None, self._table)
-        return lambda: self._forward(*given, scale=self.params.scale, settings=settings)
+        return lambda: self._forward(*given, params=self.params, settings=settings)
 
     def cudnn(self) -> Work:
         q, k, v = (x.detach() for x in self._leaves)

@@ -20,8 +20,7 @@ LIMITS = {torch.bfloat16: 5e-3, torch.float16: 8e-4}
 LSE_LIMIT = 2e-3
 
 Forward = Callable[..., None]
-"""forward(q, k, v, out, lse, state, table, *, scale, sinks, settings), tensors as `ring_core.backend.Backend.forward`
-takes them."""
+"""forward(q, k, v, out, lse, state, table, *, params, settings), as `ring_core.backend.Backend.forward`."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class ForwardCase:
     settings: Any = None
     piece_length: int = 0
     sinks: bool = False
+    softcap: float = 0.0
+    alibi: bool = False
 
 
 def run_forward(case: ForwardCase, forward: Forward, device: torch.device) -> tuple[str, bool]:
@@ -50,16 +51,17 @@ def run_forward(case: ForwardCase, forward: Forward, device: torch.device) -> tu
     lse = torch.full((case.batch, case.heads[0], case.q_len), SENTINEL, device=device)
     state = torch.full(q.shape, torch.nan, device=device) if len(case.tables) > 1 else None
     sinks = 3 * torch.randn(case.heads[0], device=device) if case.sinks else None
+    slopes = torch.rand(case.batch, case.heads[0], device=device) / 8 if case.alibi else None
     exact = (out.double(), lse.double(), None if state is None else state.double())
-    scale = case.dim**-0.5
+    params = Params(case.dim**-0.5, sinks=sinks, softcap=case.softcap, alibi_slopes=slopes)
     for table in case.tables:
         if not len(table):
             continue
         k, v = _keys(table, case, device)
         on = on_device(table, device)
-        forward(q, k, v, out, lse, state, on, scale=scale, sinks=sinks, settings=case.settings)
+        forward(q, k, v, out, lse, state, on, params=params, settings=case.settings)
         wide = (q.double(), k.double(), v.double())
-        ReferenceBackend().forward(*wide, *exact, on, params=Params(scale, sinks=sinks))
+        ReferenceBackend().forward(*wide, *exact, on, params=params)
     untouched = bool((out[~rows] == SENTINEL).all() and (lse.transpose(1, 2)[~rows] == SENTINEL).all())
     got, want = out[rows].double(), exact[0][rows]
     error = ((got - want).norm() / want.norm().clamp_min(1e-30)).item() if want.numel() else 0.0
