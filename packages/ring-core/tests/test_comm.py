@@ -272,6 +272,21 @@ def test_ring_buffers_stay_from_call_to_call(ranks: RunRanks) -> None:
     assert ranks(3, persistent_buffers) == [True] * 3
 
 
+def inference_first(transport: str) -> bool:
+    q, k, v = local(1, 16, 2, 8), local(1, 16, 2, 8), local(1, 16, 2, 8)
+    with torch.inference_mode():
+        first = attend(transport, q, k, v)
+    for _ in range(GENERATIONS + 1):
+        out = attend(transport, q, k, v)
+        out.sum().backward()
+    return torch.equal(first, out)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_buffers_made_in_inference_mode_serve_training(ranks: RunRanks, transport: str) -> None:
+    assert ranks(2, inference_first, transport) == [True, True]
+
+
 # --- bitwise
 
 
