@@ -3,8 +3,8 @@
     python packages/ring-cute/tests/gpu_probe.py compile        # where the DSL is: fills RING_CUTE_CACHE
     python packages/ring-cute/tests/gpu_probe.py [SECTION…]     # on the GPU: torch, numpy, apache-tvm-ffi, the cache
 
-Sections: smoke, correct, host (these if none is named), variants, locality, clocks; see `ring_core.testing.probe`.
-How fast it is beside others, `ring-compare run --suite kernels` and `steps` say.
+Sections: smoke, correct, host (these if none is named), variants, shaped, locality, clocks; see
+`ring_core.testing.probe`. How fast it is beside others, `ring-compare run --suite kernels` and `steps` say.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import host_time
 import torch
 
-from ring_core.backend import Params
+from ring_core import ring_attention
+from ring_core.backend import Params, backend_names
 from ring_core.testing.direct import (
     ForwardCase,
     causal_steps,
@@ -155,6 +158,32 @@ def variants() -> None:
             PROBE.show(call.title, {**fns, "cuDNN": call.cudnn()}, call.flops)
 
 
+def shaped() -> None:
+    """A softcap, ALiBi and both beside plain scores, and what ring-triton takes for them where it is installed too."""
+    heat()
+    wanted = {"plain": {}, "softcap": {"softcap": 50.0}, "alibi": {"alibi": True}}
+    wanted["both"] = wanted["softcap"] | wanted["alibi"]
+    names = [name for name in ("cute", "triton") if name in backend_names()]
+    for dim, heads in ((128, (32, 8)), (64, (32, 8)), (256, (16, 16))):
+        sizes = ((1, 16384, n, dim) for n in (heads[0], heads[1], heads[1]))
+        inputs = [torch.randn(size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for size in sizes]
+        slopes, dout = torch.rand(heads[0], device=DEVICE), torch.randn_like(inputs[0]).detach()
+        for causal in (True, False):
+            flops = (2 if causal else 4) * heads[0] * 16384**2 * dim
+            forwards: dict[str, Any] = {}
+            backwards_: dict[str, Any] = {}
+            for (kind, asked), name in product(wanted.items(), names):
+                options = {key: x for key, x in asked.items() if key != "alibi"}
+                options |= {"causal": causal, "backend": name, "alibi_slopes": slopes if "alibi" in asked else None}
+                attend = partial(ring_attention, *(x.detach() for x in inputs), **options)
+                out = ring_attention(*inputs, **options)
+                forwards[f"{kind}, {name}"] = attend
+                backwards_[f"{kind}, {name}"] = partial(torch.autograd.grad, out, inputs, dout, retain_graph=True)
+            title = f"S16384 H{heads[0]}/{heads[1]} D{dim} {'causal' if causal else 'full'}"
+            PROBE.show(f"{title} forward", forwards, flops)
+            PROBE.show(f"{title} backward", backwards_, 2.5 * flops)
+
+
 def locality() -> None:
     """How many bytes of keys and values concurrent tiles share: more heads at a time balance, fewer stay in L2."""
     heat()
@@ -213,5 +242,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["compile"]:
         compile_all()
     else:
-        made = {f.__name__: f for f in (smoke, correct, host, variants, locality, clocks)}
+        made = {f.__name__: f for f in (smoke, correct, host, variants, shaped, locality, clocks)}
         sys.exit(PROBE.main(made, usual=("smoke", "correct", "host")))
