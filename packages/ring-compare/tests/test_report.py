@@ -59,7 +59,7 @@ def test_columns_are_those_of_the_issue():
 
 
 def test_numbers():
-    triton = rows("triton", "", 0.25, latency_ms=[0.2, 0.3, 0.4])
+    triton = rows("triton", "", 0.25, latency_ms=[0.2, 0.3, 0.4], host_ms=[0.1, 0.1, 0.2])
     text = render(Records(ENVIRONMENT, [*rows("native", "flash-attn", 0.5), *triton]))
     expected = ["0.01", "0.0001", "0.002", "0.05", "4,000", "1,000", "200 / 200", "1.500 GiB"]
     assert table_row(text, "triton") == ["triton · zigzag · gather", *expected]
@@ -67,7 +67,7 @@ def test_numbers():
     assert "4 × NVIDIA H200" in text
     assert "driver 580" in text
     # 4·B·H·S²·D / 2 over 4 ranks in 0.25 ms
-    assert "| triton · zigzag · gather | 550 | 0.250 [0.250-0.250] | 0.300 | 32,768,000 |" in text
+    assert "| triton · zigzag · gather | 550 | 0.250 [0.250-0.250] | 0.300 | 0.100 | 32,768,000 |" in text
 
 
 def test_layouts_and_schedules_share_a_table_with_the_fastest_first():

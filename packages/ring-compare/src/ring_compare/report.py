@@ -29,10 +29,12 @@ SPEED_COLUMNS = (
     "fwd TFLOP/s per GPU",
     "fwd ms [p20-p80]",
     "fwd latency ms",
+    "fwd host ms",
     "fwd tokens/s",
     "fwd+bwd TFLOP/s per GPU",
     "fwd+bwd ms [p20-p80]",
     "fwd+bwd latency ms",
+    "fwd+bwd host ms",
     "fwd+bwd tokens/s",
 )
 RATIO_COLUMNS = (
@@ -106,12 +108,12 @@ def _speed_row(line: Line) -> list[str]:
     for phase in PHASES:
         found = summary(line.pair, phase)
         if found is None:
-            row += [""] * 4
+            row += [""] * 5
             continue
-        alone = line.pair[phase].latency_ms
-        latency = f"{statistics.median(alone):.3f}" if alone else ""
+        result = line.pair[phase]
+        alone = (f"{statistics.median(x):.3f}" if x else "" for x in (result.latency_ms, result.host_ms))
         spread = f"{found.median_ms:.3f} [{found.p20_ms:.3f}-{found.p80_ms:.3f}]"
-        row += [_number(found.tflops_per_gpu), spread, latency, _rate(found.tokens_per_s)]
+        row += [_number(found.tflops_per_gpu), spread, *alone, _rate(found.tokens_per_s)]
     return row
 
 
@@ -186,7 +188,8 @@ def _host_bound(result: Result) -> bool:
 
 _NOTES = """\
 Errors are against float64, over all ranks; grad: the worst of dq, dk, dv. Rates: median of the slowest rank, on GPUs
-of calls in a row; latency: of one call alone, begun by all ranks together on idle GPUs, its host work included.
+of calls in a row that the host has a head start to enqueue, as in training; latency: of one call alone, begun by all
+ranks together on idle GPUs, its host work included; host: until that call returned.
 `vs native %` is fwd / fwd+bwd relative to flash-attn on the same layout and schedule; blank: it did not run.
 TFLOP/s count 4·B·H·S²·D forward (half when causal, exact pairs in windows) and 2.5 times that backward.
 Peak memory is one rank's, beyond its inputs; on a CPU the growth of the resident set, a rough figure. On GPUs it is
