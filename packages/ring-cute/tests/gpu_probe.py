@@ -38,6 +38,7 @@ from ring_core.testing.direct.calls import ForwardCall, forward_calls
 from ring_core.testing.probe import Probe, heat, host_microseconds
 from ring_cute.compile import backwards
 from ring_cute.hopper import launch as launching
+from ring_cute.hopper.backward_settings import BackwardKind, EndsKind, backward_settings_for
 from ring_cute.settings import Settings, kind_for, settings_for
 
 DEVICE = torch.device("cuda", 0)
@@ -81,6 +82,11 @@ def kinds() -> Iterator[Any]:
         for state in (False, True):
             yield kind_for("bfloat16", dim, state=state)
     yield from backwards(host_time.HEAD_DIM, "bfloat16")
+    for dim, (softcap, alibi) in product((128, 64, 256), product((False, True), repeat=2)):
+        asked = {"softcap": softcap, "alibi": alibi}
+        yield kind_for("bfloat16", dim, **asked)
+        yield from (EndsKind(step, "bfloat16", dim) for step in ("prepare", "finish"))
+        yield BackwardKind("bfloat16", dim, "final", False, False, backward_settings_for(dim, **asked), **asked)
 
 
 def compile_all() -> None:

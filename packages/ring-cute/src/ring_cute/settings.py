@@ -73,20 +73,29 @@ FORWARD: dict[int, Settings] = {
         "617 / 621, overlap 1 627 / 634, queries in registers 627 / 612, blocks of 160 609 / 623, of 176 641 / 615: "
         "within the noise of one another. Exponentials by polynomial 606 / 611",
     ),
-    192: Settings(block=112, reason="not measured yet; the largest block that fits"),
-    256: Settings(block=80, reason="not measured yet; the largest block that fits"),
+    192: Settings(
+        block=112, reason="669 / 700 TFLOP/s causal / full at 16384, overlap 650 / 701, blocks of 96 667 / 710"
+    ),
+    256: Settings(
+        block=80, reason="667 / 720 TFLOP/s causal / full at 16384, overlap 664 / 718, blocks of 64 651 / 719"
+    ),
 }
 """By head dim, rounded up to the next key. Measured on an H200 that its power limits, DSL 4.8.1, 2026-11-22
-(`gpu_probe.py variants`)."""
+(`gpu_probe.py variants`). Two CTAs that share keys (`cluster=2`) made 511 / 528 where one made 487 / 498 (64), 650 /
+664 for 652 / 638 (128), 692 / 724 for 669 / 700 (192), 682 / 721 for 667 / 720 (256) at 16384 tokens, but 570 / 613
+for 648 / 682 at 4096 (128)."""
 
 _TWO = Settings(reason="not measured yet; three consumers of 160 registers spill, two have the room")
 SHAPED: dict[tuple[int, bool, bool], Settings] = {
     (64, True, False): _TWO,
     (64, True, True): _TWO,
-    (128, True, False): Settings(lazy=False, reason="not measured yet; lazy spills where steps accumulate"),
-    (128, True, True): Settings(block=112, lazy=False, reason="not measured yet; 128 spills where steps accumulate"),
+    (128, True, False): Settings(lazy=False, reason="lazy spills where steps accumulate; 438 TFLOP/s, plain 635"),
+    (128, True, True): Settings(
+        block=112, lazy=False, reason="128 spills where steps accumulate; 425 TFLOP/s; ALiBi alone, as plain, 548"
+    ),
 }
-"""By padded head dim, softcap, ALiBi: where shaped scores take others."""
+"""By padded head dim, softcap, ALiBi: where shaped scores take others. Measured causal, 16384 tokens, 32/8 heads
+(`gpu_probe.py shaped`), others not yet."""
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -89,7 +89,10 @@ def launched() -> Iterator[KernelCase]:
         for name in ("causal-contiguous-ring-3", "causal-contiguous-gather-3"):
             for flags in (False, True):
                 case = replace(simulated[name], head_dim=dim, dtype=dtype, sinks=sinks, dlse=dlse, flags=flags)
-                yield replace(case, deterministic=deterministic, softcap=softcap, alibi=alibi)
+                case = replace(case, deterministic=deterministic, softcap=softcap, alibi=alibi)
+                yield case
+                if dim in cases.PROPERTY_HEAD_DIMS:  # drawn with key heads of their own too
+                    yield replace(case, kv_heads=case.q_heads)
 
 
 def needed() -> list[Any]:

@@ -52,10 +52,13 @@ BACKWARD: dict[int, BackwardSettings] = {
     # `wide_consumer`: dv or dk (64 x D), scores or dP (64 x block) and 64 columns of dq live in the registers of one
     # warpgroup each; K, V, the stages, ds twice, P in fp32 and buffers of dq in 227 KiB
     192: BackwardSettings(
-        dq_buffers=3, reason="not measured yet; two stages of both and a buffer for all of dq are what fits"
+        dq_buffers=3,
+        reason="420, 440, 456, 455; two stages of both and a buffer for all of dq are what fits. Others not measured",
     ),
     256: BackwardSettings(
-        do_stages=1, reason="not measured yet; dO is free again before Q, whose second stage lets scores run ahead"
+        do_stages=1,
+        reason="417, 428, 432, 446; one stage of each 392, 371, 420, 389, with four buffers of dq 391, 378, 423, 390: "
+        "dO is free again before Q, whose second stage lets scores run ahead",
     ),
 }
 """By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-22: the main kernel alone
