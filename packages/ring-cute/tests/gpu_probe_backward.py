@@ -61,7 +61,6 @@ VARIANTS: dict[int, dict[str, BackwardSettings]] = {
         "as shipped": backward_settings_for(192),
         "2+2, two buffers of dq": BackwardSettings(),
         "2+1": BackwardSettings(do_stages=1, dq_buffers=3),
-        "1+1": BackwardSettings(q_stages=1, do_stages=1, dq_buffers=3),
     },
     256: {
         "as shipped": backward_settings_for(256),

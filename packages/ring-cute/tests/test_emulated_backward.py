@@ -25,7 +25,7 @@ from ring_core.testing.direct import (
     table_of,
 )
 from ring_cute.hopper import backward_launch
-from ring_cute.hopper.backward_settings import BackwardSettings
+from ring_cute.hopper.backward_settings import BackwardKind, BackwardSettings
 
 pytestmark = [
     pytest.mark.slow,
@@ -110,6 +110,14 @@ def emulated(processors: int = 2) -> Functions:
             return backward_launch.finish(state, **others)
 
     return Functions(prepare, backward, finish)
+
+
+def test_settings_in_which_loads_and_products_wait_in_a_circle_are_refused() -> None:
+    from ring_cute.hopper.backward import HopperBackward
+
+    settings = BackwardSettings(q_stages=1, dq_buffers=3)
+    with pytest.raises(AssertionError, match="a stage of its own"):
+        HopperBackward(BackwardKind("bfloat16", 192, "final", False, False, settings))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -100,6 +100,8 @@ class WideConsumer(BackwardConsumer):
             for nth, c in enumerate(own):
                 alone = kind.settings.dq_buffers > CONSUMERS  # a buffer for each share
                 self.shares[role].append(Share(c, c, 0) if alone else Share(role, c, 0, nth, len(own)))
+        # With one share this consumer frees Q behind the next dP, whose dO comes behind the next Q.
+        assert self.q_stages > 1 or len(self.shares[QUERIES]) > 1, "the next Q has a stage of its own"
 
     @cute.jit
     def consume(
