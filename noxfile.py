@@ -41,7 +41,10 @@ DSLS = {"4.7": "nvidia-cutlass-dsl==4.7.*", "4.8": "nvidia-cutlass-dsl==4.8.*"}
 DSL_TESTS = [f"packages/ring-cute/tests/test_{name}_cute.py" for name in ("compile", "cache")] + ["-k", "not variants"]
 # Left out where a package's tests run a second time, from its wheel: minutes of compiling the same sources, and of
 # running what comes out on a machine in Python.
-NOT_AGAIN = {"ring-cute": ["-k", "not emulated and not compiled_for_sm_90a"]}
+NOT_AGAIN = {
+    "ring-cute": ["-k", "not emulated and not compiled_for_sm_90a"],
+    "ring-triton": ["-k", "not simulated and not compiled_for_sm_90a and not test_compile_triton"],
+}
 
 # Run in an environment that holds one package's wheel and what it declares, and nothing else.
 ALONE = """
