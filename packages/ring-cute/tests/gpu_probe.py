@@ -57,6 +57,8 @@ TRIED: dict[int, list[dict[str, Any]]] = {
     192: [{}, {"overlap": True}, {"block": 96}, {"cluster": 2}],
     256: [{}, {"overlap": True}, {"block": 64}, {"cluster": 2}],
 }
+SHAPED = {128: (32, 8), 64: (32, 8), 256: (16, 16)}
+"""Heads by head dim, for scores with a softcap or ALiBi."""
 
 
 def label_of(changed: dict[str, Any]) -> str:
@@ -82,11 +84,12 @@ def kinds() -> Iterator[Any]:
         for state in (False, True):
             yield kind_for("bfloat16", dim, state=state)
     yield from backwards(host_time.HEAD_DIM, "bfloat16")
-    for dim, (softcap, alibi) in product((128, 64, 256), product((False, True), repeat=2)):
-        asked = {"softcap": softcap, "alibi": alibi}
-        yield kind_for("bfloat16", dim, **asked)
+    for dim in SHAPED:
         yield from (EndsKind(step, "bfloat16", dim) for step in ("prepare", "finish"))
-        yield BackwardKind("bfloat16", dim, "final", False, False, backward_settings_for(dim, **asked), **asked)
+        for softcap, alibi in product((False, True), repeat=2):
+            asked = {"softcap": softcap, "alibi": alibi}
+            yield kind_for("bfloat16", dim, **asked)
+            yield BackwardKind("bfloat16", dim, "final", False, False, backward_settings_for(dim, **asked), **asked)
 
 
 def compile_all() -> None:
@@ -167,27 +170,26 @@ def variants() -> None:
 def shaped() -> None:
     """A softcap, ALiBi and both beside plain scores, and what ring-triton takes for them where it is installed too."""
     heat()
-    wanted = {"plain": {}, "softcap": {"softcap": 50.0}, "alibi": {"alibi": True}}
-    wanted["both"] = wanted["softcap"] | wanted["alibi"]
     names = [name for name in ("cute", "triton") if name in backend_names()]
-    for dim, heads in ((128, (32, 8)), (64, (32, 8)), (256, (16, 16))):
+    for dim, heads in SHAPED.items():
         sizes = ((1, 16384, n, dim) for n in (heads[0], heads[1], heads[1]))
         inputs = [torch.randn(size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for size in sizes]
-        slopes, dout = torch.rand(heads[0], device=DEVICE), torch.randn_like(inputs[0]).detach()
+        dout = torch.randn_like(inputs[0]).detach()
+        softcap, alibi = {"softcap": 50.0}, {"alibi_slopes": torch.rand(heads[0], device=DEVICE)}
+        wanted: dict[str, dict[str, Any]] = {
+            "plain": {}, "softcap": softcap, "alibi": alibi, "both": softcap | alibi,
+        }  # fmt: skip
         for causal in (True, False):
             flops = (2 if causal else 4) * heads[0] * 16384**2 * dim
-            forwards: dict[str, Any] = {}
-            backwards_: dict[str, Any] = {}
+            there: dict[str, Any] = {}
+            back: dict[str, Any] = {}
             for (kind, asked), name in product(wanted.items(), names):
-                options = {key: x for key, x in asked.items() if key != "alibi"}
-                options |= {"causal": causal, "backend": name, "alibi_slopes": slopes if "alibi" in asked else None}
-                attend = partial(ring_attention, *(x.detach() for x in inputs), **options)
-                out = ring_attention(*inputs, **options)
-                forwards[f"{kind}, {name}"] = attend
-                backwards_[f"{kind}, {name}"] = partial(torch.autograd.grad, out, inputs, dout, retain_graph=True)
+                attend = partial(ring_attention, causal=causal, backend=name, **asked)
+                there[f"{kind}, {name}"] = partial(attend, *(x.detach() for x in inputs))
+                back[f"{kind}, {name}"] = partial(torch.autograd.grad, attend(*inputs), inputs, dout, retain_graph=True)
             title = f"S16384 H{heads[0]}/{heads[1]} D{dim} {'causal' if causal else 'full'}"
-            PROBE.show(f"{title} forward", forwards, flops)
-            PROBE.show(f"{title} backward", backwards_, 2.5 * flops)
+            PROBE.show(f"{title} forward", there, flops)
+            PROBE.show(f"{title} backward", back, 2.5 * flops)
 
 
 def locality() -> None:

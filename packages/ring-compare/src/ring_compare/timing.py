@@ -26,6 +26,7 @@ nothing to do for this many times what the host, by a call alone, will take to e
 the GPUs' time, and the host's is a figure of its own. A host of one of our 4-GPU machines took 0.9 or 1.6 ms for the
 same call, from one second to the next; calls of less than that measured nothing else without a head start."""
 _CYCLES_PER_MS = 2e6
+"""At an H200's fastest clock; at a slower one the head start is longer, which does no harm."""
 
 
 class Sample(NamedTuple):

@@ -55,6 +55,12 @@ def _stream(stream_id: int, device_index: int, device_type: int) -> torch.cuda.S
     return torch.cuda.Stream(stream_id=stream_id, device_index=device_index, device_type=device_type)
 
 
+def lasting() -> torch.inference_mode:
+    """A context, or decorator, for making tensors that stay from call to call: what is made under
+    `torch.inference_mode`, where a first call may be, cannot be written to in training."""
+    return torch.inference_mode(False)
+
+
 class OnStream:
     """`torch.cuda.stream` for a stream of the current device, which it does not look up: a context costs the host 2 µs
     instead of 10, and a backward pass enters several."""

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from ring_core._torch import lasting
 from ring_core.comm.traffic import count_sent
 
 KINDS = ("keys", "gradients")
@@ -111,7 +112,7 @@ class Channel:
         wanted = torch.Size(shape).numel() * dtype.itemsize
         kept = self._slots.get(name)
         if kept is None or kept.numel() < wanted:
-            with torch.inference_mode(False):  # what is made inside of it cannot be written to outside
+            with lasting():
                 kept = self._slots[name] = torch.empty(wanted, dtype=torch.uint8, device=self.device)
         return kept[:wanted].view(dtype).view(*shape)
 

@@ -25,6 +25,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ring_core._torch import lasting
 from ring_core.backend import Flags, accumulation_dtype
 from ring_core.comm.contributions import arrival_places, arrivals, pieces_of, published, stretches
 from ring_core.comm.gather import Heads
@@ -308,7 +309,7 @@ def _view(memory: PeerMemory, epoch: int, start: int, dtype: torch.dtype, shape:
     if found is None:
         if len(memory.views) >= MOST_VIEWS:
             memory.views.clear()
-        with torch.inference_mode(False):  # whose tensors could not be written to outside of it
+        with lasting():
             slot = memory.slot(memory.rank, epoch % GENERATIONS)
             found = memory.views[key] = slot[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
     return found

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ring_core._torch import lasting
 from ring_core.backend import Flags
 from ring_core.comm.channel import RingCommError, timeout
 from ring_core.comm.peer import COUNTERS, GENERATIONS, MOST_PIECES, Copy, Leg, View
@@ -44,7 +45,7 @@ class SharedMemory:
         self.views: dict[View, Tensor] = {}
         self._poison = COUNTERS * self.world_size
         self._header = -(-8 * (self._poison + 1) // _ALIGNMENT) * _ALIGNMENT
-        with torch.inference_mode(False):  # what is made inside of it cannot be written to outside
+        with lasting():
             self._arrivals = torch.zeros(MOST_PIECES * self.world_size, dtype=torch.int32)
         self.reserve(1)
 
@@ -53,7 +54,7 @@ class SharedMemory:
         if nbytes > self._size:
             self._grow(nbytes)
 
-    @torch.inference_mode(False)
+    @lasting()
     def _grow(self, nbytes: int) -> None:
         if self._arenas:  # the slots of the last epochs are still being read, until every rank has come here
             dist.barrier(group=self._group)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ring_core._torch import current_stream_handle, symmetric_buffer, symmetric_rendezvous
+from ring_core._torch import current_stream_handle, lasting, symmetric_buffer, symmetric_rendezvous
 from ring_core.backend import POISON, Flags
 from ring_core.comm.channel import RingCommError, timeout
 from ring_core.comm.lane import Lane, mark_on
@@ -76,7 +76,7 @@ class SymmetricMemory:
         if nbytes > self._size:
             self._grow(nbytes)
 
-    @torch.inference_mode(False)  # what is made inside of it cannot be written to outside
+    @lasting()
     def _grow(self, nbytes: int) -> None:
         torch.cuda.synchronize(self._device)  # the slots of the last epochs are still being read,
         dist.barrier(group=self._group)  # until every rank has come here
