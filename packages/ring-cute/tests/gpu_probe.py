@@ -3,7 +3,7 @@
     python packages/ring-cute/tests/gpu_probe.py compile        # where the DSL is: fills RING_CUTE_CACHE
     python packages/ring-cute/tests/gpu_probe.py [SECTION…]     # on the GPU: torch, numpy, apache-tvm-ffi, the cache
 
-Sections: smoke, correct, host (these if none is named), variants, shaped, locality, clocks; see
+Sections: smoke, correct, host (these if none is named), variants, clusters, shaped, locality, clocks; see
 `ring_core.testing.probe`. How fast it is beside others, `ring-compare run --suite kernels` and `steps` say.
 """
 
@@ -167,6 +167,16 @@ def variants() -> None:
             PROBE.show(call.title, {**fns, "cuDNN": call.cudnn()}, call.flops)
 
 
+def clusters() -> None:
+    """CTAs that share keys beside those that do not, by length: what is saved of L2 against what waiting costs."""
+    heat()
+    shared = {dim: {"as shipped": settings_for(dim), "cluster 2": replace(settings_for(dim), cluster=2)} for dim in TRIED}
+    for dim, heads in ((128, (16, 16)), (128, (32, 8)), (64, (32, 32)), (192, (16, 16)), (256, (16, 16))):
+        for length in (2048, 4096, 8192, 16384, 32768):
+            for call in forward_calls(forward, (max(1, 16384 // length), length, heads, dim)):
+                PROBE.show(call.title, {label: call.kernel(chosen) for label, chosen in shared[dim].items()}, call.flops)
+
+
 def shaped() -> None:
     """A softcap, ALiBi and both beside plain scores, and what ring-triton takes for them where it is installed too."""
     heat()
@@ -250,5 +260,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["compile"]:
         compile_all()
     else:
-        made = {f.__name__: f for f in (smoke, correct, host, variants, shaped, locality, clocks)}
+        made = {f.__name__: f for f in (smoke, correct, host, variants, clusters, shaped, locality, clocks)}
         sys.exit(PROBE.main(made, usual=("smoke", "correct", "host")))
