@@ -68,8 +68,9 @@ def _products_and_waits(kind: BackwardKind) -> tuple[int, int]:
     """The fewest wgmma instructions, and the waits for them that were written."""
     depth, queries = kind.padded // 16, kind.settings.block // 16
     if not kind.wide:
-        # of a consumer's block: scores and dP over the head dim, dk and dv over the queries, dq over the tile's keys
-        return 2 * depth + 2 * queries + TILE_KEYS // 16, 9 if kind.settings.ahead else 5
+        # of a consumer's first block: scores and dP over the head dim, dk and dv over the queries; of the loop's the same
+        # and dq, over the tile's keys, of the block before; then that of the last
+        return 4 * depth + 4 * queries + 2 * (TILE_KEYS // 16), 10
     # scores and dP before the loop and in it; dv, dk and dq of each 64 columns in the loop and for the last block
     shares = kind.padded // 64
     return 4 * depth + 4 * queries + 2 * shares * (WIDE_TILE_KEYS // 16), 6 + 2 * shares

@@ -80,6 +80,8 @@ def kinds() -> Iterator[Any]:
         yield kind_for("float16", dim)
         for chosen in VARIANTS[dim].values():
             yield kind_for("bfloat16", dim, chosen)
+        for state, sinks in product((False, True), repeat=2):
+            yield kind_for("bfloat16", dim, replace(settings_for(dim), cluster=2), state=state, sinks=sinks)
     for dim in (96, 40, 160, 200):
         for state in (False, True):
             yield kind_for("bfloat16", dim, state=state)
@@ -155,6 +157,16 @@ def correct() -> None:
         check(case)
     for seed in range(12):
         check(random_queries(seed, dim=(128, 64)[seed % 2]))
+    for dim in VARIANTS:  # what long sequences take
+        paired = replace(settings_for(dim), cluster=2)
+        for case in (
+            ForwardCase("tail", [tail], 300),
+            ForwardCase("four steps, last keys first", causal_steps(1000, (3, 2, 1, 0)), 1000),
+            ForwardCase("sinks, four steps", causal_steps(1000, (1, 0, 3, 2)), 1000, sinks=True),
+            ForwardCase("sinks, rows that see nothing", [nothing], 200, sinks=True),
+            random_queries(dim),
+        ):
+            check(replace(case, name=f"pairs, D {dim}: {case.name}", dim=dim, settings=paired))
 
 
 def variants() -> None:
@@ -170,11 +182,15 @@ def variants() -> None:
 def clusters() -> None:
     """CTAs that share keys beside those that do not, by length: what is saved of L2 against what waiting costs."""
     heat()
-    shared = {dim: {"as shipped": settings_for(dim), "cluster 2": replace(settings_for(dim), cluster=2)} for dim in TRIED}
+    shared = {
+        dim: {"as shipped": settings_for(dim), "cluster 2": replace(settings_for(dim), cluster=2)} for dim in TRIED
+    }
     for dim, heads in ((128, (16, 16)), (128, (32, 8)), (64, (32, 32)), (192, (16, 16)), (256, (16, 16))):
         for length in (2048, 4096, 8192, 16384, 32768):
             for call in forward_calls(forward, (max(1, 16384 // length), length, heads, dim)):
-                PROBE.show(call.title, {label: call.kernel(chosen) for label, chosen in shared[dim].items()}, call.flops)
+                PROBE.show(
+                    call.title, {label: call.kernel(chosen) for label, chosen in shared[dim].items()}, call.flops
+                )
 
 
 def shaped() -> None:

@@ -45,17 +45,15 @@ PROBE = Probe()
 VARIANTS: dict[int, dict[str, BackwardSettings]] = {
     128: {
         "as shipped": backward_settings_for(128),
-        "64 ahead, 2+2": BackwardSettings(q_stages=2, ahead=True),
-        "64 ahead, 4+2": BackwardSettings(q_stages=4, ahead=True),
         "64, 2+2": BackwardSettings(),
+        "64, 3+2": BackwardSettings(q_stages=3),
         "64, 3+3": BackwardSettings(q_stages=3, do_stages=3),
     },
     64: {
         "as shipped": backward_settings_for(64),
-        "64 ahead, 3+2": BackwardSettings(q_stages=3, ahead=True),
-        "96 ahead, 4+3": BackwardSettings(block=96, q_stages=4, do_stages=3, ahead=True),
         "96, 2+2": BackwardSettings(block=96),
-        "96 rolling, 3+2": BackwardSettings(block=96, q_stages=3, rolling=True),
+        "96, 3+2": BackwardSettings(block=96, q_stages=3),
+        "128, 3+2": BackwardSettings(block=128, q_stages=3),
     },
     192: {
         "as shipped": backward_settings_for(192),

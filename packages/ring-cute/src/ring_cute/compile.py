@@ -14,14 +14,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
 from ring_cute import library
 from ring_cute.backend import BACKWARD_HEAD_DIMS, HEAD_DIMS
 from ring_cute.hopper.backward_settings import BackwardKind, EndsKind, backward_settings_for
-from ring_cute.settings import FORWARD, ForwardKind, kind_for
+from ring_cute.settings import FORWARD, ForwardKind, kind_for, settings_for
 
 DTYPES = ("bfloat16", "float16")
 MOST_JOBS = 8
@@ -29,15 +30,17 @@ MOST_JOBS = 8
 
 def forwards(head_dim: int, dtype: str) -> Iterator[ForwardKind]:
     """What calls on contiguous tensors ask for: all of a call at once, a ring's steps, keys that are still arriving,
-    and the first two with sinks."""
-    for state, sinks, flags in (
+    and the first two with sinks; each also for long sequences."""
+    alone = settings_for(head_dim)
+    asked = (
         (False, False, False),
         (True, False, False),
         (False, False, True),
         (False, True, False),
         (True, True, False),
-    ):
-        yield kind_for(dtype, head_dim, state=state, sinks=sinks, flags=flags)
+    )
+    for settings, (state, sinks, flags) in product((alone, replace(alone, cluster=2)), asked):
+        yield kind_for(dtype, head_dim, settings, state=state, sinks=sinks, flags=flags)
 
 
 def backwards(head_dim: int, dtype: str) -> Iterator[BackwardKind | EndsKind]:

@@ -81,9 +81,14 @@ FORWARD: dict[int, Settings] = {
     ),
 }
 """By head dim, rounded up to the next key. Measured on an H200 that its power limits, DSL 4.8.1, 2026-11-22
-(`gpu_probe.py variants`). Two CTAs that share keys (`cluster=2`) made 511 / 528 where one made 487 / 498 (64), 650 /
-664 for 652 / 638 (128), 692 / 724 for 669 / 700 (192), 682 / 721 for 667 / 720 (256) at 16384 tokens, but 570 / 613
-for 648 / 682 at 4096 (128)."""
+(`gpu_probe.py variants`)."""
+
+PAIRED_KEYS = 8192
+"""Keys that a query sees, on average, from which on two CTAs share them (`cluster=2`): half as many bytes of L2 a
+product, but tiles twice as long, the two of which wait for each other. TFLOP/s in pairs and alone, at 4096, 8192 and
+16384 tokens: 565 / 588, 610 / 623, 656 / 630 causal and 619 / 621, 645 / 621, 663 / 633 full (128); 430 / 430, 467 /
+471, 509 / 487 and 488 / 464, 503 / 485, 539 / 496 (64); 562 / 586, 634 / 635, 695 / 657 and 646 / 645, 699 / 690, 723 /
+692 (192). On an H200, 2026-11-28 (`gpu_probe.py clusters`)."""
 
 _TWO = Settings(reason="not measured yet; three consumers of 160 registers spill, two have the room")
 SHAPED: dict[tuple[int, bool, bool], Settings] = {

@@ -2,12 +2,12 @@
 divide the work otherwise (`wide_consumer`), and all else is the same.
 
     warpgroup 0: three warps, few registers           warpgroups 1 and 2: 64 keys each, many registers
-    ┌───────────── load ───────────────┐              ┌──────────────── consumer ────────────────┐
+    ┌───────────── load ───────────────┐              ┌──────────────── consumer ─────────────────┐
     │ K and V tile, then blocks of     │── full ────► │ s  = exp2(K Q[n]ᵀ - lse)  (keys, queries) │
-    │ queries by TMA: Q and dO rings   │◄── empty ─── │ dv += s dO[n]             s in registers  │
-    ├──────────── describe ────────────┤              │ ds = s (V dO[n]ᵀ - delta) ──► shared      │
-    │ lse, delta, edges of each block  │── full ────► │ ─── both consumers have written ds ───    │
-    ├─────────── add_queries ──────────┤              │ dqᵀ = Kᵀ ds (a half each) ──► shared      │
+    │ queries by TMA: Q and dO rings   │◄── empty ─── │ ds = s (V dO[n]ᵀ - delta) ──► shared      │
+    ├──────────── describe ────────────┤              │ dv += s dO[n]             s in registers  │
+    │ lse, delta, edges of each block  │── full ────► │ dqᵀ = Kᵀ ds of block n - 1, all 128 keys, │
+    ├─────────── add_queries ──────────┤              │       half of dq each ──► shared          │
     │ dq by TMA reduce-add to memory   │◄── full ──── │ dk += ds Q[n]            ds in registers  │
     └──────────────────────────────────┘              └───────────────────────────────────────────┘
 
@@ -21,15 +21,15 @@ ALiBi, `slopes`; `do` (BLOCK, D) DO_STAGES; `ds` (BLOCK, 128 keys) twice; `dq` i
 of D of all rows, or at head dim 64 all columns of its half of the rows.
 
 Barriers, of which phases follow from counts over the whole life of the CTA: `q_full`/`q_empty` (q_full: the loads and
-the description), `do_full`/`do_empty` one a stage, `k_full`/`k_empty`, `v_full`/`v_empty`, `dq_full`/`dq_empty` one a
-consumer, `record_full`/`record_empty` one a record. "full" takes one arrival and the bytes of the load, or one of each
-warp that writes, "empty" one of each warp that has read. A named barrier of both consumers stands between writing ds
-and reading it: since ds has two buffers, one a block is enough.
+the description), `do_full`/`do_empty` one a stage, `k_full`/`k_empty`, `v_full`/`v_empty`, `ds_full`/`ds_empty` one a
+buffer, `dq_full`/`dq_empty` one a consumer, `record_full`/`record_empty` one a record. "full" takes one arrival and the
+bytes of the load, or one of each warp that writes, "empty" one of each warp that has read.
 
-Order of a block, plain: s and dp issued; exponentials; ds; dv issued; ds shared; dq and dk issued; dq to shared memory.
-Ahead: the next block's s is issued between dq and dk, its dp after dq, so that some product is always under way:
-
-    dp[n], dk[n-1] end │ dv │ ds[n] made │ shared │ dq │ s[n+1] │ dk │ dq ends, goes │ dp[n+1] │ exponentials of s[n+1]
+Order of a block: s and dp issued; exponentials; ds made, and stored for the other consumer; dv issued; dq of the block
+*before* issued; dk issued; that dq to shared memory. By then both consumers' ds of the block before have long been
+there: they do not wait for each other in every block, and fall into turns, one at its exponentials while the other has
+the tensor cores. P and ds are both made before dv reads P: what is live at a time are dk, dv, s and dp, or dk, dv, P and
+ds in 16 bits, and dq, so that a block may have 80 queries (128 at head dim 64).
 
 A thread has keys r and r + 8 of its warp's 16, and queries 8 j + 2 (lane % 4) + {0, 1}: element c + 2 half + 4 j of s
 and dp. P and ds have the same order as operands, which is that of wgmma's first operand. ds is also stored for dq,
@@ -88,7 +88,8 @@ class HopperBackward:
         self.dq_rows, self.dq_buffers = self.consumer.dq_rows, self.consumer.dq_buffers
         self.shares = self.consumer.shares
         self.p_numbers = self.tile_keys * self.block if kind.wide else 0
-        self.p_barriers, self.ds_barriers = (4, 2) if kind.wide else (0, 0)
+        self.p_barriers = 4 * kind.wide
+        self.ds_writers = 4 if kind.wide else WARPS
 
     @cute.jit
     def __call__(
@@ -204,8 +205,8 @@ class HopperBackward:
             dq_full: cute.struct.MemRange[Int64, self.dq_buffers]
             dq_empty: cute.struct.MemRange[Int64, self.dq_buffers]
             p_full: cute.struct.MemRange[Int64, self.p_barriers]
-            ds_full: cute.struct.MemRange[Int64, self.ds_barriers]
-            ds_empty: cute.struct.MemRange[Int64, self.ds_barriers]
+            ds_full: cute.struct.MemRange[Int64, 2]
+            ds_empty: cute.struct.MemRange[Int64, 2]
             record_full: cute.struct.MemRange[Int64, RECORDS]
             record_empty: cute.struct.MemRange[Int64, RECORDS]
             slopes: cute.struct.MemRange[Float32, 2 * self.q_stages if self.kind.alibi else 0]
@@ -319,8 +320,8 @@ class HopperBackward:
             slopes=storage.slopes.get_tensor(cute.make_layout((2, self.q_stages))) if self.kind.alibi else None,
             p=storage.p.get_tensor(cute.make_layout((4, 128, self.p_numbers // 512))) if self.kind.wide else None,
             p_full=storage.p_full.data_ptr() if self.kind.wide else None,
-            ds_full=storage.ds_full.data_ptr() if self.kind.wide else None,
-            ds_empty=storage.ds_empty.data_ptr() if self.kind.wide else None,
+            ds_full=storage.ds_full.data_ptr(),
+            ds_empty=storage.ds_empty.data_ptr(),
         )
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
@@ -342,8 +343,8 @@ class HopperBackward:
                     cute.arch.mbarrier_init(shared.dq_empty + i, 1)
                 for i in cutlass.range_constexpr(self.p_barriers):
                     cute.arch.mbarrier_init(shared.p_full + i, 1)
-                for i in cutlass.range_constexpr(self.ds_barriers):
-                    cute.arch.mbarrier_init(shared.ds_full + i, 4)
+                for i in cutlass.range_constexpr(2):
+                    cute.arch.mbarrier_init(shared.ds_full + i, self.ds_writers)
                     cute.arch.mbarrier_init(shared.ds_empty + i, WARPS)
                 for i in cutlass.range_constexpr(RECORDS):
                     cute.arch.mbarrier_init(shared.record_full + i, 1)

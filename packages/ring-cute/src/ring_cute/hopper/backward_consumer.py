@@ -37,8 +37,8 @@ from ring_cute.hopper.softmax import multiply, to_operand
 
 CONSUMERS = 2
 WARPS = 4 * CONSUMERS
-DS_BARRIER, END_BARRIER = 1, 2
-"""Named barriers of both consumers."""
+END_BARRIER = 1
+"""A named barrier of both consumers."""
 
 
 @dataclass(frozen=True)
@@ -146,37 +146,15 @@ class BackwardConsumer:
                 )  # fmt: skip
                 thread = (cid, leader, cid * 64 + row, column)
                 state = (q_stage, q_phase, do_stage, do_phase, blocks)
-                if cutlass.const_expr(self.kind.settings.ahead):
-                    s, dp = self.block_scores(scores), self.block_scores(scores)
-                    p16 = self.operand(sums) if cutlass.const_expr(self.kind.softcap) else None
-                    ptx.wait(shared.q_full + q_stage, q_phase)
-                    multiply(scores, keys, queries[None, None, None, q_stage], s, False)
-                    ptx.wait(shared.v_full, tiles & 1)
-                    ptx.wait(shared.do_full + do_stage, do_phase)
-                    multiply(scores, values, douts[None, None, None, do_stage], dp, False)
-                    warpgroup.wait_group(1)
-                    self.probabilities(shared, s, p16, q_stage, score_scale, terms, cid * 64 + row, column, count)
-                    warpgroup.wait_group(0)
-                    for _ in cutlass.range(total - 1, unroll=1):
-                        state = self.block_and_next(
-                            shared, parts, s, dp, p16, thread, state, score_scale, terms, count, False
-                        )
-                    ptx.arrive(shared.v_empty, leader)
-                    state = self.block_and_next(
-                        shared, parts, s, dp, p16, thread, state, score_scale, terms, count, True
-                    )
-                else:
-                    ptx.wait(shared.v_full, tiles & 1)
-                    before = Int32(-1)  # the stage that the block before has read
-                    for _ in cutlass.range(total, unroll=1):
-                        then = state[0]
-                        state = self.block_alone(shared, parts, thread, state, before, score_scale, terms, count)
-                        before = then
-                    if cutlass.const_expr(self.kind.settings.rolling):
-                        warpgroup.wait_group(0)
-                        ptx.arrive(shared.q_empty + before, leader)
-                    ptx.arrive(shared.k_empty, leader)
-                    ptx.arrive(shared.v_empty, leader)
+                ptx.wait(shared.v_full, tiles & 1)
+                state = self.consume_block(shared, parts, thread, state, score_scale, terms, count, True)
+                for _ in cutlass.range(total - 1, unroll=1):
+                    state = self.consume_block(shared, parts, thread, state, score_scale, terms, count, False)
+                ptx.arrive(shared.v_empty, leader)
+                dq = self.multiply_shared(shared, parts, state[4] - 1)
+                warpgroup.wait_group(0)
+                ptx.arrive(shared.k_empty, leader)
+                self.leave_dq(shared, parts, dq, cid, state[4] - 1, leader)
                 q_stage, q_phase, do_stage, do_phase, blocks = state
                 tiles += 1
                 piece, batch, head = (
@@ -213,90 +191,80 @@ class BackwardConsumer:
         return cute.make_rmem_tensor(sums.partition_shape_A((64, self.block)), self.dtype)
 
     @cute.jit
-    def block_alone(self, shared, parts, thread, state, before, scale, terms, count):
-        """A block from beginning to end."""
+    def consume_block(self, shared, parts, thread, state, scale, terms, count, first: cutlass.Constexpr):
+        """A block but for its dq, and dq of the block before, if this is not a tile's first."""
         cid, leader, row, column = thread
         q_stage, q_phase, do_stage, do_phase, blocks = state
+        buffer = blocks & 1
         s, dp = self.block_scores(parts.scores), self.block_scores(parts.scores)
         ptx.wait(shared.q_full + q_stage, q_phase)
         multiply(parts.scores, parts.keys, parts.queries[None, None, None, q_stage], s, False)
         ptx.wait(shared.do_full + do_stage, do_phase)
         multiply(parts.scores, parts.values, parts.douts[None, None, None, do_stage], dp, False)
+        if cutlass.const_expr(not self.kind.softcap):  # there registers are short
+            lse = self.of_queries(shared.lse, q_stage, column)  # on its way while scores are
         warpgroup.wait_group(1)
-        if cutlass.const_expr(self.kind.settings.rolling):
-            ptx.arrive(shared.q_empty + cute.math.max(before, 0), leader & (before >= 0))
+        if cutlass.const_expr(self.kind.softcap):
+            lse = self.of_queries(shared.lse, q_stage, column)
         p16, ds16 = self.operand(parts.sums), self.operand(parts.sums)
-        self.probabilities(shared, s, p16, q_stage, scale, terms, row, column, count)
+        self.probabilities(shared, lse, s, p16, q_stage, scale, terms, row, column, count)
+        if cutlass.const_expr(not self.kind.softcap):
+            delta = self.of_queries(shared.delta, q_stage, column)
+        ptx.wait(shared.ds_empty + buffer, ((blocks >> 1) & 1) ^ 1)
+        warpgroup.wait_group(0)
+        if cutlass.const_expr(self.kind.softcap):
+            delta = self.of_queries(shared.delta, q_stage, column)
+        self.make_differences(shared, parts, delta, s, dp, ds16, blocks)
+        cute.arch.sync_warp()
+        ptx.arrive(shared.ds_full + buffer, leader)
         if cutlass.const_expr(not self.kind.softcap):
             to_operand(s, p16)
-        warpgroup.wait_group(0)
         multiply(parts.sums, p16, parts.douts_turned[None, None, None, do_stage], parts.dv, True)
-        self.share_differences(shared, parts, s, dp, ds16, q_stage, column, blocks)
-        dq = self.multiply_dq(parts, blocks & 1)
-        warpgroup.wait_group(1)
+        if cutlass.const_expr(not first):
+            dq = self.multiply_shared(shared, parts, blocks - 1)
+        warpgroup.wait_group(0 if cutlass.const_expr(first) else 1)
         ptx.arrive(shared.do_empty + do_stage, leader)
         multiply(parts.sums, ds16, parts.queries_turned[None, None, None, q_stage], parts.dk, True)
-        warpgroup.wait_group(1)
-        self.store_dq(shared, parts.dq_at, dq, cid, blocks, leader)
-        if cutlass.const_expr(not self.kind.settings.rolling):
-            warpgroup.wait_group(0)
-            ptx.arrive(shared.q_empty + q_stage, leader)
+        if cutlass.const_expr(not first):
+            warpgroup.wait_group(1)
+            self.leave_dq(shared, parts, dq, cid, blocks - 1, leader)
+        warpgroup.wait_group(0)
+        ptx.arrive(shared.q_empty + q_stage, leader)
         q_stage, q_phase = next_stage(q_stage, q_phase, self.q_stages)
         do_stage, do_phase = next_stage(do_stage, do_phase, self.do_stages)
         return q_stage, q_phase, do_stage, do_phase, blocks + 1
 
     @cute.jit
-    def block_and_next(
-        self, shared, parts, s, dp, p16, thread, state, scale, terms, count, last: cutlass.Constexpr
-    ):  # fmt: skip
-        """A block whose P and dP are in s and dp, and P and dP of the next one, unless this is the last. With softcap P
-        is in p16, rounded, and s is P times the cap's derivative."""
-        cid, leader, row, column = thread
-        q_stage, q_phase, do_stage, do_phase, blocks = state
-        next_q, next_q_phase = next_stage(q_stage, q_phase, self.q_stages)
-        next_do, next_do_phase = next_stage(do_stage, do_phase, self.do_stages)
-        ds16 = self.operand(parts.sums)
-        if cutlass.const_expr(not self.kind.softcap):
-            p16 = self.operand(parts.sums)
-            to_operand(s, p16)
-        multiply(parts.sums, p16, parts.douts_turned[None, None, None, do_stage], parts.dv, True)
-        self.share_differences(shared, parts, s, dp, ds16, q_stage, column, blocks)
-        dq = self.multiply_dq(parts, blocks & 1)
-        warpgroup.wait_group(1)  # over by now: the registers of P are free again, and so is dO
-        ptx.arrive(shared.do_empty + do_stage, leader)
-        next_s, next_dp = self.block_scores(parts.scores), self.block_scores(parts.scores)
-        if cutlass.const_expr(not last):
-            ptx.wait(shared.q_full + next_q, next_q_phase)
-            multiply(parts.scores, parts.keys, parts.queries[None, None, None, next_q], next_s, False)
-        multiply(parts.sums, ds16, parts.queries_turned[None, None, None, q_stage], parts.dk, True)
-        warpgroup.wait_group(1 if cutlass.const_expr(last) else 2)
-        if cutlass.const_expr(last):
-            ptx.arrive(shared.k_empty, leader)
-        self.store_dq(shared, parts.dq_at, dq, cid, blocks, leader)
-        if cutlass.const_expr(not last):
-            ptx.wait(shared.do_full + next_do, next_do_phase)
-            multiply(parts.scores, parts.values, parts.douts[None, None, None, next_do], next_dp, False)
-            warpgroup.wait_group(2)
-            self.probabilities(shared, next_s, p16, next_q, scale, terms, row, column, count)
-        warpgroup.wait_group(0)
-        ptx.arrive(shared.q_empty + q_stage, leader)
-        if cutlass.const_expr(not last):
-            for e in cutlass.range_constexpr(cute.size(s)):
-                s[e] = next_s[e]
-                dp[e] = next_dp[e]
-        return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
+    def multiply_shared(self, shared, parts, block):
+        """dq of a block, once both consumers' ds are there: issued, one group."""
+        ptx.wait(shared.ds_full + (block & 1), (block >> 1) & 1)
+        return self.multiply_dq(parts, block & 1)
 
     @cute.jit
-    def share_differences(self, shared, parts, s, dp, ds16, stage, column, blocks):
-        """ds from P and dP, in registers and in shared memory, where both consumers' are when this returns."""
-        self.differences(shared, s, dp, stage, column)
+    def leave_dq(self, shared, parts, dq, cid, block, leader):
+        """dq of a block, which is made, on its way; its ds may be overwritten."""
+        ptx.arrive(shared.ds_empty + (block & 1), leader)
+        self.store_dq(shared, parts.dq_at, dq, cid, block, leader)
+
+    @cute.jit
+    def make_differences(self, shared, parts, delta, s, dp, ds16, blocks):
+        """ds from P and dP, in registers and in shared memory."""
+        self.differences(delta, s, dp)
         to_operand(dp, ds16)
         self.store_ds(shared, ds16, parts.ds_at, blocks & 1)
         cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier(barrier_id=DS_BARRIER, number_of_threads=128 * CONSUMERS)
 
     @cute.jit
-    def probabilities(self, shared, s, p16, stage, scale, terms, row, column, count):
+    def of_queries(self, stats, stage, column):
+        """lse or delta of a thread's queries of a block: two of each eight."""
+        own = cute.make_rmem_tensor(self.block // 4, Float32)
+        for j in cutlass.range_constexpr(self.block // 8):
+            for c in cutlass.range_constexpr(2):
+                own[2 * j + c] = stats[8 * j + column + c, stage]
+        return own
+
+    @cute.jit
+    def probabilities(self, shared, lse, s, p16, stage, scale, terms, row, column, count):
         """s becomes exp2(s scale - lse), 0 where a pair takes no part. With softcap that, rounded, is p16, and s it
         times the cap's derivative."""
         place, bound = None, None
@@ -306,17 +274,16 @@ class BackwardConsumer:
         if cutlass.const_expr(self.kind.softcap):
             below(s, scale)
             self.hide(shared, s, stage, row, column, count, HIDDEN)
-            capped_probabilities(shared, s, p16, stage, terms.cap, place, bound, row, column)
+            capped_probabilities(lse, s, p16, terms.cap, place, bound, row, column)
         else:
             if cutlass.const_expr(self.kind.alibi):
-                sloped_probabilities(shared, s, stage, scale, place, bound, row, column)
+                sloped_probabilities(lse, s, scale, place, bound, row, column)
             else:
                 for j in cutlass.range_constexpr(cute.size(s) // 4):
                     for c in cutlass.range_constexpr(2):
-                        lse = shared.lse[8 * j + column + c, stage]
                         for half in cutlass.range_constexpr(2):
                             e = 4 * j + 2 * half + c
-                            s[e] = ptx.exp2(ptx.fma(s[e], scale, -lse))
+                            s[e] = ptx.exp2(ptx.fma(s[e], scale, -lse[2 * j + c]))
             self.hide(shared, s, stage, row, column, count, 0.0)
 
     @cute.jit
@@ -335,14 +302,13 @@ class BackwardConsumer:
                         s[e] = cutlass.select_((first <= here) & (last >= here), s[e], Float32(value))
 
     @cute.jit
-    def differences(self, shared, s, dp, stage, column):
+    def differences(self, delta, s, dp):
         """dp becomes s (dp - delta)."""
         for j in cutlass.range_constexpr(cute.size(s) // 4):
             for c in cutlass.range_constexpr(2):
-                delta = shared.delta[8 * j + column + c, stage]
                 for half in cutlass.range_constexpr(2):
                     e = 4 * j + 2 * half + c
-                    dp[e] = s[e] * (dp[e] - delta)
+                    dp[e] = s[e] * (dp[e] - delta[2 * j + c])
 
     @cute.jit
     def store_ds(self, shared, ds16, at, buffer):

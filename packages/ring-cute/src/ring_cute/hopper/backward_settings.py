@@ -19,11 +19,6 @@ class BackwardSettings:
     """Blocks of Q, with lse and delta, in shared memory."""
     do_stages: int = 2
     """Blocks of dO in shared memory."""
-    ahead: bool = False
-    """The next block's scores are under way while dq and dk of this one are computed: the tensor cores are never idle,
-    at the price of registers."""
-    rolling: bool = False
-    """The next block's scores are issued behind dk, before it is waited for."""
     dq_buffers: int = 2
     """Beyond a head dim of 128: buffers for dq on its way, of 64 columns; two, or one for each 64 columns."""
     consumer_registers: int = 240
@@ -37,15 +32,12 @@ BACKWARD: dict[int, BackwardSettings] = {
     # padded head dim: dk and dv (128 x D), P and dP (128 x block) and dq (block x D) live in the registers of two
     # warpgroups; K, V, ds twice, dq in fp32 and the stages in 227 KiB
     64: BackwardSettings(
-        block=96,
-        q_stages=3,
-        ahead=True,
+        block=128,
         reason="TFLOP/s causal, full at 4096, then at 16384: 465, 493, 509, 507; blocks of 64 ahead 426, 451, "
         "453, 453, of 96 not ahead 458, 475, 503, 483, rolling 431, 468, 477, 475; stages 4+3 466, 498, 517, 491",
     ),
     128: BackwardSettings(
-        q_stages=3,
-        ahead=True,
+        block=80,
         reason="TFLOP/s causal, full at 4096, then at 16384: 581, 610, 635, 630, with 32/8 632, 637; not ahead "
         "534, 616, 639, 636, 584, 594; two stages of Q 578, 589, 634, 619, 631, 619, four 575, 597, 629, 616, 603, 567",
     ),
@@ -64,17 +56,13 @@ BACKWARD: dict[int, BackwardSettings] = {
 """By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-22: the main kernel alone
 (`gpu_probe_backward.py variants`)."""
 
+_CAPPED = BackwardSettings(block=96, q_stages=3, reason="not measured yet; of 128 queries spills")
 SHAPED: dict[tuple[int, bool, bool], BackwardSettings] = {
-    (64, True, True): BackwardSettings(block=96, q_stages=3, reason="not measured yet; ahead spills"),
-    (128, True, False): BackwardSettings(
-        q_stages=3,
-        reason="not measured yet; ahead, the 16 registers of P in 16 bits, beside P times the cap's derivative in 32, "
-        "are too many: ptxas then waits for every product by itself",
-    ),
-    (128, False, True): BackwardSettings(q_stages=3, reason="not measured yet; ahead spills where pieces depart"),
-    (128, True, True): BackwardSettings(
-        block=48, q_stages=3, reason="not measured yet; not ahead either, blocks of 64 spill where pieces depart"
-    ),
+    (64, True, False): _CAPPED,
+    (64, True, True): _CAPPED,
+    (128, True, False): BackwardSettings(block=48, q_stages=3, reason="not measured yet; of 64 queries spills"),
+    (128, False, True): BackwardSettings(q_stages=3, reason="not measured yet"),
+    (128, True, True): BackwardSettings(q_stages=3, reason="not measured yet; of 80 queries spills"),
 }
 """By padded head dim, softcap, ALiBi: where shaped scores take others."""
 

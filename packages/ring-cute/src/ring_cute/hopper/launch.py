@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ring_core.backend import DeviceTable, Flags
-from ring_core.segment import FIRST, LAST
+from ring_core.segment import COLUMNS, FIRST, LAST
 from ring_core.tiles import make_schedule, with_first_walk
 from ring_cute import library
 from ring_cute.launches import Given, Launches, current_stream
-from ring_cute.settings import Settings, kind_for, settings_for
+from ring_cute.settings import PAIRED_KEYS, Settings, kind_for, settings_for
 
 L2_BYTES = 32 << 20
 """Keys and values that concurrent tiles should share in L2 (50 MB on an H100 or H200, also used by everything else)."""
@@ -144,6 +144,8 @@ def _launch_anew(
     batch, q_len, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
     chosen = settings or settings_for(head_dim, softcap=bool(softcap), alibi=slopes is not None)
+    if settings is None and not softcap and slopes is None:
+        chosen = _in_pairs(chosen, q, table, k.shape[2])
     prepared = prepare(table, batch, k.shape[2], chosen.block, chosen.tile_rows)
     if not prepared.whole and state is None:
         raise ValueError("strips begin or end outside this table, but there is no state")
@@ -199,6 +201,20 @@ def _launch_anew(
     if not some:  # nobody sees anything, but a descriptor wants an address
         launches, given = Launches(), (q, q, q, *given[3:])
     launches.add(library.load(kind), numbers, given)
+
+
+def _in_pairs(chosen: Settings, q: Tensor, table: DeviceTable, piece_length: int) -> Settings:
+    """The settings with two CTAs a tile, which share its keys, where that pays: tiles are long, and there are many."""
+    host, paired = table.host, replace(chosen, cluster=2)
+    rows = int(host.rows[host.groups[:-1], COLUMNS.index("q_len")].sum(dtype=np.int64))
+    if host.pairs < PAIRED_KEYS * rows:
+        return chosen
+    tiles = []
+    for settings in (chosen, paired):
+        prepared = prepare(table, q.shape[0], piece_length, settings.block, settings.tile_rows)
+        tiles.append(prepared.count * prepared.repeats * q.shape[2] * settings.cluster)
+    alone, together = tiles
+    return paired if 4 * _processors(q.device) <= together <= 1.1 * alone else chosen
 
 
 def dense_slopes(slopes: Tensor) -> Tensor:

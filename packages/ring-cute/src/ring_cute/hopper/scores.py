@@ -98,17 +98,16 @@ def starts(bound: Any, place: Place, row: Any, column: Any) -> list[Any]:
 
 
 @cute.jit
-def capped_probabilities(shared, s, p16, stage, cap, place, bound, row, column):
+def capped_probabilities(lse, s, p16, cap, place, bound, row, column):
     """From r of a block of the backward, hidden ones included: P, rounded, and in s P times the cap's derivative."""
     words = cute.recast_tensor(p16, Int32)
     start = starts(bound, place, row, column) if cutlass.const_expr(place is not None) else []
     for j in cutlass.range_constexpr(cute.size(s) // 4):
-        lse = [shared.lse[8 * j + column + c, stage] for c in range(2)]
         for half in cutlass.range_constexpr(2):
             pair = []
             for c in cutlass.range_constexpr(2):
                 e = 4 * j + 2 * half + c
-                rest = cap - lse[c]
+                rest = cap - lse[2 * j + c]
                 if cutlass.const_expr(place is not None):
                     rest = ptx.fma(apart(start[half], place.stride, 8 * j + c), place.slope, rest)
                 p = ptx.exp2(ptx.fma(s[e], cap * -2.0, rest))
@@ -118,13 +117,12 @@ def capped_probabilities(shared, s, p16, stage, cap, place, bound, row, column):
 
 
 @cute.jit
-def sloped_probabilities(shared, s, stage, scale, place, bound, row, column):
+def sloped_probabilities(lse, s, scale, place, bound, row, column):
     """exp2(s scale - slope |distance| - lse) of a block of the backward."""
     start = starts(bound, place, row, column)
     for j in cutlass.range_constexpr(cute.size(s) // 4):
         for c in cutlass.range_constexpr(2):
-            lse = shared.lse[8 * j + column + c, stage]
             for half in cutlass.range_constexpr(2):
                 e = 4 * j + 2 * half + c
-                rest = ptx.fma(apart(start[half], place.stride, 8 * j + c), place.slope, -lse)
+                rest = ptx.fma(apart(start[half], place.stride, 8 * j + c), place.slope, -lse[2 * j + c])
                 s[e] = ptx.exp2(ptx.fma(s[e], scale, rest))

@@ -29,8 +29,8 @@ Shared memory: as in `backward`, but `k`, `v` (64, D); `ds` (BLOCK, 64 keys) twi
 two or more; and `p` in fp32, as threads have it (with a softcap, times the cap's derivative).
 
 Barriers besides those of `backward`: `p_full`, one a warp: its threads' P is there. It needs no `p_empty`, since the
-consumer of dv writes the next P only once it has seen ds, which the other made of this P. `ds_full`/`ds_empty`, one a
-buffer: written by the four warps of one consumer, read by both. `v_empty` and `p_full` have arrivals of one consumer.
+consumer of dv writes the next P only once it has seen ds, which the other made of this P. `ds_full`'s
+writers are the four warps of one consumer. `v_empty` and `p_full` have arrivals of one consumer.
 
 Order of a block, of which products that follow each other without a wait are under way together:
 
@@ -251,7 +251,8 @@ class WideConsumer(BackwardConsumer):
         """P from scores: for the other consumer in fp32, thread for thread (with softcap times the cap's derivative),
         and here as an operand."""
         warp, lane, row, column = thread
-        self.probabilities(shared, s, p16, stage, scale, terms, row, column, count)
+        lse = self.of_queries(shared.lse, stage, column)
+        self.probabilities(shared, lse, s, p16, stage, scale, terms, row, column, count)
         four = cute.make_rmem_tensor(4, Float32)
         for j in cutlass.range_constexpr(cute.size(s) // 4):
             for e in cutlass.range_constexpr(4):
@@ -298,7 +299,7 @@ class WideConsumer(BackwardConsumer):
             cute.autovec_copy(shared.p[None, warp * 32 + lane, j], four)
             for e in cutlass.range_constexpr(4):
                 p[4 * j + e] = four[e]
-        self.differences(shared, p, dp, q_stage, column)
+        self.differences(self.of_queries(shared.delta, q_stage, column), p, dp)
         to_operand(dp, ds16)
         ptx.wait(shared.ds_empty + (blocks & 1), ((blocks >> 1) & 1) ^ 1)
         self.store_ds(shared, ds16, parts.ds_at, blocks & 1)
