@@ -170,11 +170,15 @@ def variants() -> None:
 def clusters() -> None:
     """CTAs that share keys beside those that do not, by length: what is saved of L2 against what waiting costs."""
     heat()
-    shared = {dim: {"as shipped": settings_for(dim), "cluster 2": replace(settings_for(dim), cluster=2)} for dim in TRIED}
+    shared = {
+        dim: {"as shipped": settings_for(dim), "cluster 2": replace(settings_for(dim), cluster=2)} for dim in TRIED
+    }
     for dim, heads in ((128, (16, 16)), (128, (32, 8)), (64, (32, 32)), (192, (16, 16)), (256, (16, 16))):
         for length in (2048, 4096, 8192, 16384, 32768):
             for call in forward_calls(forward, (max(1, 16384 // length), length, heads, dim)):
-                PROBE.show(call.title, {label: call.kernel(chosen) for label, chosen in shared[dim].items()}, call.flops)
+                PROBE.show(
+                    call.title, {label: call.kernel(chosen) for label, chosen in shared[dim].items()}, call.flops
+                )
 
 
 def shaped() -> None:

@@ -103,10 +103,10 @@ class NativeBackend:
             _land_nothing(idle, out, lse, state)
         if not q.numel():
             return
-        keys, values = _joined(k), _joined(v)
+        keys, values, dim = _keys(k, v)
         for call, landings in plan.calls:
             rows, to = call.of_rows(q, out)
-            some, some_values = call.of_keys(keys, values)
+            some, some_values = call.of_keys(keys, values, dim=dim)
             (to_lse,) = call.of_rows(lse, dim=2)
             options: dict[str, Any] = {"mask": call.mask, "sequences": call.sequences}
             options["params"] = _params_of(call, params)
@@ -156,17 +156,17 @@ class NativeBackend:
         provider = state.provider
         distances = params.alibi_slopes is not None
         calls = backward_calls(table.host, k.shape[2], q.shape[0], provider.style, provider.varlen, distances)
-        keys, values, sums = _joined(k), _joined(v), (_joined(dk), _joined(dv))
+        keys, sums = _keys(k, v), (_joined(dk), _joined(dv))
         landings = key_landings(table.host, calls, k.shape[0] * k.shape[2], q.shape[0])
         if not landings.once and has_wider_sums(dk.dtype):  # final: rounded when all calls have added to them
-            sums = torch.empty_like(keys, dtype=state.lse.dtype), torch.empty_like(values, dtype=state.lse.dtype)
+            sums = torch.empty_like(sums[0], dtype=state.lse.dtype), torch.empty_like(sums[1], dtype=state.lse.dtype)
         for entries, idle in landings.idle:
             for total in sums:
                 total[entries, idle].zero_()
         for call, landed in zip(calls, landings.by_call, strict=True):
             place = state.dq.place(call)
             room = _Room.of(call, sums, k.dtype) if len(landed) == 1 and landed[0][1] else None  # nothing came before
-            dq, *parts = _run_backward(state, call, q, keys, values, dout, place, room, params)
+            dq, *parts = _run_backward(state, call, q, keys, dout, place, room, params)
             if place is None:
                 state.dq.add(call, call.with_entry(dq))
             elif dq.data_ptr() != place.data_ptr():
@@ -193,6 +193,11 @@ class NativeBackend:
 def _joined(pieces: Tensor) -> Tensor:
     """(B, C * S, H, D) of pieces (C, B, S, H, D): a view wherever they lie one after the other, as a transport's do."""
     return pieces[0] if pieces.shape[0] == 1 else pieces.transpose(0, 1).flatten(1, 2)
+
+
+def _keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+    """k, v for `Call.of_keys`, and the dimension of keys in them: single pieces as they are, others joined."""
+    return (k, v, 2) if k.shape[0] == 1 else (_joined(k), _joined(v), 1)
 
 
 class _Room(NamedTuple):
@@ -237,8 +242,7 @@ def _run_backward(
     state: BackwardState,
     call: Call,
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: tuple[Tensor, Tensor, int],
     dout: Tensor,
     dq: Tensor | None,
     room: _Room | None,
@@ -247,7 +251,7 @@ def _run_backward(
     """dq, dk and dv of a call, where the provider can, in the tensors handed over."""
     lse, dlse = _rows_of_lse(state, call)
     rows, out, do = call.of_rows(q, state.out, dout)
-    some, some_values = call.of_keys(keys, values)
+    some, some_values = call.of_keys(*keys[:2], dim=keys[2])
     return state.provider.backward(
         rows,
         some,

@@ -84,28 +84,27 @@ class Call:
         want those."""
         return self._parts(some, dim, self.q_start, self.q_stop)
 
-    def of_keys(self, *some: Tensor) -> list[Tensor]:
-        """Its batch entries and keys of tensors (B, C * S, …); without B for sequences."""
-        return self._parts(some, 1, self.k_start, self.k_stop)
+    def of_keys(self, *some: Tensor, dim: int = 1) -> list[Tensor]:
+        """Its batch entries and keys of tensors (B, C * S, …), or where dim is 2 of single pieces (1, B, S, …); without
+        B for sequences."""
+        return self._parts(some, dim, self.k_start, self.k_stop, dim - 1)
 
     def with_entry(self, x: Tensor) -> Tensor:
         """What `of_rows` or `of_keys` gave, with B."""
         return x if self.sequences is None else x.unsqueeze(0)
 
-    def _parts(self, some: tuple[Tensor, ...], dim: int, start: int, stop: int) -> list[Tensor]:
-        """By one operation each: indexing by an entry and by a slice would be two, and take the host twice as long."""
-        found = []
+    def _parts(self, some: tuple[Tensor, ...], dim: int, start: int, stop: int, entry: int = 0) -> list[Tensor]:
+        """By one operation each: indexing by an entry and by a slice would be two, and take the host twice as long.
+        entry: the dimension of batch entries, without those before."""
+        found, begin = [], entry if self.sequences is None else entry + 1  # sequences are of one entry
         for x in some:
             size, stride = list(x.shape), x.stride()
             first = x.storage_offset() + start * stride[dim]
             size[dim] = stop - start
             if self.batch != EVERY:
-                first += self.batch * stride[0]
-                size[0] = 1
-            if self.sequences is not None:  # of one entry
-                found.append(x.as_strided(size[1:], stride[1:], first))
-            else:
-                found.append(x.as_strided(size, stride, first))
+                first += self.batch * stride[entry]
+                size[entry] = 1
+            found.append(x.as_strided(size[begin:], stride[begin:], first))
         return found
 
 

@@ -170,7 +170,8 @@ class GatherTransport:
         for number, heads in enumerate(self.groups):
             if self.plan.home is not None:
                 yield self._own(k, v, heads)
-            yield Keys(0, heads, *by_piece(pieces[:, :, :, heads], self.plan), *self._turn(number))
+            some = pieces if len(self.groups) == 1 else pieces[:, :, :, heads]
+            yield Keys(0, heads, *by_piece(some, self.plan), *self._turn(number))
 
     def _next(self, number: int, buffers: list[Tensor], marks: list[torch.Event | None]) -> Callable[[], None]:
         """Starts fetching the group after the number-th."""

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
+
 _WAIT, _WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32, …_WRITE_VALUE_32
 _GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ: (int32)(word - value) >= 0
 _MOST = 256  # operations a batch
@@ -29,6 +31,9 @@ class _Operation(ctypes.Structure):
         ("alias", ctypes.c_uint64),
         ("_pad2", ctypes.c_uint64),
     )
+
+
+_VALUE = _Operation.value.offset // 8
 
 
 class Write(NamedTuple):
@@ -70,14 +75,15 @@ class Signals:
             *(_Operation(operation=_WRITE, address=address) for address in written),
             *(_Operation(operation=_WAIT, address=address, flags=_GEQ) for address in awaited),
         )
-        self._each = list(self._records)
+        # All values at once, signed: before the first epochs there are negative ones.
+        self._values = np.frombuffer(memoryview(self._records), np.int64)[_VALUE :: ctypes.sizeof(_Operation) // 8]
 
     def enqueue(self, stream: int, value: int) -> None:
         """Writes `value` to the first ones, then waits until the others are at least that, in one call."""
-        if self._each:
-            for record in self._each:
-                record.value = value
-            _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream, len(self._each), self._records, 0))
+        count = len(self._values)
+        if count:
+            self._values[:] = value
+            _checked("cuStreamBatchMemOp", _driver().cuStreamBatchMemOp_v2(stream, count, self._records, 0))
 
 
 def copy_all(stream: int, target: int, copies: Iterable[tuple[int, int, int]]) -> None:

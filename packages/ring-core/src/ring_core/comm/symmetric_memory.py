@@ -264,9 +264,11 @@ _peers: weakref.WeakKeyDictionary[ProcessGroup, Peers | None] = weakref.WeakKeyD
 
 def peers(group: ProcessGroup, device: torch.device) -> Peers | None:
     """The group's peer memory; None where its ranks cannot read each other's. The first call is collective."""
-    if group not in _peers:
-        _peers[group] = Peers(group, device) if _can_read_each_other(group, device) else None
-    return _peers[group]
+    try:
+        return _peers[group]
+    except KeyError:
+        found = _peers[group] = Peers(group, device) if _can_read_each_other(group, device) else None
+        return found
 
 
 def arena_bytes() -> int:
