@@ -37,7 +37,7 @@ def backward(
         some_dlse = None if dlse is None else part.lse(dlse)
         return backend.prepare(*rows, part.lse(lse), some_dlse, params=part.params(params))
 
-    if transport.gathered is not None and transport.head_groups == 1:  # no keys are sent first: all turns may wait
+    if transport.gathered is not None and transport.head_groups == 1:  # no keys are sent first: all may wait for it
         whole = of_heads(slice(0, num_kv_heads), num_kv_heads, num_heads)
         states.append((whole, prepared(whole), None))
     turns = Turns(device, several=transport.side_by_side, lane=transport.urgent)

@@ -119,13 +119,12 @@ class GatherTransport:
             yield from self._kept(k, v, self.gathered)
             return
         plan, courier, lane = self.plan, self.courier, self.courier.lane
-        if self.urgent is not lane:
-            lane.after_compute()
         # Allocated here and freed here, on the compute stream, which by then has waited for all that the lane did.
         buffers = _buffers([pieces_shape(plan, k, heads) for heads in self.groups], k)
         marks: list[torch.Event | None] = []  # behind the reading of each group
         if self._keep:
             self.gathered = buffers[0]
+        lane.after_compute()  # and what fills new memory, where torch is told to
         with lane.on():
             courier.offer(k, v, self.groups)
             arrival = courier.fetch(0, buffers[0])
@@ -167,6 +166,8 @@ class GatherTransport:
 
     def _kept(self, k: Tensor, v: Tensor, pieces: Tensor) -> Iterator[Keys]:
         self.courier.recall(k, self.groups)
+        if self.urgent is not None:
+            self.urgent.after_compute()
         for number, heads in enumerate(self.groups):
             if self.plan.home is not None:
                 yield self._own(k, v, heads)

@@ -70,8 +70,8 @@ class Turns:
     that the last tiles of one and the first of the next share the GPU, which a kernel boundary on one stream would
     leave half empty; and an URGENT one, beside which the others fill what it leaves.
 
-    lane: is the URGENT one, of a transport whose pieces need not be waited for there. It then follows at once what the
-    current stream holds.
+    lane: is the URGENT one, of a transport whose pieces need not be waited for there, and which makes it follow what
+    the current stream holds (`ring_core.comm.transport.Transport.urgent`).
     """
 
     def __init__(self, device: torch.device, *, several: bool, lane: Lane | None = None) -> None:
@@ -79,7 +79,6 @@ class Turns:
         self._used: set[int] = set()
         self._begin: torch.Event | None = None
         if lane is not None and lane.stream is not None:
-            lane.after_compute()
             self._streams, self._used = {URGENT: lane.stream}, {URGENT}
         elif several and device.type == "cuda":
             self._streams = _streams(device)

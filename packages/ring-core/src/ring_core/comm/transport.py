@@ -68,7 +68,8 @@ class Transport(Protocol):
     side_by_side: bool
     """Whether what it yields is about different heads or rows each time, so that nothing of it waits for the others."""
     urgent: Lane | None
-    """Where the turn URGENT is computed, if it is on the lane that brings its keys: nothing then waits for them."""
+    """Where the turn URGENT is computed, if it is on the lane that brings its keys: nothing then waits for them. It
+    follows what the current stream holds when `keys` begins."""
     final_gradients: bool
     """Whether dk and dv, as the one call about these keys gives them, are the result, in the keys' dtype."""
     gathered: Tensor | None
