@@ -211,8 +211,7 @@ class GatherGradients:
         self._groups = groups
         self._k = k
         self._zeroed = zeroed
-        self._dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-        self._dv = torch.empty_like(self._dk)
+        self._dk, self._dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
         self._parts: list[Tensor] = []
         self._at_home: list[tuple[Tensor | None, torch.Event | None]] = []
         self._homecomings: dict[int, Callable[[], Tensor]] = {}

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ring_core.direct import Launches, addresses, aligned, shaped
+from ring_core.direct import Launches, addresses, aligned
 
 _launches = Launches()
 
@@ -85,8 +85,9 @@ def sum_contributions(
     the current device."""
     at_home = own if at_home is None else at_home  # which is not read then
     tensors = own, at_home, arrived, cells, dk, dv
-    key = shaped(*tensors), longest, rank, home_in_place, own.get_device()
-    if _launches.again(key, own.get_device(), addresses(*tensors), ()):
+    device, gradients = own.get_device(), (dk.dtype, dk.shape, dk.stride())
+    key = own.shape, at_home.shape, arrived.shape, cells.shape, gradients, longest, rank, home_in_place, device
+    if _launches.again(key, device, addresses(*tensors), ()):
         return
     batch, _, _, heads, head_dim = own.shape
     row = heads * head_dim
