@@ -165,7 +165,9 @@ class NativeBackend:
                 total[entries, idle].zero_()
         for call, landed in zip(calls, landings.by_call, strict=True):
             place = state.dq.place(call)
-            room = _Room.of(call, sums, k.dtype) if len(landed) == 1 and landed[0][1] else None  # nothing came before
+            room = None
+            if len(landed) == 1 and landed[0][1]:  # nothing came before
+                room = _Room.of(call, sums, k.dtype, state.provider.beside)
             dq, *parts = _run_backward(state, call, q, keys, dout, place, room, params)
             if place is None:
                 state.dq.add(call, call.with_entry(dq))
@@ -201,31 +203,34 @@ def _keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class _Room(NamedTuple):
-    """Where a call may write dk and dv that are the first of their keys, and what of it belongs elsewhere."""
+    """Where a call may write dk and dv that are the first of their keys."""
 
     given: tuple[Tensor, Tensor]
-    moves: tuple[tuple[Tensor, Tensor], ...]
-    """(from, to): where they belong in another dtype than the kernel's; both at once if they lie side by side there."""
+    made: Tensor | None = None
+    to: Tensor | None = None
+    """Where they belong, side by side, in another dtype than the kernel's; they are so in `made`: one copy will do."""
 
     @staticmethod
-    def of(call: Call, sums: tuple[Tensor, Tensor], dtype: torch.dtype) -> _Room:
-        dk, dv = sums
-        if dk.dtype == dtype:
-            to_dk, to_dv = call.of_keys(dk, dv)
-            return _Room((to_dk, to_dv), ())
-        pairs = _side_by_side(dk, dv)
-        to = call.of_keys(dk, dv) if pairs is None else call.of_keys(pairs)
-        made = [torch.empty(x.shape, dtype=dtype, device=x.device) for x in to]
-        first, second = made if pairs is None else made[0].unbind(-3)
-        return _Room((first, second), tuple(zip(made, to, strict=True)))
+    def of(call: Call, sums: tuple[Tensor, Tensor], dtype: torch.dtype, beside: bool) -> _Room | None:
+        """None where two tensors of the kernel's own do as well. beside: it may be given such as lie side by side."""
+        if sums[0].dtype == dtype:
+            dk, dv = call.of_keys(*sums)
+            return _Room((dk, dv))
+        pairs = _side_by_side(*sums) if beside else None
+        if pairs is None:
+            return None
+        (to,) = call.of_keys(pairs)
+        made = torch.empty(to.shape, dtype=dtype, device=to.device)
+        dk, dv = made.unbind(-3)
+        return _Room((dk, dv), made, to)
 
     def land(self, dk: Tensor, dv: Tensor) -> None:
         """Puts what the kernel gave, wherever it has put it, where it belongs."""
         for given, place in zip((dk, dv), self.given, strict=True):
             if given.data_ptr() != place.data_ptr():
                 place.copy_(given)
-        for made, target in self.moves:
-            target.copy_(made)
+        if self.to is not None and self.made is not None:
+            self.to.copy_(self.made)
 
 
 def _side_by_side(k: Tensor, v: Tensor) -> Tensor | None:
