@@ -289,8 +289,10 @@ def _forward(
     """out, lse, the seed that all ranks use, and gathered keys that the backward may be given. Inputs without B give
     results without: what has it is made of them here, where autograd looks at no views."""
     q, k, v = _dense(q), _dense(k), _dense(v)
-    results = torch.empty(q.shape, dtype=q.dtype, device=q.device), _empty_lse(q)
-    out, lse = results
+    *batch, length, num_heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((*batch, num_heads, length), dtype=accumulation_dtype(q.dtype), device=q.device)
+    results = out, lse
     if q.dim() == 3:
         q, k, v, out, lse = [x.unsqueeze(0) for x in (q, k, v, out, lse)]
     group = _group(call)
@@ -339,9 +341,8 @@ def _backward(
         q, k, v, dout, out, lse = [x.unsqueeze(0) for x in (q, k, v, dout, out, lse)]
         dlse = None if dlse is None else dlse.unsqueeze(0)
     group = _group(call)
-    way = _prepare(
-        q, k, call, group, alibi=alibi_slopes is not None, sinks=sinks is not None, lse_grad=dlse is not None
-    )
+    asked = {"alibi": alibi_slopes is not None, "sinks": sinks is not None, "lse_grad": dlse is not None}
+    way = _prepare(q, k, call, group, **asked)
     params = _params(call, alibi_slopes, sinks, seed)
     staged = way.staged(q, dout, params)
     with _device_of(q):
@@ -379,12 +380,6 @@ def _backward(
 def _dense(x: Tensor) -> Tensor:
     """With its last dimension dense."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _empty_lse(q: Tensor) -> Tensor:
-    """(B, Hq, Sq) for q (B, Sq, Hq, D), or without B."""
-    *batch, length, heads, _ = q.shape
-    return torch.empty((*batch, heads, length), dtype=accumulation_dtype(q.dtype), device=q.device)
 
 
 def _device_of(q: Tensor) -> AbstractContextManager[object]:
