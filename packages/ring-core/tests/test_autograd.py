@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -214,8 +213,8 @@ def test_opcheck_forward() -> None:
     torch.library.opcheck(OP, (q, k, v, None, None, None, *OPTIONS))
     sinks, slopes = torch.randn(4, requires_grad=True), torch.rand(4)
     seed = torch.tensor([5])
-    everything = replace(
-        CALL, softcap=3.0, dropout_p=0.2, left=6, right=2, q_total=13, k_total=14, deterministic=True, layout="zigzag"
+    everything = CALL._replace(
+        softcap=3.0, dropout_p=0.2, left=6, right=2, q_total=13, k_total=14, deterministic=True, layout="zigzag"
     )
     options = (None, everything.numbers, everything.integers, *everything.names)
     torch.library.opcheck(OP, (q, k, v, slopes, sinks, seed, *options))

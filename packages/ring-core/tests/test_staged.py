@@ -282,7 +282,9 @@ def streams_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         "symmetric_rendezvous": lambda own, group: group.rendezvous(own),
         "enqueue": carry_out,
         "Signals": CarriedOut,
-        "copy_bytes": lambda stream, target, source, nbytes: ctypes.memmove(target, source, nbytes),
+        "copy_all": lambda stream, target, copies: [
+            ctypes.memmove(target + place, source, nbytes) for place, source, nbytes in copies
+        ],
     }.items():
         monkeypatch.setattr(symmetric_memory, name, value)
     monkeypatch.setattr(symmetric_memory.dist, "get_rank", lambda group: group.rank)
@@ -327,7 +329,8 @@ def test_symmetric_memory_stages(layout: str, seed: int) -> None:
                 return StagedGather(plan, courier)
 
             common: dict[str, Any] = {"plan": plan, "backend": backend, "params": params}
-            out, lse = forward(q, k, v, transport=moved(), **common)
+            out, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+            forward(q, k, v, out, lse, transport=moved(), **common)
             dq, dk, dv, _ = backward(dout, None, q, k, v, out, lse, transport=moved(), **common)
             staged = plan.piece_count > 1
             assert [call[1:3] for call in backend.given] == [(staged, False), (staged, staged)]

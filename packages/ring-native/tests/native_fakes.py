@@ -38,6 +38,10 @@ class Fake:
     """Into the tensors it is given, or it returns others."""
     calls: list[tuple[str, int, int, Mask, int]] = field(default_factory=list)
 
+    @property
+    def beside(self) -> bool:
+        return self.writes
+
     def capabilities(self, device: torch.device) -> Capabilities:
         return Capabilities(
             available=True,

@@ -73,16 +73,14 @@ class OnStream:
 
     def __enter__(self) -> None:
         stream = self._stream
-        self._before = torch._C._cuda_getCurrentStream(stream.device_index)
-        _set_stream(stream.stream_id, stream.device_index, stream.device_type)
+        device = stream.device_index
+        self._before = torch._C._cuda_getCurrentStream(device)
+        torch._C._cuda_setStream(stream_id=stream.stream_id, device_index=device, device_type=stream.device_type)
 
     def __exit__(self, *_: object) -> None:
         assert self._before is not None
-        _set_stream(*self._before)
-
-
-def _set_stream(stream_id: int, device_index: int, device_type: int) -> None:
-    torch._C._cuda_setStream(stream_id=stream_id, device_index=device_index, device_type=device_type)
+        stream_id, device_index, device_type = self._before
+        torch._C._cuda_setStream(stream_id=stream_id, device_index=device_index, device_type=device_type)
 
 
 def symmetric_buffer(nbytes: int, device: torch.device) -> Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -48,9 +47,9 @@ GATHER_BYTES = 2 << 30
 everything and no merges, at the price of holding them all. Beyond, the ring holds two chunks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Everything about a call but its tensors."""
+class Call(NamedTuple):
+    """Everything about a call but its tensors. Hashed in every pass, as how it is computed is remembered by it: a
+    dataclass takes several times as long to do that."""
 
     scale: float
     softcap: float
@@ -99,6 +98,11 @@ def needs_gradients(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
+def plain(x: Tensor) -> bool:
+    """Whether it is a tensor with numbers in it, and no compiler looks on."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
 @lru_cache(maxsize=256)
 def _problem(code: bytes) -> PackedProblem:
     return PackedProblem.decode(code)
@@ -115,24 +119,22 @@ def attention(
     plan: PackedPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Sq, Hq, D) and lse (B, Hq, Sq), differentiable in q, k, v and sinks; seed: int64 (1,) where there is
-    dropout; plan: of packed documents, which custom ops get as a tensor, so that new documents need no new graph."""
-    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter) or dispatch_mode_active():
-        code = None if plan is None else plan.code
-        out, lse, _ = _attention_op(q, k, v, alibi_slopes, sinks, seed, code, call.numbers, call.integers, *call.names)
-    else:
+    dropout; plan: of packed documents, without B everywhere. Custom ops get it as a tensor, so that new documents need
+    no new graph."""
+    if not plain(q) or dispatch_mode_active():
+        code = None
         if plan is not None:
-            call = _of_documents(call, plan.problem)
-        arguments = q, k, v, alibi_slopes, sinks, seed, call
-        if call.gradients or transforms_active():
-            out, lse = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
-        else:
-            out, lse, *_ = _forward(*arguments)
+            q, k, v, code = q[None], k[None], v[None], plan.code
+        out, lse, _ = _attention_op(q, k, v, alibi_slopes, sinks, seed, code, call.numbers, call.integers, *call.names)
+        if plan is not None:
+            out, lse = out.squeeze(0), lse.squeeze(0)  # whose gradients are views, unlike those of an index
+        return out, lse
+    arguments = q, k, v, alibi_slopes, sinks, seed, call
+    if call.gradients or transforms_active():
+        out, lse = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        out, lse, *_ = _forward(*arguments)
     return out, lse
-
-
-@lru_cache(maxsize=256)
-def _of_documents(call: Call, problem: PackedProblem) -> Call:
-    return replace(call, packed=problem)
 
 
 class _Attention(torch.autograd.Function):
@@ -284,8 +286,15 @@ _attention_backward_op.register_autograd(_refuse, setup_context=lambda ctx, inpu
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """out, lse, the seed that all ranks use, and gathered keys that the backward may be given."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    """out, lse, the seed that all ranks use, and gathered keys that the backward may be given. Inputs without B give
+    results without: what has it is made of them here, where autograd looks at no views."""
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    *batch, length, num_heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((*batch, num_heads, length), dtype=accumulation_dtype(q.dtype), device=q.device)
+    results = out, lse
+    if q.dim() == 3:
+        q, k, v, out, lse = [x.unsqueeze(0) for x in (q, k, v, out, lse)]
     group = _group(call)
     if group is not None and agreement.wanted():
         agreement.check_agreement(group, _description(q, k, call))
@@ -297,16 +306,18 @@ def _forward(
     staged = way.staged(q, None, params)
     with _device_of(q):
         moving = transport(way.plan, group, q.shape[2], k, "forward", call.heads_at_once, staged=staged)
-        out, lse = orchestration_forward.forward(
+        orchestration_forward.forward(
             q,
             k,
             v,
+            out,
+            lse,
             plan=way.plan,
             transport=moving,
             backend=way.backend,
             params=params,
         )
-    return out, lse, seed, moving.gathered
+    return *results, seed, moving.gathered
 
 
 def _backward(
@@ -324,9 +335,13 @@ def _backward(
     gathered: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dsinks."""
-    q, k, v, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, dout))
-    asked = {"alibi": alibi_slopes is not None, "sinks": sinks is not None, "lse_grad": dlse is not None}
+    q, k, v, dout = _dense(q), _dense(k), _dense(v), _dense(dout)
+    flat = q.dim() == 3
+    if flat:
+        q, k, v, dout, out, lse = [x.unsqueeze(0) for x in (q, k, v, dout, out, lse)]
+        dlse = None if dlse is None else dlse.unsqueeze(0)
     group = _group(call)
+    asked = {"alibi": alibi_slopes is not None, "sinks": sinks is not None, "lse_grad": dlse is not None}
     way = _prepare(q, k, call, group, **asked)
     params = _params(call, alibi_slopes, sinks, seed)
     staged = way.staged(q, dout, params)
@@ -343,7 +358,7 @@ def _backward(
             rounds_gradients=way.can.rounds_gradients,
             gathered=gathered,
         )
-        return orchestration_backward.backward(
+        dq, dk, dv, dsinks = orchestration_backward.backward(
             dout,
             dlse,
             q,
@@ -357,6 +372,14 @@ def _backward(
             params=params,
             writes_gradients=way.can.writes_gradients,
         )
+    if flat:
+        dq, dk, dv = dq.squeeze(0), dk.squeeze(0), dv.squeeze(0)
+    return dq, dk, dv, dsinks
+
+
+def _dense(x: Tensor) -> Tensor:
+    """With its last dimension dense."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _device_of(q: Tensor) -> AbstractContextManager[object]:
@@ -368,7 +391,7 @@ def _device_of(q: Tensor) -> AbstractContextManager[object]:
 
 def _description(q: Tensor, k: Tensor, call: Call) -> dict[str, Any]:
     """What all ranks must have in common."""
-    described = {field.name: getattr(call, field.name) for field in fields(call)} | {"dtype": q.dtype}
+    described = call._asdict() | {"dtype": q.dtype}
     del described["group_name"], described["packed"]  # names of one group may differ
     if call.packed is None:
         return described | {"q.shape": tuple(q.shape), "k.shape": tuple(k.shape)}
@@ -464,5 +487,12 @@ def _problem_of(
 
 
 def _params(call: Call, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None) -> Params:
+    if alibi_slopes is None and sinks is None and seed is None:
+        return _plain_params(call.scale, call.softcap, call.deterministic)
     dropout = None if seed is None else Dropout(call.dropout_p, seed)
     return Params(call.scale, call.softcap, alibi_slopes, sinks, dropout, call.deterministic)
+
+
+@lru_cache(maxsize=64)
+def _plain_params(scale: float, softcap: float, deterministic: bool) -> Params:
+    return Params(scale, softcap, deterministic=deterministic)

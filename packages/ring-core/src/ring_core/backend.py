@@ -166,9 +166,14 @@ class HeadPart:
 
 def of_heads(kv: slice, num_kv_heads: int, num_heads: int) -> HeadPart:
     """The part of a call that the key heads `kv` make up."""
+    return _heads_between(kv.start, kv.stop, num_kv_heads, num_heads)
+
+
+@cache
+def _heads_between(start: int, stop: int, num_kv_heads: int, num_heads: int) -> HeadPart:
     group = num_heads // num_kv_heads
-    whole = kv.start == 0 and kv.stop == num_kv_heads
-    return HeadPart(kv, slice(kv.start * group, kv.stop * group), whole)
+    whole = start == 0 and stop == num_kv_heads
+    return HeadPart(slice(start, stop), slice(start * group, stop * group), whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +208,9 @@ class DeviceTable:
 
 def on_device(table: Table, device: torch.device) -> DeviceTable:
     """The table's copy on `device`, kept with the table (which is kept with the plan)."""
-    key = str(device)
-    if key not in table.cache:
-        table.cache[key] = DeviceTable(table, device)
-    copy: DeviceTable = table.cache[key]
+    copy: DeviceTable | None = table.cache.get(device)
+    if copy is None:
+        copy = table.cache[device] = DeviceTable(table, device)
     return copy
 
 

@@ -28,32 +28,38 @@ def backward(
     writes_gradients: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dsinks, in the dtypes of q, k, v and the sinks, from the gradients of out and lse."""
-    turns = Turns(q.device, several=transport.side_by_side)
+    num_kv_heads, num_heads, device = k.shape[2], q.shape[2], q.device
+    states: list[tuple[HeadPart, Any, torch.Event | None]] = []
+
+    def prepared(part: HeadPart) -> Any:
+        shape = torch.Size((*k.shape[:2], part.kv.stop - part.kv.start, k.shape[3]))
+        rows = (part.rows(q), shape, part.rows(out), part.rows(dout))
+        some_dlse = None if dlse is None else part.lse(dlse)
+        return backend.prepare(*rows, part.lse(lse), some_dlse, params=part.params(params))
+
+    if transport.gathered is not None and transport.head_groups == 1:  # no keys are sent first: all may wait for it
+        whole = of_heads(slice(0, num_kv_heads), num_kv_heads, num_heads)
+        states.append((whole, prepared(whole), None))
+    turns = Turns(device, several=transport.side_by_side, lane=transport.urgent)
     written = writes_gradients or transport.final_gradients  # by the backend: buffers may hold anything before
     homeward = transport.gradients(k, zeroed=not written)
     dq = dsinks = None
     if transport.head_groups > 1:  # each group is a backward of its own, and writes its part of these
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=device)
         dsinks = None if params.sinks is None else torch.empty_like(params.sinks)
-    states: list[tuple[HeadPart, Any, torch.Event | None]] = []
     for keys in transport.keys(k, v):
-        part = of_heads(keys.heads, k.shape[2], q.shape[2])
+        part = of_heads(keys.heads, num_kv_heads, num_heads)
         given = part.params(params)
         with turns.turn(keys.turn):
-            if not states or states[-1][0] != part:
-                shape = torch.Size((*k.shape[:2], keys.k.shape[3], k.shape[3]))
-                rows = (part.rows(q), shape, part.rows(out), part.rows(dout))
-                some_dlse = None if dlse is None else part.lse(dlse)
-                state = backend.prepare(*rows, part.lse(lse), some_dlse, params=given)
-                states.append((part, state, turns.now()))
+            if not states or states[-1][0] is not part:
+                states.append((part, prepared(part), turns.now()))
             else:
-                _, state, prepared = states[-1]
-                compute_after(prepared)
+                compute_after(states[-1][2])
+            state = states[-1][1]
             compute_after(keys.arrived)
             to = homeward.buffers(keys)
-            step = plan.steps[keys.step]
-            if len(step.backward):
-                table = on_device(step.backward, q.device)
+            table = plan.steps[keys.step].backward
+            if len(table.rows):
                 backend.backward(
                     state,
                     part.rows(q),
@@ -62,7 +68,7 @@ def backward(
                     part.rows(dout),
                     to.dk,
                     to.dv,
-                    table,
+                    on_device(table, device),
                     params=given,
                     flags=keys.flags,
                     departures=to.departures,

@@ -192,12 +192,12 @@ class Launches:
 
 def shaped(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What of tensors shapes a launch."""
-    return tuple(None if x is None else (x.dtype, x.shape, x.stride()) for x in tensors)
+    return tuple([None if x is None else (x.dtype, x.shape, x.stride()) for x in tensors])
 
 
 def addresses(*tensors: Tensor) -> tuple[int, ...]:
     """Where they lie."""
-    return tuple(x.data_ptr() for x in tensors)
+    return tuple([x.data_ptr() for x in tensors])
 
 
 def launches_of(table: DeviceTable, name: str) -> Launches:

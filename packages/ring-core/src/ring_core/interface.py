@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -170,7 +170,7 @@ def attend(
     heads_at_once: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`ring_attention` with everything given; what all public functions end in."""
-    check_tensors(q, k, v, BATCHED)
+    check_tensors(form_of("q", q), form_of("k", k), form_of("v", v), BATCHED)
     members = process_group(group)
     world_size = 1 if members is None else members.size()
     _check_layout(q, k, layout, schedule, world_size)
@@ -201,14 +201,28 @@ def attend(
 BATCHED = "(batch, sequence, heads, head_dim)"
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, form: str) -> None:
+class Form(NamedTuple):
+    """What checks look at."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def form_of(name: str, x: Tensor) -> Form:
+    """Raises TypeError unless it is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    return Form(x.shape, x.dtype, x.device)
+
+
+def check_tensors(q: Form, k: Form, v: Form, form: str) -> None:
     """Raises TypeError or ValueError unless q, k and v fit together and have the dimensions that `form` names."""
+    dims = form.count(",") + 1
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dim() != form.count(",") + 1:
+        if len(x.shape) != dims:
             raise ValueError(f"{name} must be {form}, got shape {tuple(x.shape)}")
-    if not q.is_floating_point():
+    if not q.dtype.is_floating_point:
         raise TypeError(f"q, k, v must be floating point, got {q.dtype}")
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}: cast them with .to(dtype)")
@@ -218,8 +232,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, form: str) -> None:
         )
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if (q.dim() == 4 and q.shape[0] != k.shape[0]) or q.shape[-1] != k.shape[-1]:
-        agree = "batch and head_dim" if q.dim() == 4 else "head_dim"
+    if (dims == 4 and q.shape[0] != k.shape[0]) or q.shape[-1] != k.shape[-1]:
+        agree = "batch and head_dim" if dims == 4 else "head_dim"
         raise ValueError(f"q and k must agree in {agree}, got shapes {tuple(q.shape)} and {tuple(k.shape)} {form}")
     if not k.shape[-2] or q.shape[-2] % k.shape[-2]:
         raise ValueError(
@@ -287,10 +301,10 @@ def _check_total(total_length: int | tuple[int, int] | None, q_length: int, k_le
 
 
 def check_scores(q: Tensor, softcap: float, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
-    """Raises ValueError unless what changes the scores of q (B, Sq, Hq, D) has the right shapes."""
-    batch, num_heads = q.shape[0], q.shape[2]
+    """Raises ValueError unless what changes the scores of q (B, Sq, Hq, D), or without B, has the right shapes."""
     if not softcap >= 0:
         raise ValueError(f"softcap must be >= 0 (0 is none), got {softcap}")
+    batch, num_heads = q.shape[0] if q.dim() == 4 else 1, q.shape[-2]
     if alibi_slopes is not None:
         if alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
             raise ValueError(
@@ -304,7 +318,7 @@ def check_scores(q: Tensor, softcap: float, alibi_slopes: Tensor | None, sinks: 
         raise ValueError(f"sinks must be ({num_heads},) on {q.device}, got {tuple(sinks.shape)} on {sinks.device}")
 
 
-def scale_of(q: Tensor, softmax_scale: float | None) -> float:
+def scale_of(q: Tensor | Form, softmax_scale: float | None) -> float:
     """The scale of q·k: 1 / sqrt(head_dim) where none is given."""
     if softmax_scale is None:
         return 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0

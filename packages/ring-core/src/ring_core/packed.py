@@ -47,13 +47,14 @@ class PackedPlan:
         self.max_seqlen = int(
             max(np.diff(cu).max(initial=0) for cu in (problem.documents.cu_q, problem.documents.cu_k))
         )
+        self._hash = hash((problem, rank))
         self.code = torch.frombuffer(bytearray(problem.code), dtype=torch.int64)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PackedPlan) and (self.problem, self.rank) == (other.problem, other.rank)
 
     def __hash__(self) -> int:
-        return hash((self.problem, self.rank))
+        return self._hash
 
     def __repr__(self) -> str:
         documents = self.problem.documents

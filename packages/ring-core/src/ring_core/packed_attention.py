@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, cast, overload
 
 from torch import Tensor
@@ -9,11 +10,13 @@ from torch import Tensor
 from ring_core import autograd
 from ring_core.group import Group, process_group
 from ring_core.interface import (
+    Form,
     ScheduleName,
     check_schedule,
     check_scores,
     check_tensors,
     check_window,
+    form_of,
     scale_of,
     seed_of,
 )
@@ -148,6 +151,9 @@ def plan_of(
     group: Group | None,
 ) -> PackedPlan:
     """The plan given, with which whatever else is given must agree, or one made from cu_seqlens."""
+    unsaid = cu_seqlens_k is None and causal is None and window_size is None and layout is None
+    if unsaid and isinstance(cu_seqlens, PackedPlan):
+        return cu_seqlens
     window = (-1, -1) if window_size is None else window_size
     left, right = check_window(window, bool(causal))
     if not isinstance(cu_seqlens, PackedPlan):
@@ -196,30 +202,72 @@ def attend_packed(
     heads_at_once: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`ring_attention_packed` with everything given; what all functions on packed documents end in."""
-    check_tensors(q, k, v, TOKENS)
+    forms = form_of("q", q), form_of("k", k), form_of("v", v)
     check_schedule(schedule)
     if heads_at_once and (heads_at_once < 0 or k.shape[1] % heads_at_once):
         raise ValueError(f"heads_k_stride must divide the number of key heads, got {heads_at_once} and {k.shape[1]}")
     members = process_group(plan.group if group is None else group)
-    q, k, v = q[None], k[None], v[None]  # (1, T_local, H, D)
+    eager = autograd.plain(q)
+    call = (_call if eager else _make_call)(
+        *forms,
+        plan if eager else None,
+        plan.layout,
+        plan.window_size,
+        None if softmax_scale is None else float(softmax_scale),
+        schedule,
+        backend,
+        autograd.NO_GROUP if members is None else members.group_name,
+        float(softcap),
+        float(dropout_p),
+        dropout_seed is not None,
+        bool(deterministic),
+        heads_at_once,
+        autograd.needs_gradients(q, k, v, sinks),
+    )
     check_scores(q, softcap, alibi_slopes, sinks)
-    left, right = plan.window_size
-    call = autograd.Call(
+    return autograd.attention(q, k, v, alibi_slopes, sinks, seed_of(q, dropout_p, dropout_seed), call, plan)
+
+
+def _make_call(
+    q: Form,
+    k: Form,
+    v: Form,
+    plan: PackedPlan | None,
+    layout: str,
+    window_size: tuple[int, int],
+    softmax_scale: float | None,
+    schedule: str,
+    backend: str | None,
+    group_name: str,
+    softcap: float,
+    dropout_p: float,
+    shared_seed: bool,
+    deterministic: bool,
+    heads_at_once: int,
+    gradients: bool,
+) -> autograd.Call:
+    """Checks the tensors' forms; plan: None where its problem gets into the call by a tensor."""
+    check_tensors(q, k, v, TOKENS)
+    left, right = window_size
+    return autograd.Call(
         scale=scale_of(q, softmax_scale),
-        softcap=float(softcap),
-        dropout_p=float(dropout_p),
+        softcap=softcap,
+        dropout_p=dropout_p,
         left=left,
         right=right,
         q_total=autograd.UNPADDED,
         k_total=autograd.UNPADDED,
-        deterministic=bool(deterministic),
-        shared_seed=dropout_seed is not None,
+        deterministic=deterministic,
+        shared_seed=shared_seed,
         heads_at_once=heads_at_once,
-        layout=plan.layout,
+        layout=layout,
         schedule=schedule,
         backend="" if backend is None else backend,
-        group_name=autograd.NO_GROUP if members is None else members.group_name,
-        gradients=autograd.needs_gradients(q, k, v, sinks),
+        group_name=group_name,
+        packed=None if plan is None else plan.problem,
+        gradients=gradients,
     )
-    out, lse = autograd.attention(q, k, v, alibi_slopes, sinks, seed_of(q, dropout_p, dropout_seed), call, plan)
-    return out.squeeze(0), lse.squeeze(0)  # whose gradients are views, unlike those of an index
+
+
+_call = lru_cache(maxsize=256)(_make_call)
+"""Layers of a model make the same one: once checked, it is known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class BackwardState:
     lse: Tensor  # (B, Hq, Sq)
     dlse: Tensor | None
     dq: QueryGradient
-    rows: dict[tuple[int, int, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    rows: dict[tuple[int, int, int, bool], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     """lse and dlse of rows that were asked for, contiguous: a ring asks for the same at every step."""
 
 
@@ -103,17 +103,22 @@ class NativeBackend:
             _land_nothing(idle, out, lse, state)
         if not q.numel():
             return
-        keys, values = _joined(k), _joined(v)
+        keys, values, dim = _keys(k, v)
         for call, landings in plan.calls:
-            whole = len(landings) == 1 and landings[0].in_out
-            target = call.of_rows(out), call.of_rows(lse, dim=2)
-            found = _run_forward(provider, call, q, keys, values, target if whole else (None, None), params)
-            if not whole:
-                _land(call, landings, *found, out, lse, state)
+            rows, to = call.of_rows(q, out)
+            some, some_values = call.of_keys(keys, values, dim=dim)
+            (to_lse,) = call.of_rows(lse, dim=2)
+            options: dict[str, Any] = {"mask": call.mask, "sequences": call.sequences}
+            options["params"] = _params_of(call, params)
+            if len(landings) > 1 or not landings[0].in_out:
+                block, block_lse = provider.forward(rows, some, some_values, None, None, **options)
+                _land(call, landings, call.with_entry(block), call.with_entry(block_lse), out, lse, state)
                 continue
-            for wanted, got in zip(target, found, strict=True):
-                if got.data_ptr() != wanted.data_ptr():
-                    wanted.copy_(got)
+            found_out, found_lse = provider.forward(rows, some, some_values, to, to_lse, **options)
+            if found_out.data_ptr() != to.data_ptr():
+                to.copy_(found_out)
+            if found_lse.data_ptr() != to_lse.data_ptr():
+                to_lse.copy_(found_lse)
 
     def prepare(
         self,
@@ -151,31 +156,34 @@ class NativeBackend:
         provider = state.provider
         distances = params.alibi_slopes is not None
         calls = backward_calls(table.host, k.shape[2], q.shape[0], provider.style, provider.varlen, distances)
-        keys, values, sums = _joined(k), _joined(v), (_joined(dk), _joined(dv))
+        keys, sums = _keys(k, v), (_joined(dk), _joined(dv))
         landings = key_landings(table.host, calls, k.shape[0] * k.shape[2], q.shape[0])
         if not landings.once and has_wider_sums(dk.dtype):  # final: rounded when all calls have added to them
-            sums = torch.empty_like(keys, dtype=state.lse.dtype), torch.empty_like(values, dtype=state.lse.dtype)
+            sums = torch.empty_like(sums[0], dtype=state.lse.dtype), torch.empty_like(sums[1], dtype=state.lse.dtype)
         for entries, idle in landings.idle:
             for total in sums:
                 total[entries, idle].zero_()
         for call, landed in zip(calls, landings.by_call, strict=True):
             place = state.dq.place(call)
-            where = None
-            if sums[0].dtype == k.dtype and [fresh for _, fresh in landed] == [True]:  # nothing came before
-                where = call.of_keys(sums[0]), call.of_keys(sums[1])
-            dq, *parts = _run_backward(state, call, q, keys, values, dout, place, where, params)
+            room = None
+            if len(landed) == 1 and landed[0][1]:  # nothing came before
+                room = _Room.of(call, sums, k.dtype, state.provider.beside)
+            dq, *parts = _run_backward(state, call, q, keys, dout, place, room, params)
             if place is None:
-                state.dq.add(call, dq)
+                state.dq.add(call, call.with_entry(dq))
             elif dq.data_ptr() != place.data_ptr():
                 place.copy_(dq)
-            for total, part in zip(sums, parts, strict=True):
+            if room is not None:
+                room.land(*parts)
+                continue
+            for total, part in zip(sums, map(call.with_entry, parts), strict=True):
                 for some, fresh in landed:
                     target = total[call.entries, some]
                     given = part if len(landed) == 1 else part[:, some.start - call.k_start : some.stop - call.k_start]
-                    if not fresh:
-                        target.add_(given)
-                    elif given.data_ptr() != target.data_ptr():
+                    if fresh:
                         target.copy_(given)
+                    else:
+                        target.add_(given)
         for total, pieces in zip(sums, (dk, dv), strict=True):
             if total.data_ptr() != pieces.data_ptr():  # sums, or a copy: pieces that do not lie one after the other
                 pieces.copy_(total.unflatten(1, pieces.shape[::2][:2]).transpose(0, 1))
@@ -189,52 +197,80 @@ def _joined(pieces: Tensor) -> Tensor:
     return pieces[0] if pieces.shape[0] == 1 else pieces.transpose(0, 1).flatten(1, 2)
 
 
-def _run_forward(
-    provider: Provider,
-    call: Call,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    target: tuple[Tensor | None, Tensor | None],
-    params: Params,
-) -> tuple[Tensor, Tensor]:
-    """out (B or 1, rows, Hq, D) and lse (B or 1, Hq, rows) of a call, in the target where it has one and the provider
-    can write there."""
-    tensors = call.of_rows(q), call.of_keys(keys), call.of_keys(values), *target
-    sequences, params = call.sequences, _params_of(call, params)
-    if sequences is None:
-        return provider.forward(*tensors, mask=call.mask, sequences=None, params=params)
-    qs, ks, vs, *rest = tensors
-    out, lse = (None if x is None else x[0] for x in rest)
-    found = provider.forward(qs[0], ks[0], vs[0], out, lse, mask=call.mask, sequences=sequences, params=params)
-    return found[0][None], found[1][None]
+def _keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+    """k, v for `Call.of_keys`, and the dimension of keys in them: single pieces as they are, others joined."""
+    return (k, v, 2) if k.shape[0] == 1 else (_joined(k), _joined(v), 1)
+
+
+class _Room(NamedTuple):
+    """Where a call may write dk and dv that are the first of their keys."""
+
+    given: tuple[Tensor, Tensor]
+    made: Tensor | None = None
+    to: Tensor | None = None
+    """Where they belong, side by side, in another dtype than the kernel's; they are so in `made`: one copy will do."""
+
+    @staticmethod
+    def of(call: Call, sums: tuple[Tensor, Tensor], dtype: torch.dtype, beside: bool) -> _Room | None:
+        """None where two tensors of the kernel's own do as well. beside: it may be given such as lie side by side."""
+        if sums[0].dtype == dtype:
+            dk, dv = call.of_keys(*sums)
+            return _Room((dk, dv))
+        pairs = _side_by_side(*sums) if beside else None
+        if pairs is None:
+            return None
+        (to,) = call.of_keys(pairs)
+        made = torch.empty(to.shape, dtype=dtype, device=to.device)
+        dk, dv = made.unbind(-3)
+        return _Room((dk, dv), made, to)
+
+    def land(self, dk: Tensor, dv: Tensor) -> None:
+        """Puts what the kernel gave, wherever it has put it, where it belongs."""
+        for given, place in zip((dk, dv), self.given, strict=True):
+            if given.data_ptr() != place.data_ptr():
+                place.copy_(given)
+        if self.to is not None and self.made is not None:
+            self.to.copy_(self.made)
+
+
+def _side_by_side(k: Tensor, v: Tensor) -> Tensor | None:
+    """(B, S, 2, Hkv, D) of two (B, S, Hkv, D) that lie like that in one memory, as a transport's do; else None."""
+    stride = k.stride()
+    apart = (v.data_ptr() - k.data_ptr()) // k.element_size()
+    if v.stride() != stride or not 0 < apart < stride[1] or apart != k.shape[2] * k.shape[3]:
+        return None
+    batch, tokens, *token = k.shape
+    return k.as_strided((batch, tokens, 2, *token), (*stride[:2], apart, *stride[2:]))
 
 
 def _run_backward(
     state: BackwardState,
     call: Call,
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: tuple[Tensor, Tensor, int],
     dout: Tensor,
     dq: Tensor | None,
-    dkv: tuple[Tensor, Tensor] | None,
+    room: _Room | None,
     params: Params,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq (B or 1, rows, Hq, D), dk, dv (B or 1, keys, Hkv, D) of a call, where the provider can, in the tensors handed
-    over."""
+    """dq, dk and dv of a call, where the provider can, in the tensors handed over."""
     lse, dlse = _rows_of_lse(state, call)
-    rows, place = call.of_rows, call.of_keys
-    tensors = rows(q), place(keys), place(values), rows(state.out), rows(dout), lse
-    mask, sequences, params = call.mask, call.sequences, _params_of(call, params)
-    if sequences is None:
-        return state.provider.backward(*tensors, dlse, dq, dkv, mask=mask, sequences=None, params=params)
-    qs, ks, vs, out, do, lse = (x[0] for x in tensors)
-    dlse, dq = (None if x is None else x[0] for x in (dlse, dq))
-    dkv = None if dkv is None else (dkv[0][0], dkv[1][0])
-    options: dict[str, Any] = {"mask": mask, "sequences": sequences, "params": params}
-    found = state.provider.backward(qs, ks, vs, out, do, lse, dlse, dq, dkv, **options)
-    return found[0][None], found[1][None], found[2][None]
+    rows, out, do = call.of_rows(q, state.out, dout)
+    some, some_values = call.of_keys(*keys[:2], dim=keys[2])
+    return state.provider.backward(
+        rows,
+        some,
+        some_values,
+        out,
+        do,
+        lse,
+        dlse,
+        dq,
+        None if room is None else room.given,
+        mask=call.mask,
+        sequences=call.sequences,
+        params=_params_of(call, params),
+    )
 
 
 def _params_of(call: Call, params: Params) -> Params:
@@ -247,14 +283,14 @@ def _params_of(call: Call, params: Params) -> Params:
 
 
 def _rows_of_lse(state: BackwardState, call: Call) -> tuple[Tensor, Tensor | None]:
-    """lse and dlse (B or 1, Hq, rows), contiguous."""
-    key = call.batch, call.q_start, call.q_stop
-    if key not in state.rows:
-        both = state.lse, state.dlse
-        lse, dlse = (None if x is None else call.of_rows(x, dim=2).contiguous() for x in both)
-        assert lse is not None
-        state.rows[key] = lse, dlse
-    return state.rows[key]
+    """lse and dlse (B or 1, Hq, rows), or without B for sequences, contiguous."""
+    key = call.batch, call.q_start, call.q_stop, call.sequences is None
+    found = state.rows.get(key)
+    if found is None:
+        given = (state.lse,) if state.dlse is None else (state.lse, state.dlse)
+        lse, *dlse = (x.contiguous() for x in call.of_rows(*given, dim=2))
+        found = state.rows[key] = lse, dlse[0] if dlse else None
+    return found
 
 
 def _land_nothing(idle: Idle, out: Tensor, lse: Tensor, state: Tensor | None) -> None:

@@ -79,19 +79,33 @@ class Call:
     def entries(self) -> slice:
         return slice(None) if self.batch == EVERY else slice(self.batch, self.batch + 1)
 
-    def of_rows(self, x: Tensor, dim: int = 1) -> Tensor:
-        """Its batch entries and rows of x (B, Sq, …), which lie along `dim`. `narrow` takes the host a third of what
-        indexing by slices does."""
-        return self._part(x, dim, self.q_start, self.q_stop)
+    def of_rows(self, *some: Tensor, dim: int = 1) -> list[Tensor]:
+        """Its batch entries and rows of tensors (B, Sq, …), which lie along `dim`; without B for sequences, as kernels
+        want those."""
+        return self._parts(some, dim, self.q_start, self.q_stop)
 
-    def of_keys(self, x: Tensor) -> Tensor:
-        """Its batch entries and keys of x (B, C * S, …)."""
-        return self._part(x, 1, self.k_start, self.k_stop)
+    def of_keys(self, *some: Tensor, dim: int = 1) -> list[Tensor]:
+        """Its batch entries and keys of tensors (B, C * S, …), or where dim is 2 of single pieces (1, B, S, …); without
+        B for sequences."""
+        return self._parts(some, dim, self.k_start, self.k_stop, dim - 1)
 
-    def _part(self, x: Tensor, dim: int, start: int, stop: int) -> Tensor:
-        if self.batch != EVERY:
-            x = x.narrow(0, self.batch, 1)
-        return x if stop - start == x.shape[dim] else x.narrow(dim, start, stop - start)
+    def with_entry(self, x: Tensor) -> Tensor:
+        """What `of_rows` or `of_keys` gave, with B."""
+        return x if self.sequences is None else x.unsqueeze(0)
+
+    def _parts(self, some: tuple[Tensor, ...], dim: int, start: int, stop: int, entry: int = 0) -> list[Tensor]:
+        """By one operation each: indexing by an entry and by a slice would be two, and take the host twice as long.
+        entry: the dimension of batch entries, without those before."""
+        found, begin = [], entry if self.sequences is None else entry + 1  # sequences are of one entry
+        for x in some:
+            size, stride = list(x.shape), x.stride()
+            first = x.storage_offset() + start * stride[dim]
+            size[dim] = stop - start
+            if self.batch != EVERY:
+                first += self.batch * stride[entry]
+                size[entry] = 1
+            found.append(x.as_strided(size[begin:], stride[begin:], first))
+        return found
 
 
 class Landing(NamedTuple):

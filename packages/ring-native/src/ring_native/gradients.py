@@ -23,14 +23,15 @@ class QueryGradient:
         self._spans = {EVERY: Spans(q.shape[1])}
 
     def place(self, call: Call) -> Tensor | None:
-        """Where a kernel may write dq (B or 1, rows, Hq, D) of a call, once, in q's dtype; None where rows of it have
-        something already."""
+        """Where a kernel may write dq of a call, as `Call.of_rows` has it, once, in q's dtype; None where rows of it
+        have something already."""
         concerned = self._of(call)
-        if not all(spans.untouched(call.q_start, call.q_stop) for _, spans in concerned):
-            return None
+        for _, spans in concerned:
+            if not spans.untouched(call.q_start, call.q_stop):
+                return None
         for _, spans in concerned:
             spans.touch(call.q_start, call.q_stop)
-        return call.of_rows(self._dq)
+        return call.of_rows(self._dq)[0]
 
     def add(self, call: Call, dq: Tensor) -> None:
         """Adds a call's dq (B or 1, rows, Hq, D)."""

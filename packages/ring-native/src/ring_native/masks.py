@@ -38,6 +38,8 @@ FULL, CAUSAL = Mask(), Mask(right=0)
 class Style(Enum):
     """Which blocks a kernel takes as they are."""
 
+    __hash__ = object.__hash__  # in C, unlike Enum's: calls are looked up by it
+
     BOTTOM_RIGHT = "bands with Sq <= Sk, and rectangles that are wholly visible"  # flash-attn and its relatives
     SQUARES = "causal squares, and rectangles that are wholly visible"  # cuDNN: aligned top-left, no windows
     ANY = "any band, by a mask tensor where it is not causal from the top left"  # torch's CPU kernel

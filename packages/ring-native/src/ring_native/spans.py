@@ -34,10 +34,10 @@ class Spans:
 
     def untouched(self, start: int, stop: int) -> bool:
         """Whether nothing has happened in [start, stop)."""
-        return all(
-            status == UNTOUCHED or rows.stop <= start or rows.start >= stop or rows.start == rows.stop
-            for rows, status in self.all()
-        )
+        for (first, last), status in zip(pairwise(self._edges), self._status, strict=True):
+            if status != UNTOUCHED and max(first, start) < min(last, stop):
+                return False
+        return True
 
     def _cut(self, at: int) -> int:
         """Makes `at` an edge; which one."""

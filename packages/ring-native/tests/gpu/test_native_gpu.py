@@ -238,6 +238,7 @@ class Recording:
     def __init__(self, inner: Provider) -> None:
         self.inner, self.name = inner, f"recording-{inner.name}"
         self.style, self.varlen, self.capabilities = inner.style, inner.varlen, inner.capabilities
+        self.beside = inner.beside
         self.calls: list[tuple[str, int, int, bool]] = []
 
     def forward(self, q: Tensor, k: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:

@@ -98,9 +98,12 @@ def transport(
     groups = head_groups(plan.problem, num_heads, k, direction, heads_at_once)
     if staged and len(groups) == 1 and isinstance(courier, PeerCourier) and courier.pieces is not None:
         return StagedGather(plan, courier)
+    urgent = None
+    if len(groups) == 1 and plan.home is not None and isinstance(courier, PeerCourier):
+        urgent = courier.lane if direction == "forward" else courier.home_lane
     in_place = final_gradients and rounds_gradients and has_wider_sums(k.dtype)
-    keep = direction == "forward" and not heads_at_once and keeps(plan.problem, num_heads, k)
-    return GatherTransport(plan, courier, groups, home_in_place=in_place, keep=keep, gathered=gathered)
+    keep = direction == "forward" and not heads_at_once and keeps(plan.problem, num_heads, k.shape[2], len(groups))
+    return GatherTransport(plan, courier, groups, urgent=urgent, home_in_place=in_place, keep=keep, gathered=gathered)
 
 
 def _courier(plan: GatherPlan, group: ProcessGroup, k: Tensor) -> Courier:

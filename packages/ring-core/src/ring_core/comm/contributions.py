@@ -86,10 +86,8 @@ def sum_in_rank_order(
     if parts.is_cuda and parts.dtype == torch.float32 and dk.stride(2) == dk.shape[3] and triton_is_importable():
         from ring_core.comm.sum_triton import sum_contributions
 
-        cells = _cells(plan, home_in_place)
-        longest = int(cells[:, 1].max(initial=0))
+        table, longest = _on_device(plan, home_in_place, parts.device)
         if longest:
-            table = _on_device(plan, home_in_place, parts.device)
             world = plan.rank, plan.problem.world_size
             sum_contributions(parts, at_home, arrived, table, longest, *world, dk, dv, home_in_place=home_in_place)
         return
@@ -146,5 +144,7 @@ def _cells(plan: GatherPlan, home_in_place: bool) -> NDArray[np.int32]:
 
 
 @lru_cache(maxsize=256)
-def _on_device(plan: GatherPlan, home_in_place: bool, device: torch.device) -> Tensor:
-    return torch.from_numpy(_cells(plan, home_in_place)).to(device)
+def _on_device(plan: GatherPlan, home_in_place: bool, device: torch.device) -> tuple[Tensor, int]:
+    """The cells, and the length of the longest."""
+    cells = _cells(plan, home_in_place)
+    return torch.from_numpy(cells).to(device), int(cells[:, 1].max(initial=0))

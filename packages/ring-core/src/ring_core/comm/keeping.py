@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from functools import lru_cache
 
-from ring_core.comm.heads import head_groups
 from ring_core.plan import PackedProblem, Problem
 from ring_core.plan.packed_schedule import most_gathered
 
@@ -14,11 +13,11 @@ documents, few keys travel, and gathering them again takes a host longer than a 
 of a backward's 1.3. A sequence whose keys all ranks need would be kept whole on each: it is gathered again."""
 
 
-def keeps(problem: Problem | PackedProblem, num_heads: int, k: Tensor) -> bool:
-    """Whether the forward's keys are kept; the same on all ranks, also where they hold more and fewer tokens. k:
-    (B, S, Hkv, D), local keys."""
-    if not isinstance(problem, PackedProblem) or len(head_groups(problem, num_heads, k, "forward")) > 1:
+@lru_cache(maxsize=256)
+def keeps(problem: Problem | PackedProblem, num_heads: int, num_kv_heads: int, head_groups: int) -> bool:
+    """Whether the forward's keys are kept, taken in so many groups of heads; the same on all ranks, also where they
+    hold more and fewer tokens."""
+    if not isinstance(problem, PackedProblem) or head_groups > 1:
         return False
-    num_kv_heads = k.shape[2]
     saved = 2 * (problem.q_length * num_heads + problem.k_length * num_kv_heads) / problem.world_size  # heads' rows
     return 2 * most_gathered(problem) * num_kv_heads <= MOST_OF_SAVED * saved

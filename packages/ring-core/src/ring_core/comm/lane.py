@@ -14,6 +14,9 @@ import torch
 
 from ring_core._torch import OnStream, current_stream
 
+HERE = nullcontext()
+"""Where one is already."""
+
 
 class Lane:
     """Work enqueued inside `on()` runs on the lane's stream; without one (CPU) it is done at once, by the host."""
@@ -22,12 +25,15 @@ class Lane:
         self.stream = stream
 
     def on(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.stream is None else OnStream(self.stream)
+        return HERE if self.stream is None else OnStream(self.stream)
 
     def after_compute(self) -> None:
-        """What comes next on the lane comes after everything the current stream holds now."""
+        """What comes next on the lane comes after everything the current stream holds now: that is so anyway where it
+        is the lane's own."""
         if self.stream is not None:
-            torch.Stream.wait_stream(self.stream, current_stream(self.stream.device_index))
+            current = current_stream(self.stream.device_index)
+            if current.stream_id != self.stream.stream_id:
+                torch.Stream.wait_stream(self.stream, current)
 
     def now(self) -> torch.Event | None:
         """A mark behind everything the lane holds now."""
@@ -60,30 +66,40 @@ URGENT = 2
 
 
 class Turns:
-    """Computations that do not depend on each other, on several streams: two equal ones (0 and 1), so that the last
-    tiles of one and the first of the next share the GPU, which a kernel boundary on one stream would leave half empty;
-    and an URGENT one, beside which the others fill what it leaves."""
+    """Computations that do not depend on each other, on several streams: the current one (0) and one like it (1), so
+    that the last tiles of one and the first of the next share the GPU, which a kernel boundary on one stream would
+    leave half empty; and an URGENT one, beside which the others fill what it leaves.
 
-    def __init__(self, device: torch.device, *, several: bool) -> None:
-        self._streams: tuple[torch.cuda.Stream, ...] = ()
+    lane: is the URGENT one, of a transport whose pieces need not be waited for there, and which makes it follow what
+    the current stream holds (`ring_core.comm.transport.Transport.urgent`).
+    """
+
+    def __init__(self, device: torch.device, *, several: bool, lane: Lane | None = None) -> None:
+        self._streams: dict[int, torch.cuda.Stream] = {}
         self._used: set[int] = set()
         self._begin: torch.Event | None = None
-        if several and device.type == "cuda":
+        if lane is not None and lane.stream is not None:
+            self._streams, self._used = {URGENT: lane.stream}, {URGENT}
+        elif several and device.type == "cuda":
             self._streams = _streams(device)
             self._begin = mark_on(device.index)
 
     def turn(self, number: int) -> AbstractContextManager[object]:
         """Where a computation of that turn is enqueued."""
-        if self._begin is None:
-            return nullcontext()
+        stream = self._streams.get(number)
+        if stream is None:
+            return HERE
         if number not in self._used:
             self._used.add(number)
-            torch.Stream.wait_event(self._streams[number], self._begin)
-        return OnStream(self._streams[number])
+            assert self._begin is not None
+            torch.Stream.wait_event(stream, self._begin)
+        return OnStream(stream)
 
     def now(self) -> torch.Event | None:
         """A mark behind everything the current turn holds now."""
-        return None if self._begin is None else mark_on(self._streams[0].device_index)
+        for stream in self._streams.values():
+            return mark_on(stream.device_index)
+        return None
 
     def join(self) -> None:
         """The current stream goes on when all are done."""
@@ -93,5 +109,5 @@ class Turns:
 
 
 @cache
-def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
-    return *(torch.cuda.Stream(device) for _ in range(2)), torch.cuda.Stream(device, priority=-1)
+def _streams(device: torch.device) -> dict[int, torch.cuda.Stream]:
+    return {1: torch.cuda.Stream(device), URGENT: torch.cuda.Stream(device, priority=-1)}

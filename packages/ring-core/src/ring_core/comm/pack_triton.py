@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ring_core.direct import Launches, addresses, aligned, shaped
+from ring_core.direct import Launches, addresses, aligned
 
 _launches = Launches()
 
@@ -37,8 +37,9 @@ def pack(k: Tensor, v: Tensor, target: Tensor, places: Tensor, longest: int) -> 
     length."""
     batch, _, heads, head_dim = k.shape
     tensors = k, v, target, places
-    key = shaped(*tensors), longest, k.get_device()
-    if _launches.again(key, k.get_device(), addresses(*tensors), ()):
+    device = k.get_device()
+    key = k.dtype, k.shape, k.stride(), v.stride(), target.stride(0), places.shape, longest, device
+    if _launches.again(key, device, addresses(*tensors), ()):
         return
     row = heads * head_dim
     width = triton.next_power_of_2(row)

@@ -16,9 +16,10 @@ of one host, without GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple, Protocol
 
@@ -28,10 +29,10 @@ from torch import Tensor
 from ring_core._torch import lasting
 from ring_core.backend import Flags, accumulation_dtype
 from ring_core.comm.contributions import arrival_places, arrivals, pieces_of, published, stretches
-from ring_core.comm.gather import Heads
+from ring_core.comm.gather import Heads, of_heads
 from ring_core.comm.lane import Lane, compute_now
 from ring_core.comm.packing import side_by_side
-from ring_core.comm.traffic import count_sent
+from ring_core.comm.traffic import count_sent, counting
 from ring_core.comm.transport import nothing
 from ring_core.plan import GatherPlan, make_plan
 from ring_core.ranges import count
@@ -49,6 +50,13 @@ class Copy(NamedTuple):
     source: int
     target: int
     nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Pull:
+    """Copies that are made together; one object for all times, by which a memory may remember what they come to."""
+
+    copies: tuple[Copy, ...]
 
 
 class Leg(NamedTuple):
@@ -110,7 +118,7 @@ class PeerMemory(Protocol):
         """For each leg in turn: once its pieces' counters are full, signals to its rank alone."""
         ...
 
-    def pull(self, target: Tensor, generation: int, copies: Sequence[Copy]) -> None:
+    def pull(self, target: Tensor, generation: int, pull: Pull) -> None:
         """Copies bytes of ranks' slots into `target`, which is contiguous."""
         ...
 
@@ -131,12 +139,8 @@ class PeerCourier:
     def __init__(self, plan: GatherPlan, memories: Callable[[str], PeerMemory], lanes: tuple[Lane, Lane]) -> None:
         self._plan = plan
         self._keys, self._gradients = memories("keys"), memories("gradients")
-        self._others = tuple(rank for rank in range(plan.problem.world_size) if rank != plan.rank)
         self._epoch = self._parts_epoch = 0
-        self._groups: Heads = ()
-        self._widest = 0
-        self._batch, self._row = 0, 0  # bytes of a token's keys and values of one head
-        self._dtype = torch.float32
+        self._what: _What  # once offered or recalled
         self.lane, self.home_lane = lanes
         self.offered: torch.Event | None = None
         self.pieces = pieces_of(plan)
@@ -144,49 +148,42 @@ class PeerCourier:
 
     def offer(self, k: Tensor, v: Tensor, groups: Heads) -> None:
         memory, plan = self._keys, self._plan
-        batch, tokens, num_heads, head_dim = k.shape
         self.recall(k, groups)
-        with _poisoning(memory):
-            memory.reserve(batch * plan.problem.longest_key_chunk * num_heads * self._row)
+        what = self._what
+        with _Poisoning(memory):
+            memory.reserve(what.keys_nbytes)
             self._epoch = self._begin(memory)
-            for heads in groups:
-                shape = torch.Size((batch, tokens, 2, heads.stop - heads.start, head_dim))
-                mine = _view(memory, self._epoch, batch * tokens * heads.start * self._row, k.dtype, shape)
-                side_by_side(k[:, :, heads], v[:, :, heads], mine, published(plan))
-            self.offered = self.lane.now()
-            memory.exchange(PUBLISHED, self._epoch, tuple(plan.receive))
-        for peer, wanted in plan.send.items():
-            count_sent("keys", peer, batch * count(wanted) * num_heads * self._row)
+            for heads, (start, shape) in zip(groups, what.slot, strict=True):
+                mine = _view(memory, self._epoch, start, k.dtype, shape)
+                side_by_side(of_heads(k, heads), of_heads(v, heads), mine, published(plan))
+            if plan.home is not None:
+                self.offered = self.lane.now()
+            memory.exchange(PUBLISHED, self._epoch, what.sources)
+        if counting():
+            for peer, wanted in plan.send.items():
+                count_sent("keys", peer, k.shape[0] * count(wanted) * k.shape[2] * what.row)
 
     def recall(self, k: Tensor, groups: Heads) -> None:
-        self._groups, self._batch, self._dtype = groups, k.shape[0], k.dtype
-        self._widest = max(heads.stop - heads.start for heads in groups)
-        self._row = 2 * k.shape[3] * k.element_size()
+        ends = tuple([heads.stop for heads in groups])
+        self._what = _what(self._plan, k.shape[0], k.shape[3], k.dtype, ends)
 
     def fetch(self, number: int, pieces: Tensor) -> Callable[[], None]:
-        with _poisoning(self._keys):
-            for source in self._plan.order:  # own first; no two ranks pull from one peer at the same time
-                self._pull(source, number, pieces)
+        with _Poisoning(self._keys):  # own first; no two ranks pull from one peer at the same time
+            self._keys.pull(pieces, self._epoch % GENERATIONS, self._what.pulls[number])
         return nothing
-
-    def _pull(self, source: int, number: int, pieces: Tensor) -> None:
-        """A rank's keys of the number-th group, from its slot, into the pieces."""
-        heads = self._groups[number]
-        copies = _copies_from(self._plan, source, self._batch, heads.start * self._row, heads.stop * self._row)
-        self._keys.pull(pieces, self._epoch % GENERATIONS, copies)
 
     def fetched(self) -> None:
         self._keys.signal(READ, self._epoch)
         self._keys.watch(self._epoch)
 
     def parts(self, shape: torch.Size, zeroed: bool) -> Tensor:
-        parts = self._slot_for(shape, 0)[0]
+        parts = self._slot_for(shape)
         return parts.zero_() if zeroed else parts
 
     def ship(self, parts: Tensor) -> Callable[[], Tensor]:
-        plan, memory, epoch = self._plan, self._gradients, self._parts_epoch
-        with _poisoning(memory):
-            memory.exchange(PUBLISHED, epoch, tuple(plan.send))
+        memory, epoch = self._gradients, self._parts_epoch
+        with _Poisoning(memory):
+            memory.exchange(PUBLISHED, epoch, self._what.takers)
         self._count_shipped(parts)
         return lambda: self._arrived(parts, epoch)
 
@@ -195,23 +192,29 @@ class PeerCourier:
     def stage(self, pieces: Tensor) -> Flags:
         assert self.pieces is not None, "a plan whose pieces come one by one"
         memory, own = self._keys, self._plan.rank
-        with _poisoning(memory):
+        with _Poisoning(memory):
             flags = memory.flags(self._plan.piece_count, self._epoch)
             if own in self.pieces:
-                self._pull(own, 0, pieces)
+                self._pull(own, pieces)
             memory.arrive(self.pieces.get(own, ()), self._epoch)
         return flags
 
     def follow(self, pieces: Tensor) -> None:
         assert self.pieces is not None
-        with _poisoning(self._keys):
+        with _Poisoning(self._keys):
             for source in self._plan.order:
                 if source != self._plan.rank:
-                    self._pull(source, 0, pieces)
+                    self._pull(source, pieces)
                     self._keys.arrive(self.pieces[source], self._epoch)
 
+    def _pull(self, source: int, pieces: Tensor) -> None:
+        """A rank's keys, from its slot, into the pieces."""
+        self._keys.pull(pieces, self._epoch % GENERATIONS, self._what.from_source[source])
+
     def staged_parts(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        parts, counters = self._slot_for(shape, self._plan.piece_count)
+        parts = self._slot_for(shape)
+        counted = torch.Size((self._plan.piece_count,))  # they follow the contributions in the slot
+        counters = _view(self._gradients, self._parts_epoch, parts.nbytes, torch.int32, counted)
         found = parts.zero_(), counters.zero_()
         self._zeroed = compute_now(self.lane)
         return found
@@ -224,7 +227,7 @@ class PeerCourier:
             for owner in plan.order
             if owner != plan.rank
         ]
-        with _poisoning(memory):
+        with _Poisoning(memory):
             self.lane.after(self._zeroed)
             with self.lane.on():
                 memory.depart(departures, legs, PUBLISHED, epoch)
@@ -234,34 +237,33 @@ class PeerCourier:
 
     # ---
 
-    def _slot_for(self, shape: torch.Size, counters: int) -> tuple[Tensor, Tensor]:
-        """Contributions of that shape, followed in the slot by departure counters (N,) int32; as nobody reads them any
-        more."""
-        memory = self._gradients
-        dtype = accumulation_dtype(self._dtype)
-        with _poisoning(memory):
-            # For the largest group at once: no arena grows while one of its slots is in use.
-            per_token = shape[0] * 2 * self._widest * shape[-1] * dtype.itemsize
-            most_counters = MOST_PIECES * memory.world_size
-            memory.reserve(self._plan.problem.k_length * per_token + 4 * most_counters)
+    def _slot_for(self, shape: torch.Size) -> Tensor:
+        """Contributions of that shape, in a slot that nobody reads any more."""
+        memory, what = self._gradients, self._what
+        with _Poisoning(memory):
+            memory.reserve(what.parts_nbytes)
             self._parts_epoch = self._begin(memory)
-            parts = _view(memory, self._parts_epoch, 0, dtype, shape)
-            return parts, _view(memory, self._parts_epoch, parts.nbytes, torch.int32, torch.Size((counters,)))
+            return _view(memory, self._parts_epoch, 0, what.sums, shape)
 
     def _count_shipped(self, parts: Tensor) -> None:
+        if not counting():
+            return
         for owner, taken in self._plan.receive.items():
             count_sent("gradients", owner, parts[:, : count(taken)].nbytes)
 
     def _arrived(self, parts: Tensor, epoch: int, *, one_by_one: bool = False) -> Tensor:
         plan, memory = self._plan, self._gradients
         batch, _, *dense = parts.shape
-        token = prod(dense) * parts.element_size()
-        arrived = parts.new_empty(batch, arrivals(plan), *dense)
-        with _poisoning(memory):
-            for peer, copies in _homecoming(plan, batch, token):
-                if one_by_one:
+        shape = (batch, arrivals(plan), *dense)
+        arrived = torch.empty(shape, dtype=parts.dtype, device=parts.device)
+        by_peer, together = _homecoming(plan, batch, prod(dense) * parts.element_size())
+        with _Poisoning(memory):
+            if one_by_one:
+                for peer, pull in by_peer:
                     memory.wait(PUBLISHED, epoch, (peer,))
-                memory.pull(arrived, epoch % GENERATIONS, copies)
+                    memory.pull(arrived, epoch % GENERATIONS, pull)
+            else:
+                memory.pull(arrived, epoch % GENERATIONS, together)
             memory.signal(READ, epoch)
             memory.watch(epoch)
         return arrived
@@ -269,11 +271,56 @@ class PeerCourier:
     def _begin(self, memory: PeerMemory) -> int:
         """A new epoch whose slot nobody reads any more."""
         epoch = memory.next_epoch()
-        memory.wait(READ, epoch - GENERATIONS, self._others)
+        memory.wait(READ, epoch - GENERATIONS, self._what.others)
         return epoch
 
 
-@lru_cache(maxsize=1024)
+@dataclass(frozen=True, eq=False)
+class _What:
+    """What of a plan's transfers stays the same from call to call."""
+
+    row: int  # bytes of a token's keys and values of one head
+    sums: torch.dtype  # of contributions
+    keys_nbytes: int  # of a slot, on any rank
+    parts_nbytes: int  # for the largest group at once: no arena grows while one of its slots is in use
+    slot: tuple[tuple[int, torch.Size], ...]  # first byte and shape (B, S, 2, h, D) of each group's own keys
+    pulls: tuple[Pull, ...]  # all of each group's keys
+    from_source: dict[int, Pull]  # of the first group, those of each rank
+    others: tuple[int, ...]
+    sources: tuple[int, ...]  # ranks whose keys are taken here
+    takers: tuple[int, ...]  # ranks that take keys from here
+
+
+@lru_cache(maxsize=256)
+def _what(plan: GatherPlan, batch: int, head_dim: int, dtype: torch.dtype, ends: tuple[int, ...]) -> _What:
+    """For keys of that shape in groups of heads that end there."""
+    problem, sums = plan.problem, accumulation_dtype(dtype)
+    row, groups = 2 * head_dim * dtype.itemsize, list(pairwise((0, *ends)))
+    tokens = batch * problem.key_chunk(plan.rank)
+    slot = [
+        (tokens * first * row, torch.Size((batch, problem.key_chunk(plan.rank), 2, last - first, head_dim)))
+        for first, last in groups
+    ]
+    taken = [
+        {source: _copies_from(plan, source, batch, first * row, last * row) for source in plan.order}
+        for first, last in groups
+    ]
+    widest = max(last - first for first, last in groups)
+    contributions = batch * problem.k_length * 2 * widest * head_dim * sums.itemsize
+    return _What(
+        row,
+        sums,
+        batch * problem.longest_key_chunk * ends[-1] * row,
+        contributions + 4 * MOST_PIECES * problem.world_size,  # and counters
+        tuple(slot),
+        tuple(Pull(tuple(copy for copies in some.values() for copy in copies)) for some in taken),
+        {source: Pull(copies) for source, copies in taken[0].items()},
+        tuple(rank for rank in range(problem.world_size) if rank != plan.rank),
+        tuple(plan.receive),
+        tuple(plan.send),
+    )
+
+
 def _copies_from(plan: GatherPlan, source: int, batch: int, first: int, last: int) -> tuple[Copy, ...]:
     """From the slot of a rank into the pieces, for the heads at bytes [first, last) of a token's."""
     token = last - first
@@ -286,8 +333,8 @@ def _copies_from(plan: GatherPlan, source: int, batch: int, first: int, last: in
 
 
 @lru_cache(maxsize=256)
-def _homecoming(plan: GatherPlan, batch: int, token: int) -> tuple[tuple[int, tuple[Copy, ...]], ...]:
-    """The contributions of all peers to this rank's keys, of so many bytes a token, by ring distance."""
+def _homecoming(plan: GatherPlan, batch: int, token: int) -> tuple[tuple[tuple[int, Pull], ...], Pull]:
+    """The contributions of all peers to this rank's keys, of so many bytes a token, by ring distance; and together."""
     found = []
     for peer in sorted(plan.send, key=lambda peer: (peer - plan.rank) % plan.problem.world_size):
         theirs = make_plan(plan.problem, peer, "gather")
@@ -298,8 +345,8 @@ def _homecoming(plan: GatherPlan, batch: int, token: int) -> tuple[tuple[int, tu
                 into = (b * arrivals(plan) + offset) * token
                 copies.append(Copy(peer, (b * span + at) * token, into, n * token))
             offset += n
-        found.append((peer, tuple(copies)))
-    return tuple(found)
+        found.append((peer, Pull(tuple(copies))))
+    return tuple(found), Pull(tuple(copy for _, pull in found for copy in pull.copies))
 
 
 def _view(memory: PeerMemory, epoch: int, start: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
@@ -315,10 +362,17 @@ def _view(memory: PeerMemory, epoch: int, start: int, dtype: torch.dtype, shape:
     return found
 
 
-@contextmanager
-def _poisoning(memory: PeerMemory) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:  # whatever stops this rank, the others must not wait for it
-        memory.poison()
-        raise
+class _Poisoning:
+    """Whatever stops this rank while it lasts, the others must not wait for it."""
+
+    __slots__ = ("_memory",)
+
+    def __init__(self, memory: PeerMemory) -> None:
+        self._memory = memory
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._memory.poison()

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from ring_core.backend import accumulation_dtype
 from ring_core.comm.channel import Channel, Pending, channel
+from ring_core.comm.lane import Lane
 from ring_core.comm.transport import Buffers, Gradients, Keys, add_tokens, for_gradients, in_dtype, pack, whole
 from ring_core.plan import RingPlan
 from ring_core.ranges import Ranges, count
@@ -26,6 +27,7 @@ class RingTransport:
 
     head_groups = 1
     side_by_side = False
+    urgent: Lane | None = None
     gathered: Tensor | None = None
     final_gradients = False
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from torch.distributed import ProcessGroup
 from ring_core._torch import lasting
 from ring_core.backend import Flags
 from ring_core.comm.channel import RingCommError, timeout
-from ring_core.comm.peer import COUNTERS, GENERATIONS, MOST_PIECES, Copy, Leg, View
+from ring_core.comm.peer import COUNTERS, GENERATIONS, MOST_PIECES, Leg, Pull, View
 
 _ALIGNMENT = 64  # bytes: slots begin where any dtype may
 
@@ -120,9 +119,9 @@ class SharedMemory:
                     raise RuntimeError(f"piece {piece} departs with {int(departures[piece])} of {number} keys")
             self._counters(self.rank)[counter * self.world_size + rank] = epoch
 
-    def pull(self, target: Tensor, generation: int, copies: Sequence[Copy]) -> None:
+    def pull(self, target: Tensor, generation: int, pull: Pull) -> None:
         flat = target.view(-1).view(torch.uint8)
-        for rank, source, into, nbytes in copies:
+        for rank, source, into, nbytes in pull.copies:
             flat[into : into + nbytes].copy_(self.slot(rank, generation)[source : source + nbytes])
 
     def watch(self, epoch: int) -> None:

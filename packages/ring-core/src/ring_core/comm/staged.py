@@ -24,7 +24,7 @@ from torch import Tensor
 from ring_core.backend import Flags, departures_of
 from ring_core.comm.contributions import sum_in_rank_order
 from ring_core.comm.gather import Courier, by_piece, pieces_shape
-from ring_core.comm.lane import compute_after
+from ring_core.comm.lane import Lane, compute_after
 from ring_core.comm.transport import Buffers, Gradients, Keys
 from ring_core.plan import GatherPlan
 
@@ -58,6 +58,7 @@ class StagedGather:
 
     head_groups = 1
     side_by_side = False
+    urgent: Lane | None = None
     gathered: Tensor | None = None
     final_gradients = False
 

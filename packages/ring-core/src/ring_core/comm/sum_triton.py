@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ring_core.direct import Launches, addresses, aligned, shaped
+from ring_core.direct import Launches, addresses, aligned
 
 _launches = Launches()
 
@@ -83,16 +83,17 @@ def sum_contributions(
     (cells, 3 + W): start, length, and for each rank, then for the home step, the token in its buffer at which the cell
     lies; dk, dv (B, S, h, D): alike in strides, heads dense; home_in_place: they hold what the home step gave. All on
     the current device."""
+    at_home = own if at_home is None else at_home  # which is not read then
+    tensors = own, at_home, arrived, cells, dk, dv
+    device, gradients = own.get_device(), (dk.dtype, dk.shape, dk.stride())
+    key = own.shape, at_home.shape, arrived.shape, cells.shape, gradients, longest, rank, home_in_place, device
+    if _launches.again(key, device, addresses(*tensors), ()):
+        return
     batch, _, _, heads, head_dim = own.shape
     row = heads * head_dim
     width = triton.next_power_of_2(row)
     tokens = max(1, 4096 // width)
     grid = (triton.cdiv(longest, tokens), cells.shape[0], batch)
-    at_home = own[:, :0] if at_home is None else at_home
-    tensors = own, at_home, arrived, cells, dk, dv
-    key = shaped(*tensors), longest, rank, home_in_place, own.get_device()
-    if _launches.again(key, own.get_device(), addresses(*tensors), ()):
-        return
     strides = own.stride(0), at_home.stride(0), arrived.stride(0), dk.stride(0), dk.stride(1)
     arguments = (*tensors, *strides, row)
     kernel = _sum[grid](*arguments, WORLD=world_size, RANK=rank, TOKENS=tokens, ROW=width, IN_PLACE=home_in_place)

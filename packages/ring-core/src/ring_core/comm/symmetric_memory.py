@@ -28,12 +28,13 @@ from ring_core._torch import current_stream_handle, lasting, symmetric_buffer, s
 from ring_core.backend import POISON, Flags
 from ring_core.comm.channel import RingCommError, timeout
 from ring_core.comm.lane import Lane, mark_on
-from ring_core.comm.peer import COUNTERS, GENERATIONS, MOST_PIECES, PUBLISHED, READ, Copy, Leg, View
-from ring_core.comm.stream_memory import Signals, Wait, Write, copy_bytes, enqueue
+from ring_core.comm.peer import COUNTERS, GENERATIONS, MOST_PIECES, PUBLISHED, READ, Leg, Pull, View
+from ring_core.comm.stream_memory import Signals, Wait, Write, copy_all, enqueue
 
 _ALIGNMENT = 512  # bytes; slots begin at multiples of it
 _PATIENCE = 600.0  # seconds, without RING_TIMEOUT
 _RELEASE = 0x7FFFFFFF  # satisfies every wait of a stream: epochs stay below it
+_PULLS = 512  # that are remembered
 _EPOCHS = 8
 """Device words with the epochs of the last calls, one each: a kernel reads its own as long as it runs, beside others on
 other streams."""
@@ -64,6 +65,7 @@ class SymmetricMemory:
         self._flags: dict[tuple[int, int], Flags] = {}  # views of the arena, made once
         self._departures: dict[int, Tensor] = {}  # of the last epochs, by generation
         self._made: dict[tuple[int | None, int | None, tuple[int, ...]], Signals] = {}
+        self._copies: dict[tuple[Pull, int], list[tuple[int, int, int]]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +87,7 @@ class SymmetricMemory:
         own[: self._header].view(torch.int32).fill_(self._epoch)
         self._arenas = symmetric_rendezvous(own, self._group)
         self._addresses = [arena.data_ptr() for arena in self._arenas]
-        self._flags, self._departures, self._made = {}, {}, {}
+        self._flags, self._departures, self._made, self._copies = {}, {}, {}, {}
         self.views.clear()
         self._size = nbytes
         torch.cuda.synchronize(self._device)
@@ -130,11 +132,19 @@ class SymmetricMemory:
             operations.append(Write(self._word(rank, counter, self.rank), epoch))
         self._enqueue(operations)
 
-    def pull(self, target: Tensor, generation: int, copies: Sequence[Copy]) -> None:
-        stream, into = current_stream_handle(self._device), target.data_ptr()
+    def pull(self, target: Tensor, generation: int, pull: Pull) -> None:
+        copies = self._copies.get((pull, generation)) or self._add(pull, generation)
+        copy_all(current_stream_handle(self._device), target.data_ptr(), copies)
+
+    def _add(self, pull: Pull, generation: int) -> list[tuple[int, int, int]]:
+        """(place in the target, address, bytes) of the copies, kept until the arena grows."""
+        if len(self._copies) >= _PULLS:
+            self._copies.clear()
         offset = self._header + generation * self._size
-        for rank, source, place, nbytes in copies:
-            copy_bytes(stream, into + place, self._addresses[rank] + offset + source, nbytes)
+        found = self._copies[pull, generation] = [
+            (place, self._addresses[rank] + offset + source, nbytes) for rank, source, place, nbytes in pull.copies
+        ]
+        return found
 
     def watch(self, epoch: int) -> None:
         _watchdog().guard(_Wait(self, epoch, mark_on(self._device.index), _deadline()))
@@ -254,9 +264,11 @@ _peers: weakref.WeakKeyDictionary[ProcessGroup, Peers | None] = weakref.WeakKeyD
 
 def peers(group: ProcessGroup, device: torch.device) -> Peers | None:
     """The group's peer memory; None where its ranks cannot read each other's. The first call is collective."""
-    if group not in _peers:
-        _peers[group] = Peers(group, device) if _can_read_each_other(group, device) else None
-    return _peers[group]
+    try:
+        return _peers[group]
+    except KeyError:
+        found = _peers[group] = Peers(group, device) if _can_read_each_other(group, device) else None
+        return found
 
 
 def arena_bytes() -> int:

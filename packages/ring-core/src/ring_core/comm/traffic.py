@@ -32,3 +32,8 @@ def count_sent(kind: str, peer: int, nbytes: int) -> None:
     """Called by every transport for every message it sends."""
     for traffic in _recording:
         traffic.sent[kind, peer] = traffic.sent.get((kind, peer), 0) + nbytes
+
+
+def counting() -> bool:
+    """Whether anybody records."""
+    return bool(_recording)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ring_core.backend import Flags, accumulation_dtype
+from ring_core.comm.lane import Lane
 from ring_core.ranges import Ranges, count, overlaps
 
 
@@ -66,6 +67,9 @@ class Transport(Protocol):
     """How many groups of heads it yields, one after the other."""
     side_by_side: bool
     """Whether what it yields is about different heads or rows each time, so that nothing of it waits for the others."""
+    urgent: Lane | None
+    """Where the turn URGENT is computed, if it is on the lane that brings its keys: nothing then waits for them. It
+    follows what the current stream holds when `keys` begins."""
     final_gradients: bool
     """Whether dk and dv, as the one call about these keys gives them, are the result, in the keys' dtype."""
     gathered: Tensor | None
@@ -88,6 +92,7 @@ class LocalTransport:
 
     head_groups = 1
     side_by_side = False
+    urgent: Lane | None = None
     gathered: Tensor | None = None
 
     def __init__(self, final_gradients: bool = False) -> None:

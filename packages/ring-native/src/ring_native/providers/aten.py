@@ -22,6 +22,7 @@ class Aten:
     name = "aten"
     style = Style.BOTTOM_RIGHT
     varlen = True
+    beside = False
 
     def capabilities(self, device: torch.device) -> Capabilities:
         capability = compute_capability(device)

@@ -34,6 +34,9 @@ class Provider(Protocol):
     style: Style
     varlen: bool
     """Whether it takes sequences of unequal lengths in one call."""
+    beside: bool
+    """Whether its backward writes into the dk and dv that it is given also where these lie side by side,
+    (…, keys, 2, Hkv, D)."""
 
     def capabilities(self, device: torch.device) -> Capabilities:
         """What it can do on `device`. Cheap, never raises."""

@@ -21,6 +21,7 @@ class Cpu:
     name = "cpu"
     style = Style.ANY
     varlen = False
+    beside = False
 
     def capabilities(self, device: torch.device) -> Capabilities:
         if device.type != "cpu":

@@ -22,6 +22,7 @@ class Cudnn:
     name = "cudnn"
     style = Style.SQUARES
     varlen = False
+    beside = False
 
     def capabilities(self, device: torch.device) -> Capabilities:
         capability = compute_capability(device)

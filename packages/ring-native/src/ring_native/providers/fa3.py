@@ -24,6 +24,7 @@ class FlashAttention3:
     name = "fa3"
     style = Style.BOTTOM_RIGHT
     varlen = True
+    beside = False
 
     def capabilities(self, device: torch.device) -> Capabilities:
         if compute_capability(device) != (9, 0):

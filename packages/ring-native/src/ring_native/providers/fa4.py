@@ -34,6 +34,7 @@ class FlashAttention4:
     name = "fa4"
     style = Style.BOTTOM_RIGHT
     varlen = True
+    beside = False
 
     def capabilities(self, device: torch.device) -> Capabilities:
         # Newer architectures have kernels too, with limits of their own that nobody has tested here.

@@ -32,6 +32,7 @@ class FlashAttention2:
     name = "flash-attn"
     style = Style.BOTTOM_RIGHT
     varlen = True
+    beside = True
 
     def capabilities(self, device: torch.device) -> Capabilities:
         capability = compute_capability(device)
