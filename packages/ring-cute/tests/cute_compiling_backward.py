@@ -68,7 +68,7 @@ def _products_and_waits(kind: BackwardKind) -> tuple[int, int]:
     """The fewest wgmma instructions, and the waits for them that were written."""
     depth, queries = kind.padded // 16, kind.settings.block // 16
     if not kind.wide:
-        # of a consumer's first block: scores and dP over the head dim, dk and dv over the queries; of the loop's the same
+        # of a consumer's first block: scores and dP over the head dim, dk and dv over the queries; of the loop's these
         # and dq, over the tile's keys, of the block before; then that of the last
         return 4 * depth + 4 * queries + 2 * (TILE_KEYS // 16), 10
     # scores and dP before the loop and in it; dv, dk and dq of each 64 columns in the loop and for the last block

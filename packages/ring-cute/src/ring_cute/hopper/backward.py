@@ -28,8 +28,8 @@ bytes of the load, or one of each warp that writes, "empty" one of each warp tha
 Order of a block: s and dp issued; exponentials; ds made, and stored for the other consumer; dv issued; dq of the block
 *before* issued; dk issued; that dq to shared memory. By then both consumers' ds of the block before have long been
 there: they do not wait for each other in every block, and fall into turns, one at its exponentials while the other has
-the tensor cores. P and ds are both made before dv reads P, so what is live at a time is dk, dv, s and dp, or dk, dv, dq,
-and P and ds in 16 bits: a block may have 80 queries (128 at head dim 64).
+the tensor cores. P and ds are both made before dv reads P, so what is live at a time is dk, dv, s and dp, or dk, dv,
+dq, and P and ds in 16 bits: a block may have 80 queries (128 at head dim 64).
 
 A thread has keys r and r + 8 of its warp's 16, and queries 8 j + 2 (lane % 4) + {0, 1}: element c + 2 half + 4 j of s
 and dp. P and ds have the same order as operands, which is that of wgmma's first operand. ds is also stored for dq,
