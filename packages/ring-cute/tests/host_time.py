@@ -108,7 +108,8 @@ def prepared() -> Iterator[tuple[dict[str, Callable[[], object]], Runtime]]:
         for module in (launch, backward_launch):
             patches.enter_context(patch.object(module, "current_stream", lambda device: 0))
             patches.enter_context(patch.object(module, "_processors", lambda device: 132))
-        patches.enter_context(patch.dict(launch._counters, {(-1, 0): torch.zeros(1, dtype=torch.int32)}))
+        zero = torch.zeros(1, dtype=torch.int32)
+        patches.enter_context(patch.dict(launch._counters, {(-1, 0): (zero.data_ptr(), zero)}))
         for known in (backward_launch._prepared, backward_launch._finished):
             patches.enter_context(patch.dict(known, clear=True))
         with patch.object(library, "load", noted):

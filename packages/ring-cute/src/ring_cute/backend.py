@@ -72,9 +72,21 @@ class CuteBackend:
     ) -> None:
         _check(q, HEAD_DIMS, params)
         q, scale = _positive(q, params.scale)
-        others: dict[str, Any] = {"sinks": params.sinks, "softcap": params.softcap, "slopes": params.alibi_slopes}
         with _on(q):
-            _forward()(q, k, v, out, lse, state, table, scale=scale, flags=flags, **others)
+            _forward()(
+                q,
+                k,
+                v,
+                out,
+                lse,
+                state,
+                table,
+                scale=scale,
+                sinks=params.sinks,
+                softcap=params.softcap,
+                slopes=params.alibi_slopes,
+                flags=flags,
+            )
 
     def prepare(
         self,

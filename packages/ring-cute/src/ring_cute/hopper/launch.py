@@ -265,12 +265,13 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_counters: dict[tuple[int, int], Tensor] = {}
+_counters: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
 
 def _counter(device: int, stream: int) -> int:
     """The address of a zero that kernels of one stream of a GPU share (each leaves it zero)."""
     found = _counters.get((device, stream))
     if found is None:
-        found = _counters[device, stream] = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
-    return found.data_ptr()
+        zero = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
+        found = _counters[device, stream] = zero.data_ptr(), zero
+    return found[0]
