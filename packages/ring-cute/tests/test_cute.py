@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -24,12 +25,15 @@ from ring_core.backend import (
     UnsupportedError,
     check_supported,
     choose_backend,
+    on_device,
     register_backend,
 )
 from ring_core.functions import AttentionFunctions
 from ring_core.segment import FIRST, LAST
+from ring_core.testing.direct import causal_table
 from ring_cute import CuteBackend, backend, library
 from ring_cute.compile import backwards, shipped
+from ring_cute.hopper import launch
 from ring_cute.hopper.backward_settings import BACKWARD, BackwardKind, backward_settings_for
 from ring_cute.settings import FORWARD, SHARED_BYTES, kind_for, settings_for
 
@@ -118,7 +122,9 @@ def test_it_is_found_by_its_entry_point() -> None:
 
 def test_a_call_on_a_cpu_says_who_can() -> None:
     q = torch.randn(1, 4, 1, 64, dtype=torch.bfloat16)
-    with pytest.raises(UnsupportedError, match=r"backend 'cute' cannot do this call: .*9\.0.*not on cpu.*: reference"):
+    with pytest.raises(
+        UnsupportedError, match=r"backend 'cute' cannot do this call: .*9\.0.*not on cpu.*: .*reference"
+    ):
         ring_cute.cute_ring_flash_attn_func(q, q, q)
     with pytest.raises(UnsupportedError, match=r"backend 'cute' cannot"):
         ring_cute.cute_ring_flash_attn_varlen_func(q[0], q[0], q[0], torch.tensor([0, 4]), 4)
@@ -212,6 +218,25 @@ def test_backward_settings_fit(head_dim: int, softcap: bool, alibi: bool) -> Non
     kinds = [kind for kind in backwards(head_dim, "bfloat16") if isinstance(kind, BackwardKind)]
     assert {kind.gradients for kind in kinds} == {"final", "added", "shared"}
     assert all(kind.shared_bytes <= SHARED_BYTES for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    "rows, keys, causal, heads, pairs",
+    [
+        (16384, 16384, True, 16, True),
+        (8192, 8192, False, 16, True),
+        (8192, 8192, True, 16, False),  # a query sees 4096 keys
+        (512, 32768, False, 16, False),  # not enough tiles for all processors
+        (128, 32768, False, 512, False),  # half of a pair would have nothing to do
+    ],
+)
+def test_long_sequences_take_pairs_of_ctas(
+    rows: int, keys: int, causal: bool, heads: int, pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_processors", lambda device: 132)
+    table = on_device(causal_table(rows, keys, causal=causal), CPU)
+    q, alone = torch.empty(1, rows, heads, 128, device="meta"), settings_for(128)
+    assert launch._in_pairs(alone, q, table, keys) == (replace(alone, cluster=2) if pairs else alone)
 
 
 def test_kinds_have_files_of_their_own() -> None:

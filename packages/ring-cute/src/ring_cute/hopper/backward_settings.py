@@ -33,13 +33,14 @@ BACKWARD: dict[int, BackwardSettings] = {
     # warpgroups; K, V, ds twice, dq in fp32 and the stages in 227 KiB
     64: BackwardSettings(
         block=128,
-        reason="TFLOP/s causal, full at 4096, then at 16384: 465, 493, 509, 507; blocks of 64 ahead 426, 451, "
-        "453, 453, of 96 not ahead 458, 475, 503, 483, rolling 431, 468, 477, 475; stages 4+3 466, 498, 517, 491",
+        reason="TFLOP/s causal, full at 4096, then at 16384: 497, 508, 552, 522; three stages of Q 494, 511, 534, 534; "
+        "blocks of 96 465, 480, 507, 500, with three stages 468, 488, 507, 507",
     ),
     128: BackwardSettings(
         block=80,
-        reason="TFLOP/s causal, full at 4096, then at 16384: 581, 610, 635, 630, with 32/8 632, 637; not ahead "
-        "534, 616, 639, 636, 584, 594; two stages of Q 578, 589, 634, 619, 631, 619, four 575, 597, 629, 616, 603, 567",
+        reason="TFLOP/s causal, full at 4096, then at 16384, with 32/8 heads: 607, 585, 605, 613, 590, 613; of 64 "
+        "541, 569, 586, 583, 564, 570, with three stages of Q 542, 569, 594, 595, 588, 597, of both 542, 579, 589, "
+        "590, 565, 561",
     ),
     # `wide_consumer`: dv or dk (64 x D), scores or dP (64 x block) and 64 columns of dq live in the registers of one
     # warpgroup each; K, V, the stages, ds twice, P in fp32 and buffers of dq in 227 KiB
@@ -53,18 +54,19 @@ BACKWARD: dict[int, BackwardSettings] = {
         "dO is free again before Q, whose second stage lets scores run ahead",
     ),
 }
-"""By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-22: the main kernel alone
-(`gpu_probe_backward.py variants`)."""
+"""By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-28 (wide ones 2026-11-22): the main
+kernel alone (`gpu_probe_backward.py variants`)."""
 
 _CAPPED = BackwardSettings(block=96, q_stages=3, reason="not measured yet; of 128 queries spills")
 SHAPED: dict[tuple[int, bool, bool], BackwardSettings] = {
     (64, True, False): _CAPPED,
     (64, True, True): _CAPPED,
-    (128, True, False): BackwardSettings(block=48, q_stages=3, reason="not measured yet; of 64 queries spills"),
-    (128, False, True): BackwardSettings(q_stages=3, reason="not measured yet"),
-    (128, True, True): BackwardSettings(q_stages=3, reason="not measured yet; of 80 queries spills"),
+    (128, True, False): BackwardSettings(block=48, q_stages=3, reason="483 / 490 TFLOP/s; of 64 queries spills"),
+    (128, False, True): BackwardSettings(q_stages=3, reason="597 / 626, plain 568 / 586; others not measured"),
+    (128, True, True): BackwardSettings(q_stages=3, reason="539 / 557; of 80 queries spills"),
 }
-"""By padded head dim, softcap, ALiBi: where shaped scores take others."""
+"""By padded head dim, softcap, ALiBi: where shaped scores take others. Measured causal / full, 16384 tokens, 32/8 heads
+(`gpu_probe.py shaped`, the whole backward), 2026-11-28."""
 
 
 def backward_head_dim(head_dim: int) -> int:
