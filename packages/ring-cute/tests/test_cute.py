@@ -225,7 +225,9 @@ def test_backward_settings_fit(head_dim: int, softcap: bool, alibi: bool) -> Non
     [
         (16384, 16384, True, 16, True),
         (8192, 8192, False, 16, True),
-        (8192, 8192, True, 16, False),  # a query sees 4096 keys
+        (4096, 4096, False, 32, True),
+        (2048, 2048, False, 64, False),
+        (8192, 8192, True, 16, False),  # the longer halves of pairs come to 1.5 % more
         (512, 32768, False, 16, False),  # not enough tiles for all processors
         (128, 32768, False, 512, False),  # half of a pair would have nothing to do
     ],

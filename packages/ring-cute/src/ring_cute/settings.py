@@ -83,12 +83,15 @@ FORWARD: dict[int, Settings] = {
 """By head dim, rounded up to the next key. Measured on an H200 that its power limits, DSL 4.8.1, 2026-11-22
 (`gpu_probe.py variants`)."""
 
-PAIRED_KEYS = 8192
-"""Keys that a query sees, on average, from which on two CTAs share them (`cluster=2`): half as many bytes of L2 a
-product, but tiles twice as long, the two of which wait for each other. TFLOP/s in pairs and alone, at 4096, 8192 and
-16384 tokens: 565 / 588, 610 / 623, 656 / 630 causal and 619 / 621, 645 / 621, 663 / 633 full (128); 430 / 430, 467 /
-471, 509 / 487 and 488 / 464, 503 / 485, 539 / 496 (64); 562 / 586, 634 / 635, 695 / 657 and 646 / 645, 699 / 690, 723 /
-692 (192). On an H200, 2026-11-28 (`gpu_probe.py clusters`)."""
+PAIRED: dict[int, float] = {8192: 1.1, 4096: 1.01}
+"""Two CTAs share keys (`cluster=2`), half as many bytes of L2 a product, where a query sees so many on average, and the
+longer halves of pairs come to at most that much work: under a causal mask pairs have 1.03 times the work at 4096
+tokens, 1.015 at 8192, 1.008 at 16384. TFLOP/s in pairs and alone, at 2048, 4096, 8192 and 16384 tokens:
+128: causal 543 / 576, 565 / 588, 610 / 623, 656 / 630, full 578 / 590, 619 / 621, 645 / 621, 663 / 633; with 32/8 heads
+     496 / 554, 577 / 598, 633 / 617, 659 / 635, full 576 / 577, 619 / 592, 640 / 621, 659 / 635
+64:  causal 332 / 394, 430 / 430, 467 / 471, 509 / 487, full 425 / 461, 488 / 464, 503 / 485, 539 / 496
+192: causal 466 / 535, 562 / 586, 634 / 635, 695 / 657, full 574 / 618, 646 / 645, 699 / 690, 723 / 692
+On an H200, 2026-11-28 (`gpu_probe.py clusters`)."""
 
 _TWO = Settings(reason="not measured yet; three consumers of 160 registers spill, two have the room")
 SHAPED: dict[tuple[int, bool, bool], Settings] = {

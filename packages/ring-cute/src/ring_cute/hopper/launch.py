@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ring_core.backend import DeviceTable, Flags
 from ring_core.segment import COLUMNS, FIRST, LAST
-from ring_core.tiles import make_schedule, with_first_walk
+from ring_core.tiles import ITEM, make_schedule, with_first_walk
 from ring_cute import library
 from ring_cute.launches import Given, Launches, current_stream
-from ring_cute.settings import PAIRED_KEYS, Settings, kind_for, settings_for
+from ring_cute.settings import PAIRED, Settings, kind_for, settings_for
 
 L2_BYTES = 32 << 20
 """Keys and values that concurrent tiles should share in L2 (50 MB on an H100 or H200, also used by everything else)."""
@@ -38,6 +38,7 @@ class Prepared:
     walk: Tensor  # (M, 12) int32
     repeats: int  # batch entries that all items are about
     whole: bool  # every strip begins and ends in this table
+    blocks: int  # of all items
 
 
 def takes_tma(x: Tensor) -> bool:
@@ -204,17 +205,18 @@ def _launch_anew(
 
 
 def _in_pairs(chosen: Settings, q: Tensor, table: DeviceTable, piece_length: int) -> Settings:
-    """The settings with two CTAs a tile, which share its keys, where that pays: tiles are long, and there are many."""
+    """The settings with two CTAs a tile, which share its keys, where that pays: tiles are long and many, and few pairs
+    of rows have less to do than the longer of them."""
     host, paired = table.host, replace(chosen, cluster=2)
     rows = int(host.rows[host.groups[:-1], COLUMNS.index("q_len")].sum(dtype=np.int64))
-    if host.pairs < PAIRED_KEYS * rows:
+    most = next((work for keys, work in PAIRED.items() if host.pairs >= keys * rows), 0.0)
+    if not most:
         return chosen
-    tiles = []
-    for settings in (chosen, paired):
-        prepared = prepare(table, q.shape[0], piece_length, settings.block, settings.tile_rows)
-        tiles.append(prepared.count * prepared.repeats * q.shape[2] * settings.cluster)
-    alone, together = tiles
-    return paired if 4 * _processors(q.device) <= together <= 1.1 * alone else chosen
+    alone, together = (
+        prepare(table, q.shape[0], piece_length, settings.block, settings.tile_rows) for settings in (chosen, paired)
+    )
+    many = 2 * together.count * together.repeats * q.shape[2] >= 4 * _processors(q.device)
+    return paired if many and 2 * together.blocks <= most * alone.blocks else chosen
 
 
 def dense_slopes(slopes: Tensor) -> Tensor:
@@ -255,6 +257,7 @@ def prepare(table: DeviceTable, batch: int, piece_length: int, block: int, tile_
             torch.from_numpy(walk).to(table.device),
             repeats,
             all(strip[0].flags & FIRST and strip[-1].flags & LAST for strip in table.host.grouped),
+            int(items[:, ITEM.index("blocks")].sum(dtype=np.int64)),
         )
     prepared: Prepared = known
     return prepared
