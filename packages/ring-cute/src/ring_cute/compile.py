@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
@@ -29,18 +28,14 @@ MOST_JOBS = 8
 
 
 def forwards(head_dim: int, dtype: str) -> Iterator[ForwardKind]:
-    """What calls on contiguous tensors ask for: all of a call at once, a ring's steps, keys that are still arriving,
-    and the first two with sinks; each also for long sequences."""
+    """What calls on contiguous tensors ask for: all of a call at once, keys that are still arriving, sinks, for long
+    sequences too; a ring's steps, and those with sinks."""
     alone = settings_for(head_dim)
-    asked = (
-        (False, False, False),
-        (True, False, False),
-        (False, False, True),
-        (False, True, False),
-        (True, True, False),
-    )
-    for settings, (state, sinks, flags) in product((alone, replace(alone, cluster=2)), asked):
-        yield kind_for(dtype, head_dim, settings, state=state, sinks=sinks, flags=flags)
+    for settings in (alone, replace(alone, cluster=2)):
+        for sinks, flags in ((False, False), (False, True), (True, False)):
+            yield kind_for(dtype, head_dim, settings, sinks=sinks, flags=flags)
+    for sinks in (False, True):
+        yield kind_for(dtype, head_dim, state=True, sinks=sinks)
 
 
 def backwards(head_dim: int, dtype: str) -> Iterator[BackwardKind | EndsKind]:

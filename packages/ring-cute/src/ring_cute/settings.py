@@ -85,8 +85,9 @@ FORWARD: dict[int, Settings] = {
 
 PAIRED: dict[int, float] = {8192: 1.1, 4096: 1.01}
 """Two CTAs share keys (`cluster=2`), half as many bytes of L2 a product, where a query sees so many on average, and the
-longer halves of pairs come to at most that much work: under a causal mask pairs have 1.03 times the work at 4096
-tokens, 1.015 at 8192, 1.008 at 16384. TFLOP/s in pairs and alone, at 2048, 4096, 8192 and 16384 tokens:
+longer halves of pairs come to at most that much work; and no state is carried on, for whose way in and out both wait
+(four steps of 8192 keys made 618 TFLOP/s where one call made 714). Under a causal mask pairs have 1.03 times the work
+at 4096 tokens, 1.015 at 8192, 1.008 at 16384. TFLOP/s in pairs and alone, at 2048, 4096, 8192 and 16384 tokens:
 128: causal 543 / 576, 565 / 588, 610 / 623, 656 / 630, full 578 / 590, 619 / 621, 645 / 621, 663 / 633; with 32/8 heads
      496 / 554, 577 / 598, 633 / 617, 659 / 635, full 576 / 577, 619 / 592, 640 / 621, 659 / 635
 64:  causal 332 / 394, 430 / 430, 467 / 471, 509 / 487, full 425 / 461, 488 / 464, 503 / 485, 539 / 496

@@ -145,9 +145,11 @@ def _launch_anew(
     batch, q_len, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[3]
     chosen = settings or settings_for(head_dim, softcap=bool(softcap), alibi=slopes is not None)
-    if settings is None and not softcap and slopes is None:
-        chosen = _in_pairs(chosen, q, table, k.shape[2])
     prepared = prepare(table, batch, k.shape[2], chosen.block, chosen.tile_rows)
+    continued = state is not None and not prepared.whole
+    if settings is None and not (continued or softcap or slopes is not None):
+        chosen = _in_pairs(chosen, q, table, k.shape[2])
+        prepared = prepare(table, batch, k.shape[2], chosen.block, chosen.tile_rows)
     if not prepared.whole and state is None:
         raise ValueError("strips begin or end outside this table, but there is no state")
     if state is not None and (state.stride(-1) != 1 or state.data_ptr() % 8 or any(s % 2 for s in state.stride()[:-1])):
@@ -159,7 +161,6 @@ def _launch_anew(
     keys = max(1, k.shape[0] * k.shape[2])
     group = num_heads // num_kv_heads
     section = min(head_batches, group * max(1, L2_BYTES // (keys * head_dim * 2 * k.element_size())))
-    continued = state is not None and not prepared.whole
     kind = kind_for(
         DTYPES[q.dtype],
         head_dim,
