@@ -165,7 +165,7 @@ def problems(compiled: Compiled, kind: ForwardKind) -> list[str]:
     """What is wrong with a compiled kernel."""
     block = kind.settings.block
     # scores before, in and between the two loops; sums in them and at the end
-    products = 3 * (kind.padded // 16) + 3 * (block // 16)
+    products = 3 * -(-kind.head_dim // 16) + 3 * (block // 16)
     # boxes are 64 columns wide: queries for each consumer, keys and values
     loads = (kind.settings.consumers + 1 + 1) * (kind.padded // 64)
     wrong = {

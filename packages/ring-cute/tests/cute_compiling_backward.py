@@ -66,7 +66,7 @@ def problems(compiled: Compiled, kind: Any) -> list[str]:
 
 def _products_and_waits(kind: BackwardKind) -> tuple[int, int]:
     """The fewest wgmma instructions, and the waits for them that were written."""
-    depth, queries = kind.padded // 16, kind.settings.block // 16
+    depth, queries = -(-kind.head_dim // 16), kind.settings.block // 16
     if not kind.wide:
         # of a consumer's first block: scores and dP over the head dim, dk and dv over the queries; of the loop's these
         # and dq, over the tile's keys, of the block before; then that of the last

@@ -51,9 +51,9 @@ CASES = [
     BackwardCase(
         "final, keys that nobody names", [causal_keys(64, 128)], 64, heads=(1, 1), piece_length=140, final=True
     ),
-    BackwardCase("plain", [CAUSAL], 200, settings=BackwardSettings()),
-    BackwardCase("plain, D 64, wide", [CAUSAL], 200, dim=64, settings=BackwardSettings(block=96)),
-    BackwardCase("rolling, D 64", [CAUSAL], 200, dim=64, settings=BackwardSettings(block=96, q_stages=3, rolling=True)),
+    BackwardCase("blocks of 64", [CAUSAL], 200, settings=BackwardSettings()),
+    BackwardCase("D 64, blocks of 96", [CAUSAL], 200, dim=64, settings=BackwardSettings(block=96)),
+    BackwardCase("three stages, D 64", [CAUSAL], 200, dim=64, settings=BackwardSettings(block=96, q_stages=3)),
     replace(key_steps(64, batch=1, heads=(1, 1)), name="four steps", departures=True),
     replace(key_batches(64), name="own batch entries"),
     random_keys(1, 64),
@@ -73,7 +73,7 @@ CASES = [
     random_keys(0, 256),
     BackwardCase("softcap, GQA", [CAUSAL], 200, softcap=0.7),
     BackwardCase("softcap, D 40", [causal_keys(130, 200, causal=True, offset=70)], 130, dim=40, dlse=True, softcap=2.0),
-    BackwardCase("softcap, ahead", [CAUSAL], 200, dim=64, heads=(4, 1), softcap=1.0, dtype=torch.float16),
+    BackwardCase("softcap, fp16", [CAUSAL], 200, dim=64, heads=(4, 1), softcap=1.0, dtype=torch.float16),
     BackwardCase("softcap, window, final", [WINDOW], 200, heads=(1, 1), softcap=3.0, final=True),
     replace(key_steps(64, batch=1, heads=(1, 1), softcap=1.0), name="softcap, four steps"),
     replace(random_keys(3, 64, softcap=0.5), name="softcap, random"),

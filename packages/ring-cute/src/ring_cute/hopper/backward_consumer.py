@@ -198,9 +198,9 @@ class BackwardConsumer:
         buffer = blocks & 1
         s, dp = self.block_scores(parts.scores), self.block_scores(parts.scores)
         ptx.wait(shared.q_full + q_stage, q_phase)
-        multiply(parts.scores, parts.keys, parts.queries[None, None, None, q_stage], s, False)
+        multiply(parts.scores, parts.keys, parts.queries[None, None, None, q_stage], s, False, self.head_dim)
         ptx.wait(shared.do_full + do_stage, do_phase)
-        multiply(parts.scores, parts.values, parts.douts[None, None, None, do_stage], dp, False)
+        multiply(parts.scores, parts.values, parts.douts[None, None, None, do_stage], dp, False, self.head_dim)
         if cutlass.const_expr(not self.kind.softcap):  # there registers are short
             lse = self.of_queries(shared.lse, q_stage, column)  # on its way while scores are
         warpgroup.wait_group(1)

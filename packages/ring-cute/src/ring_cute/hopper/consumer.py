@@ -181,7 +181,7 @@ class Consumer:
                 ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
                 if cutlass.const_expr(self.settings.ping_pong):
                     self.my_turn(cid)
-                multiply(scores, of.query, keys[None, None, None, stage], s, False)
+                multiply(scores, of.query, keys[None, None, None, stage], s, False, self.head_dim)
                 if cutlass.const_expr(self.settings.ping_pong):
                     self.your_turn(cid)
                 warpgroup.wait_group(0)
@@ -251,7 +251,7 @@ class Consumer:
         ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
         if cutlass.const_expr(self.settings.ping_pong):
             self.my_turn(cid)
-        multiply(of.scores, of.query, of.keys[None, None, None, stage], of.s, False)
+        multiply(of.scores, of.query, of.keys[None, None, None, stage], of.s, False, self.head_dim)
         ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
         multiply(of.sums, of.p, of.values[None, None, None, before], kept.o, True)
         if cutlass.const_expr(self.settings.ping_pong):

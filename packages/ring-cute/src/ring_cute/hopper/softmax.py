@@ -10,11 +10,12 @@ from ring_cute.hopper import ptx
 
 
 @cute.jit
-def multiply(product, a, b, c, add: cutlass.Constexpr):
-    """c = a b, or c += a b: issued, one group."""
+def multiply(product, a, b, c, add: cutlass.Constexpr, depth: cutlass.Constexpr = None):
+    """c = a b, or c += a b: issued, one group. depth: of the numbers that are multiplied and summed only so many; the
+    others are zeros, where tiles are made for a larger head dim."""
     atom = cute.make_mma_atom(product.op)  # an own one: what is set on an argument would escape from loops
     warpgroup.fence()
-    for part in cutlass.range_constexpr(cute.size(b, mode=[2])):
+    for part in cutlass.range_constexpr(cute.size(b, mode=[2]) if depth is None else -(-depth // 16)):
         atom.set(warpgroup.Field.ACCUMULATE, add or part > 0)
         cute.gemm(atom, c, a[None, None, part], b[None, None, part], c)
     warpgroup.commit_group()

@@ -208,7 +208,7 @@ class WideConsumer(BackwardConsumer):
         ptx.wait(shared.k_full, tiles & 1)
         ptx.wait(shared.q_full + q_stage, q_phase)
         s, p16 = self.block_scores(parts.scores), self.operand(parts.sums)
-        multiply(parts.scores, parts.first, parts.second[None, None, None, q_stage], s, False)
+        multiply(parts.scores, parts.first, parts.second[None, None, None, q_stage], s, False, self.head_dim)
         warpgroup.wait_group(0)
         self.make_p(shared, s, p16, thread, q_stage, blocks, scale, terms, count)
         for _ in cutlass.range(number - 1, unroll=1):
@@ -228,7 +228,7 @@ class WideConsumer(BackwardConsumer):
         s = self.block_scores(parts.scores)
         if cutlass.const_expr(not last):
             ptx.wait(shared.q_full + next_q, next_q_phase)
-            multiply(parts.scores, parts.first, parts.second[None, None, None, next_q], s, False)
+            multiply(parts.scores, parts.first, parts.second[None, None, None, next_q], s, False, self.head_dim)
         warpgroup.wait_group(0 if cutlass.const_expr(last) else 1)
         ptx.arrive(shared.do_empty + do_stage, leader)
         ptx.wait(shared.ds_full + (blocks & 1), (blocks >> 1) & 1)
@@ -273,7 +273,7 @@ class WideConsumer(BackwardConsumer):
         ptx.wait(shared.v_full, tiles & 1)
         ptx.wait(shared.do_full + do_stage, do_phase)
         dp = self.block_scores(parts.scores)
-        multiply(parts.scores, parts.first, parts.second[None, None, None, do_stage], dp, False)
+        multiply(parts.scores, parts.first, parts.second[None, None, None, do_stage], dp, False, self.head_dim)
         ptx.wait(shared.k_full, tiles & 1)  # for dq
         warpgroup.wait_group(0)
         for _ in cutlass.range(number - 1, unroll=1):
@@ -315,7 +315,9 @@ class WideConsumer(BackwardConsumer):
             ahead = n == len(shares) - 1 and not last
             if cutlass.const_expr(ahead):
                 ptx.wait(shared.do_full + next_do, next_do_phase)
-                multiply(parts.scores, parts.first, parts.second[None, None, None, next_do], next_dp, False)
+                multiply(
+                    parts.scores, parts.first, parts.second[None, None, None, next_do], next_dp, False, self.head_dim
+                )
             warpgroup.wait_group(1 if cutlass.const_expr(ahead) else 0)
             if cutlass.const_expr(n == 0):
                 ptx.arrive(shared.q_empty + q_stage, leader)
