@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from itertools import pairwise
 from typing import Any
 
@@ -205,6 +207,17 @@ def test_llama3_prepares_what_ring_flash_attn_prepares(cu: list[int], causal: bo
             assert all(isinstance(x, Tensor) and x.dtype == torch.int32 for x in ends)
             assert (max_q, max_k, local) == expected[2:]
             assert isinstance(max_q, int)
+
+
+def test_a_plan_goes_when_its_user_lets_it_go() -> None:
+    """What calls remember must not hold a plan: it holds its group, and that the memory which its ranks share."""
+    plan = plan_packed(CU, causal=True, rank=0, world_size=1)
+    q, k, v = whole(0)
+    ring_attention_packed(q.requires_grad_(), k, v, plan, backend="reference").sum().backward()
+    gone = weakref.ref(plan)
+    del plan
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_contradicts_itself_is_refused() -> None:

@@ -21,7 +21,7 @@ from ring_core.interface import (
     seed_of,
 )
 from ring_core.packed import CuSeqlens, PackedPlan, plan_packed
-from ring_core.plan import PackedLayoutName
+from ring_core.plan import PackedLayoutName, PackedProblem
 
 TOKENS = "(tokens, heads, head_dim)"
 
@@ -210,7 +210,7 @@ def attend_packed(
     eager = autograd.plain(q)
     call = (_call if eager else _make_call)(
         *forms,
-        plan if eager else None,
+        plan.problem if eager else None,
         plan.layout,
         plan.window_size,
         None if softmax_scale is None else float(softmax_scale),
@@ -232,7 +232,7 @@ def _make_call(
     q: Form,
     k: Form,
     v: Form,
-    plan: PackedPlan | None,
+    problem: PackedProblem | None,
     layout: str,
     window_size: tuple[int, int],
     softmax_scale: float | None,
@@ -246,7 +246,8 @@ def _make_call(
     heads_at_once: int,
     gradients: bool,
 ) -> autograd.Call:
-    """Checks the tensors' forms; plan: None where its problem gets into the call by a tensor."""
+    """Checks the tensors' forms; problem: None where it gets into the call by a tensor. Not the plan, which knows its
+    group: what is remembered here must not keep that, nor the memory that its ranks share."""
     check_tensors(q, k, v, TOKENS)
     left, right = window_size
     return autograd.Call(
@@ -264,7 +265,7 @@ def _make_call(
         schedule=schedule,
         backend="" if backend is None else backend,
         group_name=group_name,
-        packed=None if plan is None else plan.problem,
+        packed=problem,
         gradients=gradients,
     )
 

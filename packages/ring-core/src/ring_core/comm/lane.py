@@ -97,9 +97,8 @@ class Turns:
 
     def now(self) -> torch.Event | None:
         """A mark behind everything the current turn holds now."""
-        for stream in self._streams.values():
-            return mark_on(stream.device_index)
-        return None
+        stream = next(iter(self._streams.values()), None)
+        return None if stream is None else mark_on(stream.device_index)
 
     def join(self) -> None:
         """The current stream goes on when all are done."""
