@@ -150,7 +150,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_kernel_has_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is compiled into it, the sources, the DSL and the architecture are part of its name; a reason is not."""
     paths = {library.path_of(KIND)}
-    others = {"dtype": "float16", "head_dim": 128, "state": True, "sinks": True, "flags": True, "out_tma": False}
+    others = {"dtype": "float16", "head_dim": 128, "state": True, "sinks": True, "flags": True, "softcap": True}
     paths |= {library.path_of(replace(KIND, **{name: value})) for name, value in others.items()}
     settings = [field for field in fields(KIND.settings) if field.compare and field.type in ("int", "bool")]
     for field in settings:

@@ -3,7 +3,6 @@ takes."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any, TypeVar
@@ -21,15 +20,13 @@ from ring_core.backend import (
     UnsupportedError,
 )
 from ring_cute import library
-from ring_cute.hopper.backward_settings import BACKWARD
 from ring_cute.launches import current_device
 from ring_cute.settings import FORWARD
 
 HOPPER = (9, 0)
 DTYPES = frozenset({torch.float16, torch.bfloat16})
 HEAD_DIMS = HeadDims(smallest=8, largest=max(FORWARD), multiple=8)
-BACKWARD_HEAD_DIMS = HeadDims(smallest=8, largest=max(BACKWARD), multiple=8)
-"""What there are backward kernels for: calls of other head dims that need gradients are refused."""
+_TAKEN = frozenset(range(HEAD_DIMS.smallest, HEAD_DIMS.largest + 1, HEAD_DIMS.multiple))
 LACKS = frozenset({"dropout"})
 """Features that its kernels do not have."""
 
@@ -46,7 +43,6 @@ class CuteBackend:
             available=True,
             dtypes=DTYPES,
             head_dims=HEAD_DIMS,
-            gradient_head_dims=BACKWARD_HEAD_DIMS,
             features=frozenset(FEATURES) - LACKS,
             accumulate=True,
             final_gradients=True,
@@ -70,23 +66,28 @@ class CuteBackend:
         params: Params,
         flags: Flags | None = None,
     ) -> None:
-        _check(q, HEAD_DIMS, params)
-        q, scale = _positive(q, params.scale)
-        with _on(q):
-            _forward()(
-                q,
-                k,
-                v,
-                out,
-                lse,
-                state,
-                table,
-                scale=scale,
-                sinks=params.sinks,
-                softcap=params.softcap,
-                slopes=params.alibi_slopes,
-                flags=flags,
-            )
+        if _elsewhere(q):
+            with torch.cuda.device(q.device):
+                return self.forward(q, k, v, out, lse, state, table, params=params, flags=flags)
+        _check(q, params)
+        scale = params.scale
+        if scale <= 0:
+            q, scale = _positive(q, scale)
+        _forward()(
+            q,
+            k,
+            v,
+            out,
+            lse,
+            state,
+            table,
+            scale=scale,
+            sinks=params.sinks,
+            softcap=params.softcap,
+            slopes=params.alibi_slopes,
+            flags=flags,
+        )
+        return None
 
     def prepare(
         self,
@@ -99,9 +100,11 @@ class CuteBackend:
         *,
         params: Params,
     ) -> Any:
-        _check(q, BACKWARD_HEAD_DIMS, params)
-        with _on(q):
-            return _backward().prepare(q, out, dout, lse, dlse)
+        if _elsewhere(q):
+            with torch.cuda.device(q.device):
+                return self.prepare(q, k_shape, out, dout, lse, dlse, params=params)
+        _check(q, params)
+        return _backward().prepare(q, out, dout, lse, dlse)
 
     def backward(
         self,
@@ -118,20 +121,27 @@ class CuteBackend:
         flags: Flags | None = None,
         departures: Tensor | None = None,
     ) -> None:
+        if _elsewhere(q):
+            with torch.cuda.device(q.device):
+                self.backward(
+                    state, q, k, v, dout, dk, dv, table, params=params, flags=flags, departures=departures
+                )
+            return
         if params.scale <= 0:
             q, scale = _positive(q, params.scale)
             params = replace(params, scale=scale)
-        with _on(q):
-            _backward().backward(state, q, k, v, dout, dk, dv, table, params=params, flags=flags, departures=departures)
+        _backward().backward(state, q, k, v, dout, dk, dv, table, params=params, flags=flags, departures=departures)
 
     def finish(self, state: Any, *, params: Params) -> tuple[Tensor, Tensor | None]:
+        if _elsewhere(state.memory):
+            with torch.cuda.device(state.memory.device):
+                return self.finish(state, params=params)
+        if params.scale > 0:
+            return _backward().finish(state, params=params)
         _, scale = _positive(None, params.scale)
-        with _on(state.memory):
-            given = params if scale == params.scale else replace(params, scale=scale)
-            dq, dsinks = _backward().finish(state, params=given)
-            if params.scale <= 0:  # the gradient of what `_positive` made of q
-                dq = -dq if params.scale < 0 else torch.zeros_like(dq)
-            return dq, dsinks
+        dq, dsinks = _backward().finish(state, params=replace(params, scale=scale))
+        # the gradient of what `_positive` made of q
+        return -dq if params.scale < 0 else torch.zeros_like(dq), dsinks
 
 
 @cache
@@ -149,13 +159,10 @@ def _backward() -> Any:
     return backward_launch
 
 
-_HERE = nullcontext()
-
-
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one, where it is not: launches are on its current stream."""
+def _elsewhere(x: Tensor) -> bool:
+    """Whether the tensor's GPU is not the current one, on whose stream launches are."""
     index = x.get_device()
-    return _HERE if index < 0 or index == current_device() else torch.cuda.device(index)
+    return index >= 0 and index != current_device()
 
 
 Queries = TypeVar("Queries", Tensor, None)
@@ -170,18 +177,13 @@ def _positive(q: Queries, scale: float) -> tuple[Queries, float]:
     return (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
 
 
-def _check(q: Tensor, head_dims: HeadDims, params: Params) -> None:
+def _check(q: Tensor, params: Params) -> None:
     """Raises UnsupportedError unless there is a kernel for such tensors and scores, if nobody has asked before."""
-    if reason := _refuses(q.shape[-1], head_dims, params):
-        raise UnsupportedError(f"backend 'cute' cannot do this call: {reason}; backend 'triton' can")
-
-
-def _refuses(head_dim: int, head_dims: HeadDims, params: Params) -> str:
-    if head_dim not in head_dims:
-        return f"the head dim is {head_dim}, it takes {head_dims}{'' if head_dims == HEAD_DIMS else ' with gradients'}"
-    if params.dropout is not None:
-        return "it knows no dropout"
-    return ""
+    head_dim = q.size(-1)
+    if head_dim in _TAKEN and params.dropout is None:
+        return
+    reason = "it knows no dropout" if head_dim in _TAKEN else f"the head dim is {head_dim}, it takes {HEAD_DIMS}"
+    raise UnsupportedError(f"backend 'cute' cannot do this call: {reason}; backend 'triton' can")
 
 
 def _missing(device: torch.device) -> str:

@@ -129,8 +129,6 @@ class ForwardKind:
     """Strips may begin or end in another table: (state, lse) are read and written."""
     sinks: bool
     flags: bool
-    out_tma: bool
-    """Output of whole tiles leaves by TMA, through the queries' buffer."""
     settings: Settings
     state_tma: bool = False
     """A tile's state arrives while it is computed, and leaves while the next one is, by TMA and through shared memory
@@ -146,6 +144,11 @@ class ForwardKind:
     @property
     def padded(self) -> int:
         return padded_head_dim(self.head_dim)
+
+    @property
+    def out_tma(self) -> bool:
+        """Output of whole tiles leaves by TMA, through the state's buffer or the queries'."""
+        return self.state_tma or self.queries > 1
 
     @property
     def queries(self) -> int:
@@ -181,15 +184,13 @@ def kind_for(
     state: bool = False,
     sinks: bool = False,
     flags: bool = False,
-    out_tma: bool = True,
     state_tma: bool = True,
     softcap: bool = False,
     alibi: bool = False,
 ) -> ForwardKind:
-    """The kernel for a call; out_tma and state_tma say whether TMA can address these tensors at all."""
+    """The kernel for a call; state_tma: whether TMA can address its state at all."""
     chosen = settings or settings_for(head_dim, softcap=softcap, alibi=alibi)
     ahead = state and state_tma and state_fits(head_dim, chosen)
     if ahead and query_buffers(head_dim, chosen, True) == 1:  # free for the next tile's as soon as they are read
         chosen = replace(chosen, query_registers=True)
-    staged = ahead or query_buffers(head_dim, chosen) > 1
-    return ForwardKind(dtype, head_dim, state, sinks, flags, out_tma and staged, chosen, ahead, softcap, alibi)
+    return ForwardKind(dtype, head_dim, state, sinks, flags, chosen, ahead, softcap, alibi)

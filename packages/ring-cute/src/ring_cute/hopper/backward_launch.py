@@ -37,7 +37,7 @@ from ring_cute.hopper.launch import (
     score_scale,
     terms_of,
 )
-from ring_cute.launches import Given, Launches, current_stream
+from ring_cute.launches import Given, Launches, current_stream, function_of
 
 ROWS = 0x7FFF0000
 """Rows of dq that 32-bit coordinates reach."""
@@ -51,8 +51,7 @@ class BackwardState:
     memory: Tensor  # (2 * pitch + rows * D,) fp32
     pitch: int  # numbers from delta to lse and from lse to the sums, a multiple of 4, so that these are aligned
     shape: tuple[int, ...]  # (B, Sq, Hq, D)
-    dtype: torch.dtype
-    dout: Tensor | None  # (B, Sq, Hq, D): instead of a dout that TMA cannot read
+    dout: Tensor  # (B, Sq, Hq, D): that of `prepare`, or a copy of one that TMA cannot read
 
     def _part(self, start: int, *shape: int) -> Tensor:
         return self.memory[start : start + math.prod(shape)].view(shape)
@@ -141,7 +140,7 @@ def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | No
     plain, size, pitch, launches = known
     memory = lse.new_empty(size)
     start = memory.data_ptr()
-    state = BackwardState(memory, pitch, plain, q.dtype, None)
+    state = BackwardState(memory, pitch, plain, dout)
     given = (out, dout, lse, dlse, start, start + 4 * pitch, start + 8 * pitch, current_stream(device))
     if launches(*given) or not size:
         return state
@@ -196,8 +195,7 @@ def backward(
     if final is not None:
         assert flags is None and departures is None, "final gradients are those of keys that stay"
         dk, dv = _where_final(q, dk, dv, table, settings, params.deterministic)
-    dout = dout if state.dout is None else state.dout
-    _launch(state, q, k, v, dout, dk, dv, table, params, flags, departures, settings)
+    _launch(state, q, k, v, state.dout, dk, dv, table, params, flags, departures, settings)
     if final is not None and dk is not final[0]:
         final[0].copy_(dk)
         final[1].copy_(dv)
@@ -353,9 +351,10 @@ def _launch_anew(
 
 def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
     """See `ring_core.backend.Backend.finish`."""
-    memory, shape, dtype = state.memory, state.shape, state.dtype
+    memory, shape = state.memory, state.shape
     device = memory.get_device()
-    dq = memory.new_empty(shape, dtype=dtype)
+    dq = state.dout.new_empty(shape)  # of its dtype: to ask for one takes as long again
+    dtype = dq.dtype
     key = (shape, params.scale, dtype, device)
     known = _finished.get(key)
     if known is None and dq.numel():
@@ -363,7 +362,7 @@ def finish(state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | No
             _finished.clear()
         batch, length, num_heads, head_dim = shape
         kernel = library.load(EndsKind("finish", DTYPES[dtype], head_dim))
-        known = _finished[key] = (kernel, (params.scale, *dq.stride()[:3], length, num_heads, batch))
+        known = _finished[key] = (function_of(kernel), (params.scale, *dq.stride()[:3], length, num_heads, batch))
     if known is not None:
         kernel, numbers = known
         kernel(memory.data_ptr() + 8 * state.pitch, dq.data_ptr(), *numbers, current_stream(device))

@@ -21,6 +21,10 @@ class BackwardSettings:
     """Blocks of dO in shared memory."""
     dq_buffers: int = 2
     """Beyond a head dim of 128: buffers for dq on its way, of 64 columns; two, or one for each 64 columns."""
+    k_columns: int = 0
+    v_columns: int = 0
+    """Beyond a head dim of 128: so many of D that the consumer of K, or of V, keeps in registers as well, so that
+    scores, or dP, read less of shared memory."""
     consumer_registers: int = 240
     producer_registers: int = 24
     """Per thread, after they are moved: a CTA starts with 168 each, so 2 x consumers' + producer's are at most 504."""

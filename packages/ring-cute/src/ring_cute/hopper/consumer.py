@@ -33,7 +33,7 @@ from ring_cute.hopper.records import (
     WALK_COLUMNS,
 )
 from ring_cute.hopper.scores import Place, add_slopes, cap_scores, slope_of
-from ring_cute.hopper.softmax import mask, multiply, rescale, softmax, to_operand
+from ring_cute.hopper.softmax import mask, multiply, rescale, softmax, to_operand, turn
 from ring_cute.hopper.views import DROP
 from ring_cute.settings import ForwardKind
 
@@ -436,14 +436,24 @@ class Consumer:
                 cute.copy(tiled, thread.retile(rounded), thread.partition_D(buffer))
                 self.send(results.out_atom, results.out_tma[None, None, head, batch], q_row, cid, buffer)
         if from_registers:
-            out_at = self.row_in(results.out_b, results.out_s, results.out_h, records, slot, cid, column)
-            words = cute.recast_tensor(rounded, Int32)
-            for half in cutlass.range_constexpr(2):
-                own = row + 8 * half
-                if self.top(cid) + own < count:
-                    pairs = self.pairs_of_a_row(results.out, out_at + own * results.out_s)
-                    for n in cutlass.range_constexpr(self.head_dim // 8):
-                        pairs[n] = words[2 * n + half]
+            self.write_rows(records, slot, cid, row, rounded, results)
+
+    @cute.jit
+    def write_rows(self, records, slot, cid, row, rounded, results):
+        """Final rows from registers, 16 bytes a lane: a quad's 64 in a row are whole sectors of L2."""
+        count = records[ROWS, slot]
+        out_at = self.row_in(results.out_b, results.out_s, results.out_h, records, slot, cid, 0)
+        words, mine = cute.recast_tensor(rounded, Int32), cute.make_rmem_tensor(4, Int32)
+        lane = cute.arch.lane_idx() & 3
+        for half in cutlass.range_constexpr(2):
+            own = row + 8 * half
+            at = results.out.iterator + ((out_at + own * results.out_s) >> 1) + 4 * lane
+            for n in cutlass.range_constexpr(0, self.head_dim // 8, 4):  # of eight columns, a word a lane
+                for e in cutlass.range_constexpr(4):
+                    mine[e] = words[2 * (n + e) + half]
+                turn(mine)
+                if self.top(cid) + own < count and n + lane < self.head_dim // 8:
+                    cute.autovec_copy(mine, cute.make_tensor((at + 4 * n).align(16), cute.make_layout(4)))
 
     @cute.jit
     def send(self, atom, tensor, q_row, cid, buffer):

@@ -85,8 +85,8 @@ def forward(
 
     Args:
         q, out: (B, Sq, Hq, D), fp16 or bf16. k, v: (C, B, S, Hkv, D). lse: (B, Hq, Sq) fp32. state: (B, Sq, Hq, D)
-            fp32, or None where every strip begins and ends in this table. q, k, v whose strides TMA does not take are
-            copied.
+            fp32, or None where every strip begins and ends in this table. What has strides that TMA does not take is
+            copied (but lse and state, which may have any).
         scale: of the scores, positive.
         sinks: (Hq,), one more logit a head.
         softcap: scores become softcap tanh(score / softcap); 0: they stay.
@@ -140,6 +140,12 @@ def _launch_anew(
         others: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "slopes": slopes, "flags": flags}
         forward(q, k, v, out, lse, state, table, scale=scale, settings=settings, **others)
         return
+    if not takes_tma(out):
+        others = {"sinks": sinks, "softcap": softcap, "slopes": slopes, "flags": flags}
+        dense = out.clone(memory_format=torch.contiguous_format)
+        forward(q, k, v, dense, lse, state, table, scale=scale, settings=settings, **others)
+        out.copy_(dense)
+        return
     if scale <= 0:
         raise ValueError(f"scale is {scale}; the Hopper kernels take the largest score first and need it positive")
     batch, q_len, num_heads, head_dim = q.shape
@@ -168,7 +174,6 @@ def _launch_anew(
         state=continued,
         sinks=sinks is not None,
         flags=flags is not None,
-        out_tma=takes_tma(out),
         state_tma=state is not None and takes_tma(state),
         softcap=bool(softcap),
         alibi=slopes is not None,

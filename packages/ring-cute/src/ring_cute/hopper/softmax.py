@@ -99,3 +99,18 @@ def to_operand(s, p):
     for e in cutlass.range_constexpr(0, cute.size(words), 4):
         for c in cutlass.range_constexpr(e, e + 4):
             words[c] = ptx.pack(s[2 * c], s[2 * c + 1], p.element_type)
+
+
+@cute.jit
+def turn(words):
+    """Of each four words of four neighbouring lanes, as a 4 x 4 matrix, the transpose: lane c of a quad then has word c
+    of each."""
+    lane = cute.arch.lane_idx()
+    for distance in cutlass.range_constexpr(1, 3):
+        odd = (lane & distance) != 0
+        for n in cutlass.range_constexpr(cute.size(words)):
+            if cutlass.const_expr(n & distance == 0):
+                here, there = words[n], words[n + distance]
+                got = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, here, there), offset=distance)
+                words[n] = cutlass.select_(odd, got, here)
+                words[n + distance] = cutlass.select_(odd, there, got)

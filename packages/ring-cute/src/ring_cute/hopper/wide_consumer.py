@@ -45,7 +45,8 @@ from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
-from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.utils import hopper_helpers
 
 from ring_cute.hopper import ptx
 from ring_cute.hopper.backward_consumer import CONSUMERS, END_BARRIER, WARPS, BackwardConsumer
@@ -76,6 +77,8 @@ class WideParts:
     sums: Any
     turned: Any
     first: Any  # K, or V: (64, D)
+    kept: Any  # the first columns of them, in registers
+    by_kept: Any  # scores, of these
     second: Any  # Q, or dO, of each stage: with the first it makes scores, or dP
     factors: Any  # dO, or Q, of each stage: with P, or dS, it makes dv, or dk
     keys_turned: Any  # 64 columns of D by the keys, of each of its shares of dq
@@ -91,6 +94,7 @@ class WideConsumer(BackwardConsumer):
     def __init__(self, kind: BackwardKind) -> None:
         super().__init__(kind)
         assert self.block == 64, "a row of ds has 64 keys, and as many queries are a buffer of dq"
+        self.columns_kept = (kind.settings.k_columns, kind.settings.v_columns)
         self.dq_rows, self.dq_buffers, self.v_readers = self.block, kind.settings.dq_buffers, WARPS // CONSUMERS
         assert self.dq_buffers in (CONSUMERS, self.dim // 64), "one for each consumer, or for each share"
         columns = range(self.dim // 64)
@@ -135,6 +139,18 @@ class WideConsumer(BackwardConsumer):
         moving = shared.q if cutlass.const_expr(role == VALUES) else shared.do
         other = shared.do if cutlass.const_expr(role == VALUES) else shared.q
         first = scores.make_fragment_A(one.partition_A(stationary))[None, None, None, 0]
+        kept, by_kept, columns_kept = None, None, self.columns_kept[role]
+        if cutlass.const_expr(columns_kept > 0):
+            by_kept = hopper_helpers.make_trivial_tiled_mma(
+                self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, (1, 1, 1), (64, self.block),
+                warpgroup.OperandSource.RMEM,
+            )  # fmt: skip
+            kept = cute.make_rmem_tensor(by_kept.partition_shape_A((64, columns_kept)), self.dtype)
+            fetch = cute.make_tiled_copy_A(
+                cute.make_copy_atom(cute.nvgpu.warp.LdMatrix8x8x16bOp(False, 4), self.dtype), by_kept
+            )
+            own = fetch.get_slice(cute.arch.thread_idx()[0] & 127)
+            sources, targets = own.partition_S(stationary[None, None, 0]), own.retile(kept)
         second = scores.make_fragment_B(one.partition_B(moving))
         factors = sums.make_fragment_B(sums.get_slice(0).partition_B(flip(other)))  # (D, BLOCK, stages)
         one = turned.get_slice(0)
@@ -164,8 +180,13 @@ class WideConsumer(BackwardConsumer):
             number, count = records[BLOCKS, slot], records[KEYS, slot]
             if number > 0:
                 total.fill(0.0)
+                ptx.wait(shared.k_full if cutlass.const_expr(role == VALUES) else shared.v_full, tiles & 1)
+                if cutlass.const_expr(columns_kept > 0):
+                    for n in cutlass.range_constexpr(columns_kept // 16):
+                        cute.copy(fetch, sources[None, None, n], targets[None, None, n])
                 parts = WideParts(
-                    scores, sums, turned, first, second, factors, keys_turned, ds_read, total, ds_at, dq_at
+                    scores, sums, turned, first, kept, by_kept, second, factors, keys_turned, ds_read, total, ds_at,
+                    dq_at,
                 )
                 thread = (warp, lane, row, column)
                 state = (q_stage, q_phase, do_stage, do_phase, blocks)
@@ -205,10 +226,9 @@ class WideConsumer(BackwardConsumer):
     def sum_values(self, shared, parts, thread, state, number, tiles, scale, terms, count):
         """dv of a tile, of so many blocks, and the first share of their dq."""
         q_stage, q_phase, _, _, blocks = state
-        ptx.wait(shared.k_full, tiles & 1)
         ptx.wait(shared.q_full + q_stage, q_phase)
         s, p16 = self.block_scores(parts.scores), self.operand(parts.sums)
-        multiply(parts.scores, parts.first, parts.second[None, None, None, q_stage], s, False, self.head_dim)
+        self.multiply_scores(parts, q_stage, s)
         warpgroup.wait_group(0)
         self.make_p(shared, s, p16, thread, q_stage, blocks, scale, terms, count)
         for _ in cutlass.range(number - 1, unroll=1):
@@ -228,7 +248,7 @@ class WideConsumer(BackwardConsumer):
         s = self.block_scores(parts.scores)
         if cutlass.const_expr(not last):
             ptx.wait(shared.q_full + next_q, next_q_phase)
-            multiply(parts.scores, parts.first, parts.second[None, None, None, next_q], s, False, self.head_dim)
+            self.multiply_scores(parts, next_q, s)
         warpgroup.wait_group(0 if cutlass.const_expr(last) else 1)
         ptx.arrive(shared.do_empty + do_stage, leader)
         ptx.wait(shared.ds_full + (blocks & 1), (blocks >> 1) & 1)
@@ -270,10 +290,9 @@ class WideConsumer(BackwardConsumer):
     def sum_queries(self, shared, parts, thread, state, number, tiles):
         """dk of a tile, of so many blocks, and the other share of their dq."""
         _, _, do_stage, do_phase, _ = state
-        ptx.wait(shared.v_full, tiles & 1)
         ptx.wait(shared.do_full + do_stage, do_phase)
         dp = self.block_scores(parts.scores)
-        multiply(parts.scores, parts.first, parts.second[None, None, None, do_stage], dp, False, self.head_dim)
+        self.multiply_scores(parts, do_stage, dp)
         ptx.wait(shared.k_full, tiles & 1)  # for dq
         warpgroup.wait_group(0)
         for _ in cutlass.range(number - 1, unroll=1):
@@ -315,9 +334,7 @@ class WideConsumer(BackwardConsumer):
             ahead = n == len(shares) - 1 and not last
             if cutlass.const_expr(ahead):
                 ptx.wait(shared.do_full + next_do, next_do_phase)
-                multiply(
-                    parts.scores, parts.first, parts.second[None, None, None, next_do], next_dp, False, self.head_dim
-                )
+                self.multiply_scores(parts, next_do, next_dp)
             warpgroup.wait_group(1 if cutlass.const_expr(ahead) else 0)
             if cutlass.const_expr(n == 0):
                 ptx.arrive(shared.q_empty + q_stage, leader)
@@ -333,6 +350,23 @@ class WideConsumer(BackwardConsumer):
         return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
 
     # both
+
+    @cute.jit
+    def multiply_scores(self, parts, stage, s):
+        """Scores, or dP, of a block: issued, one group."""
+        second = parts.second[None, None, None, stage]
+        kept = 0 if cutlass.const_expr(parts.kept is None) else cute.size(parts.kept, mode=[2])
+        whole = cute.make_mma_atom(parts.scores.op)
+        warpgroup.fence()
+        if cutlass.const_expr(kept > 0):
+            atom = cute.make_mma_atom(parts.by_kept.op)
+            for n in cutlass.range_constexpr(kept):
+                atom.set(warpgroup.Field.ACCUMULATE, n > 0)
+                cute.gemm(atom, s, parts.kept[None, None, n], second[None, None, n], s)
+        for n in cutlass.range_constexpr(kept, -(-self.head_dim // 16)):
+            whole.set(warpgroup.Field.ACCUMULATE, n > 0)
+            cute.gemm(whole, s, parts.first[None, None, n], second[None, None, n], s)
+        warpgroup.commit_group()
 
     @cute.jit
     def multiply_share(self, parts, n: cutlass.Constexpr, buffer):
