@@ -141,7 +141,7 @@ GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
         for scores in (("softcap",), ("alibi",), ("softcap", "alibi"))
     },
     "variants": [
-        (128, {"ping_pong": True, "overlap": True}),
+        (128, {"overlap": True}),
         (128, {"query_registers": True, "cache_hints": True}),
         (128, {"cluster": 2, "block": 176}),
         (64, {"consumers": 2, "consumer_registers": 240, "lazy": False}),
@@ -164,8 +164,8 @@ def exponentials_around_wait(sass: str) -> list[tuple[int, int]]:
 def problems(compiled: Compiled, kind: ForwardKind) -> list[str]:
     """What is wrong with a compiled kernel."""
     block = kind.settings.block
-    # scores before, in and between the two loops; sums in them and at the end
-    products = 3 * -(-kind.head_dim // 16) + 3 * (block // 16)
+    # scores of the first tile's first block, or of each, in the two loops, of the next tile's; sums in the loops, last
+    products = (3 + kind.begins_early) * -(-kind.head_dim // 16) + 3 * (block // 16)
     # boxes are 64 columns wide: queries for each consumer, keys and values
     loads = (kind.settings.consumers + 1 + 1) * (kind.padded // 64)
     wrong = {

@@ -17,9 +17,8 @@ import torch
 import ring_cute
 from ring_core.backend import (
     ENTRY_POINTS,
-    NO_HEAD_DIMS,
     Capabilities,
-    HeadDims,
+    Dropout,
     Params,
     StagedBackend,
     UnsupportedError,
@@ -34,7 +33,7 @@ from ring_core.testing.direct import causal_table
 from ring_cute import CuteBackend, backend, library
 from ring_cute.compile import backwards, shipped
 from ring_cute.hopper import launch
-from ring_cute.hopper.backward_settings import BACKWARD, BackwardKind, backward_settings_for
+from ring_cute.hopper.backward_settings import BACKWARD, BackwardKind, backward_head_dim, backward_settings_for
 from ring_cute.settings import FORWARD, SHARED_BYTES, kind_for, settings_for
 
 
@@ -158,26 +157,23 @@ def test_capabilities(on_hopper: CuteBackend) -> None:
     assert "dropout is not among its features" in said and said.endswith("reference")
 
 
-def test_gradients_are_those_that_there_are_kernels_for(
-    on_hopper: CuteBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The table follows `BACKWARD_HEAD_DIMS`, whatever that says now."""
-    monkeypatch.setattr(backend, "BACKWARD_HEAD_DIMS", NO_HEAD_DIMS)
+def test_gradients_are_of_the_same_head_dims(on_hopper: CuteBackend) -> None:
+    """There is a backward for every forward, and what has neither is refused by both, in one call as in the table."""
     register_backend("cute", on_hopper)
-    assert "it computes no gradients, and an input requires them" in refusal(64, gradients=True)
-    assert choose_backend(CUDA, torch.bfloat16, 64, frozenset(), False) == "cute"
-    assert choose_backend(CUDA, torch.bfloat16, 64, frozenset(), True) != "cute"
-    q = torch.empty(1, 1, 1, 64)
-    with pytest.raises(
-        UnsupportedError, match="the head dim is 64, it takes none with gradients; backend 'triton' can"
+    assert {backward_head_dim(n) for n in FORWARD} == set(FORWARD) == set(BACKWARD)
+    check_supported("cute", CUDA, torch.bfloat16, 40, frozenset({"deterministic", "lse_grad"}), True)
+    assert refusal(60, gradients=True) == refusal(60)
+    assert choose_backend(CUDA, torch.bfloat16, 60, frozenset(), True) != "cute"
+    for head_dim, params, why in (
+        (60, Params(1.0), "the head dim is 60, it takes 8-256 .multiples of 8."),
+        (264, Params(1.0), "the head dim is 264"),
+        (64, Params(1.0, dropout=Dropout(0.1, torch.zeros(1, dtype=torch.int64))), "it knows no dropout"),
     ):
-        on_hopper.prepare(q, q.shape, q, q, q, None, params=Params(1.0))
-
-    monkeypatch.setattr(backend, "BACKWARD_HEAD_DIMS", HeadDims(64, 128, 64))
-    register_backend("cute", on_hopper)
-    check_supported("cute", CUDA, torch.bfloat16, 64, frozenset({"deterministic", "lse_grad"}), True)
-    assert "requires gradients, which it computes for 64-128 (multiples of 64)" in refusal(40, gradients=True)
-    check_supported("cute", CUDA, torch.bfloat16, 40, frozenset(), False)
+        q = torch.empty(1, 1, 1, head_dim)
+        with pytest.raises(UnsupportedError, match=f"{why}.*backend 'triton' can"):
+            on_hopper.prepare(q, q.shape, q, q, q, None, params=params)
+        with pytest.raises(UnsupportedError, match=f"{why}.*backend 'triton' can"):
+            on_hopper.forward(q, q[None], q[None], q, q, None, None, params=params)
 
 
 def test_contract() -> None:

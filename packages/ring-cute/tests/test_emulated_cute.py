@@ -134,7 +134,7 @@ CASES = [
         )
         for changed in (
             {"query_registers": True, "lazy": False, "overlap": True},
-            {"ping_pong": True, "block": 160},
+            {"block": 160},
             {"cluster": 2, "block": 176},
             {"cache_hints": True, "consumers": 3, "consumer_registers": 160, "block": 80},
         )

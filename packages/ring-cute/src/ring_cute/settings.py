@@ -21,8 +21,6 @@ class Settings:
     """Per thread, after they are moved: 128 x (consumers x consumer's + producer's) are at most 65536."""
     consumers: int = 2
     """Consumer warpgroups of 64 rows each."""
-    ping_pong: bool = False
-    """Consumers issue their products in turns."""
     overlap: bool = False
     """Exponentials come before the wait for the sums that they overlap, with a branch in between that holds ptxas to
     it; otherwise only the maximum of the next scores does."""
@@ -149,6 +147,11 @@ class ForwardKind:
     def out_tma(self) -> bool:
         """Output of whole tiles leaves by TMA, through the state's buffer or the queries'."""
         return self.state_tma or self.queries > 1
+
+    @property
+    def begins_early(self) -> bool:
+        """The next tile's first scores are under way while a tile ends: its queries have a place of their own."""
+        return self.queries > 1 or self.settings.query_registers
 
     @property
     def queries(self) -> int:

@@ -37,8 +37,8 @@ from ring_cute.hopper.softmax import mask, multiply, rescale, softmax, to_operan
 from ring_cute.hopper.views import DROP
 from ring_cute.settings import ForwardKind
 
-OUT_BARRIER, TURN_BARRIER = 1, 4
-"""Named barriers: OUT_BARRIER + consumer, TURN_BARRIER + consumer."""
+OUT_BARRIER = 1
+"""Named barriers: OUT_BARRIER + consumer."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Operands:
 
     scores: cute.TiledMma
     sums: cute.TiledMma
-    query: Any
+    queries: Any  # of all buffers, or in registers
     keys: Any
     values: Any
     s: Any
@@ -115,11 +115,6 @@ class Consumer:
         # operands in shared memory are the same for all threads
         if cutlass.const_expr(self.settings.query_registers):
             queries = cute.make_rmem_tensor(scores.partition_shape_A((64, self.dim)), self.dtype)
-            load_q = cute.make_tiled_copy_A(
-                cute.make_copy_atom(cute.nvgpu.warp.LdMatrix8x8x16bOp(False, 4), self.dtype), scores
-            )
-            thread = load_q.get_slice(cute.arch.thread_idx()[0] & 127)
-            sources, targets = thread.partition_S(shared.q), thread.retile(queries)
         else:
             queries = scores.make_fragment_A(scores.get_slice(0).partition_A(shared.q))
         keys = scores.make_fragment_B(scores.get_slice(0).partition_B(shared.k))
@@ -133,13 +128,13 @@ class Consumer:
         decay = cute.make_rmem_tensor(2, Float32)
         earlier = cute.make_rmem_tensor(2, Float32)
         kept = Sums(o, m, norm, decay, earlier)
+        of = Operands(scores, sums, queries, keys, values, s, p)
 
         blocks, tiles, turn = Int32(0), Int32(0), Int32(0)
-        if cutlass.const_expr(self.settings.ping_pong):  # noqa: SIM102  # a constant, and a value
-            if cid == 1:
-                self.your_turn(cid)
         ptx.wait(shared.record_full, 0)
         going = records[EXISTS, 0] != 0
+        if cutlass.const_expr(self.kind.begins_early):
+            self.begin(shared, of, Int32(0), cid, leader, tiles, blocks)
         while going:
             slot = turn & (RECORDS - 1)
             start, stop = records[START, slot], records[STOP, slot]
@@ -156,18 +151,15 @@ class Consumer:
             o.fill(0.0)
             if cutlass.const_expr(self.kind.state):
                 self.look_back(records, slot, cid, row, results, earlier)
+            if cutlass.const_expr(self.kind.state_tma):  # noqa: SIM102  # a constant, and a value
+                if stop <= start:
+                    self.free_buffers(shared, cid, tiles, leader, False)
+            if cutlass.const_expr(self.kind.begins_early):
+                warpgroup.wait_group(0)
             if stop > start:
-                at = cid * self.queries + (tiles & (self.queries - 1))
-                query = queries
-                if cutlass.const_expr(not self.settings.query_registers):
-                    query = queries[None, None, None, at]
-                of = Operands(scores, sums, query, keys, values, s, p)
-                ptx.wait(shared.q_full + at, (tiles >> (self.queries - 1)) & 1)
-                if cutlass.const_expr(self.settings.query_registers):
-                    cute.copy(load_q, sources[None, None, None, at], targets)
-                    if cutlass.const_expr(self.queries == 1):
-                        cute.arch.sync_warp()
-                        ptx.arrive(shared.q_empty + cid, leader)
+                if cutlass.const_expr(not self.kind.begins_early):
+                    self.begin(shared, of, slot, cid, leader, tiles, blocks)
+                    warpgroup.wait_group(0)
                 # the first block has no values to sum before it
                 number, right, edges = records[NUMBER, slot], records[RIGHT, slot], records[EDGES, slot]
                 k_len, j_lo = records[K_LEN, slot], records[J_LO, slot]
@@ -178,13 +170,6 @@ class Consumer:
                 slope = self.slope(records, slot, terms)
                 place = self.place(walk, start, slope)
                 stage = blocks & (self.stages - 1)
-                ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
-                if cutlass.const_expr(self.settings.ping_pong):
-                    self.my_turn(cid)
-                multiply(scores, of.query, keys[None, None, None, stage], s, False, self.head_dim)
-                if cutlass.const_expr(self.settings.ping_pong):
-                    self.your_turn(cid)
-                warpgroup.wait_group(0)
                 self.release(shared.k_empty + stage, lane)
                 factor = self.shape(s, scale, terms, place, first_row, column, j)
                 if edges > 0:
@@ -206,7 +191,7 @@ class Consumer:
                         if t < right:
                             nth = number - 1 - t
                         self.attend(
-                            shared, of, kept, scale, terms, place, cid, lane, first_row, column, blocks,
+                            shared, of, kept, scale, terms, place, cid, lane, first_row, column, tiles, blocks,
                             j_lo + nth * self.block, k_len, lower, upper, True,
                         )  # fmt: skip
                         blocks += 1
@@ -215,47 +200,76 @@ class Consumer:
                         if cutlass.const_expr(self.kind.alibi):
                             j = j_lo + (t - right) * self.block
                         self.attend(
-                            shared, of, kept, scale, terms, place, cid, lane, first_row, column, blocks,
+                            shared, of, kept, scale, terms, place, cid, lane, first_row, column, tiles, blocks,
                             j, k_len, lower, upper, False,
                         )  # fmt: skip
                         blocks += 1
                     done = Int32(0)
-                if cutlass.const_expr(self.queries == 1 and not self.settings.query_registers):
+                if cutlass.const_expr(not self.kind.begins_early):
                     ptx.arrive(shared.q_empty + cid, leader)  # all scores are computed
                 before = (blocks - 1) & (self.stages - 1)
                 ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
                 multiply(sums, p, values[None, None, None, before], o, True)
-                warpgroup.wait_group(0)
-                self.release(shared.v_empty + before, lane)
                 tiles += 1
+            next_slot = (turn + 1) & (RECORDS - 1)
+            ptx.wait(shared.record_full + next_slot, ((turn + 1) >> RECORD_BITS) & 1)
+            if cutlass.const_expr(self.kind.begins_early):
+                self.begin(shared, of, next_slot, cid, leader, tiles, blocks)
+                warpgroup.wait_group(1)
             else:
-                if cutlass.const_expr(self.kind.state_tma):
-                    self.free_buffers(shared, cid, tiles, leader, False)
+                warpgroup.wait_group(0)
+            if stop > start:
+                self.release(shared.v_empty + ((blocks - 1) & (self.stages - 1)), lane)
             self.finish(shared, slot, cid, row, column, tiles, turn, kept, sums, results)
             cute.arch.sync_warp()  # all lanes have read the record
             self.release(shared.record_empty + slot, lane)
             turn += 1
-            slot = turn & (RECORDS - 1)
-            ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
-            going = records[EXISTS, slot] != 0
+            going = records[EXISTS, next_slot] != 0
+        if cutlass.const_expr(self.kind.begins_early):
+            warpgroup.wait_group(0)
         if cutlass.const_expr(self.kind.out_tma or self.kind.state_tma):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # buffers are read while the CTA lives
 
     @cute.jit
+    def begin(self, shared, of, slot, cid, leader, tiles, blocks):
+        """The scores of a tile's first block: issued. Where there is no tile, or it has no block, what comes out is
+        never looked at: a product that only some tiles issue would be one that ptxas waits for at once."""
+        at = cid * self.queries + (tiles & (self.queries - 1))
+        stage = blocks & (self.stages - 1)
+        some = shared.records[STOP, slot] > shared.records[START, slot]
+        if some:
+            ptx.wait(shared.q_full + at, (tiles >> (self.queries - 1)) & 1)
+        query = self.query(of, at)
+        if cutlass.const_expr(self.settings.query_registers):
+            load = cute.make_tiled_copy_A(
+                cute.make_copy_atom(cute.nvgpu.warp.LdMatrix8x8x16bOp(False, 4), self.dtype), of.scores
+            )
+            thread = load.get_slice(self.thread())
+            cute.copy(load, thread.partition_S(shared.q)[None, None, None, at], thread.retile(query))
+            if cutlass.const_expr(self.queries == 1):
+                cute.arch.sync_warp()
+                if some:
+                    ptx.arrive(shared.q_empty + cid, leader)
+        if some:
+            ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
+        multiply(of.scores, query, of.keys[None, None, None, stage], of.s, False, self.head_dim)
+
+    def query(self, of, at):
+        """The tile's queries as an operand."""
+        return of.queries if self.settings.query_registers else of.queries[None, None, None, at]
+
+    @cute.jit
     def attend(
-        self, shared, of, kept, scale, terms, place, cid, lane, row, column, blocks, j, k_len, lower, upper,
+        self, shared, of, kept, scale, terms, place, cid, lane, row, column, tiles, blocks, j, k_len, lower, upper,
         masked: cutlass.Constexpr,
     ):  # fmt: skip
         """Scores of this block, then the sum over the values of the block before, whose P is at hand."""
         stage, before = blocks & (self.stages - 1), (blocks - 1) & (self.stages - 1)
         ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
-        if cutlass.const_expr(self.settings.ping_pong):
-            self.my_turn(cid)
-        multiply(of.scores, of.query, of.keys[None, None, None, stage], of.s, False, self.head_dim)
+        query = self.query(of, cid * self.queries + (tiles & (self.queries - 1)))
+        multiply(of.scores, query, of.keys[None, None, None, stage], of.s, False, self.head_dim)
         ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
         multiply(of.sums, of.p, of.values[None, None, None, before], kept.o, True)
-        if cutlass.const_expr(self.settings.ping_pong):
-            self.your_turn(cid)
         warpgroup.wait_group(1)
         self.release(shared.k_empty + stage, lane)
         factor = self.shape(of.s, scale, terms, place, row, column, j)
@@ -357,7 +371,7 @@ class Consumer:
         o, m = kept.o, kept.m
         weight, own_weight = cute.make_rmem_tensor(2, Float32), cute.make_rmem_tensor(2, Float32)
         for half in cutlass.range_constexpr(2):
-            earlier = kept.earlier[half] * ptx.LOG2_E
+            earlier = ptx.late(kept.earlier[half]) * ptx.LOG2_E
             both = cute.arch.fmax(m[half], earlier)
             base = cutlass.select_(both == -Float32.inf, Float32(0.0), both)  # a row that has seen nothing in any step
             weight[half] = ptx.exp2(earlier - base)
@@ -365,14 +379,15 @@ class Consumer:
             m[half] = both
             kept.norm[half] = kept.norm[half] * own_weight[half] + weight[half]
         if cutlass.const_expr(self.kind.state_tma):
-            rescale(o, own_weight)
-            added = cute.make_rmem_tensor_like(o)
-            cute.autovec_copy(self.rows_of(shared.o[None, None, cid], sums), added)
-            for e in cutlass.range_constexpr(0, cute.size(o), 4):
-                for c in cutlass.range_constexpr(4):
-                    # of rows that earlier steps saw nothing of, state may hold anything
-                    x = cutlass.select_(weight[c // 2] > 0.0, added[e + c], Float32(0.0))
-                    o[e + c] = ptx.fma(x, weight[c // 2], o[e + c])
+            there, pair = self.rows_of(shared.o[None, None, cid], sums), cute.make_rmem_tensor(2, Float32)
+            for n in cutlass.range_constexpr(cute.size(o) // 4):
+                for half in cutlass.range_constexpr(2):
+                    cute.autovec_copy(there[(None, half, n), 0, 0], pair)
+                    for c in cutlass.range_constexpr(2):
+                        # of rows that earlier steps saw nothing of, state may hold anything
+                        x = cutlass.select_(weight[half] > 0.0, pair[c], Float32(0.0))
+                        e = 4 * n + 2 * half + c
+                        o[e] = ptx.fma(x, weight[half], o[e] * own_weight[half])
         else:
             state_at = self.row_in(results.state_b, results.state_s, results.state_h, shared.records, slot, cid, column)
             for half in cutlass.range_constexpr(2):
@@ -430,7 +445,7 @@ class Consumer:
                     buffer = shared.q[None, None, cid * self.queries + ((tiles - 1) & (self.queries - 1))]
                 store = cute.make_copy_atom(cute.nvgpu.warp.StMatrix8x8x16bOp(False, 4), self.dtype)
                 tiled = cute.make_tiled_copy_C(store, sums)
-                thread = tiled.get_slice(cute.arch.thread_idx()[0] & 127)
+                thread = tiled.get_slice(self.thread())
                 # every warp has read what it holds, its queries or its state, before any warp overwrites it
                 cute.arch.barrier(barrier_id=OUT_BARRIER + cid, number_of_threads=128)
                 cute.copy(tiled, thread.retile(rounded), thread.partition_D(buffer))
@@ -479,7 +494,7 @@ class Consumer:
 
     def rows_of(self, buffer: Any, sums: Any) -> Any:
         """A thread's share of (64, D) in shared memory, in the order of its registers."""
-        return sums.get_slice(cute.arch.thread_idx()[0] & 127).partition_C(buffer)
+        return sums.get_slice(self.thread()).partition_C(buffer)
 
     def row_in(self, batch: Any, row: Any, head: Any, records: Any, slot: Any, cid: Any, column: Any) -> Any:
         """Where a thread's columns of the consumer's first row are, given a tensor's strides."""
@@ -489,6 +504,10 @@ class Consumer:
     def pairs_of_a_row(self, memory, offset):
         """A thread's share of a row that begins at `offset` elements, in words of two: every fourth."""
         return cute.make_tensor(memory.iterator + (offset >> 1), cute.make_layout(self.head_dim // 8, stride=4))
+
+    def thread(self) -> Any:
+        """This thread of the consumer; what follows from it at a tile's ends is worked out there, not kept."""
+        return ptx.opaque(cute.arch.thread_idx()[0]) & 127
 
     def top(self, cid: Any) -> Any:
         """A consumer's first row of the tile."""
@@ -502,11 +521,3 @@ class Consumer:
             ptx.arrive(barrier, lane == 0)
         else:
             ptx.arrive_at(barrier, lane & (self.settings.cluster - 1), lane < self.settings.cluster)
-
-    @cute.jit
-    def my_turn(self, cid):
-        cute.arch.barrier(barrier_id=TURN_BARRIER + cid, number_of_threads=256)
-
-    @cute.jit
-    def your_turn(self, cid):
-        cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + 1 - cid, number_of_threads=256)

@@ -90,21 +90,26 @@ def _copy(
 
 @cute.jit
 def _load_q(
-    loads, shared, q_row, head, batch, tiles, queries: cutlass.Constexpr, consumers: cutlass.Constexpr,
-    hints: cutlass.Constexpr,
+    loads, shared, slot, tiles, queries: cutlass.Constexpr, consumers: cutlass.Constexpr, hints: cutlass.Constexpr,
+    cluster: cutlass.Constexpr,
 ):  # fmt: skip
-    """A tile's queries, for each consumer its 64 rows."""
-    buffer = tiles & (queries - 1)
-    for c in cutlass.range_constexpr(consumers):
-        at = c * queries + buffer
-        if cutlass.const_expr(queries == 1):
-            ptx.wait(shared.q_empty + at, (tiles & 1) ^ 1)
-        else:
-            if tiles > 0:  # given back during the tile before
-                ptx.wait(shared.q_empty + at, ((tiles - 1) >> (queries - 1)) & 1)
-        rows = cute.domain_offset((q_row + c * 64, 0), loads.q[None, None, head, batch])
-        tile = cute.local_tile(rows, _sizes(shared.q), (0, 0))
-        _copy(loads.q_atom, tile, shared.q[None, None, at], shared.q_full + at, DROP if hints else None)
+    """The queries of the tile that a record is about, if it has any block: for each consumer its 64 rows."""
+    records = shared.records
+    if records[STOP, slot] > records[START, slot]:
+        q_row, head, batch = records[Q_ROW, slot], records[HEAD, slot], records[BATCH, slot]
+        if cutlass.const_expr(cluster > 1):  # this CTA's rows
+            q_row = q_row + cute.arch.block_idx_in_cluster() * (64 * consumers)
+        buffer = tiles & (queries - 1)
+        for c in cutlass.range_constexpr(consumers):
+            at = c * queries + buffer
+            if cutlass.const_expr(queries == 1):
+                ptx.wait(shared.q_empty + at, (tiles & 1) ^ 1)
+            else:
+                if tiles > 0:  # given back during the tile before
+                    ptx.wait(shared.q_empty + at, ((tiles - 1) >> (queries - 1)) & 1)
+            rows = cute.domain_offset((q_row + c * 64, 0), loads.q[None, None, head, batch])
+            tile = cute.local_tile(rows, _sizes(shared.q), (0, 0))
+            _copy(loads.q_atom, tile, shared.q[None, None, at], shared.q_full + at, DROP if hints else None)
 
 
 @cute.jit
@@ -200,8 +205,9 @@ def produce(
     ahead: cutlass.Constexpr,
     hints: cutlass.Constexpr,
     cluster: cutlass.Constexpr,
+    early: cutlass.Constexpr,
 ):
-    """One warp, for all of the CTA's tiles."""
+    """One warp, for all of the CTA's tiles. early: a tile's queries come once it is known, during the one before."""
     lane = cute.arch.lane_idx()
     grid, _, _ = cute.arch.grid_dim()
     first_tile, _, _ = cute.arch.block_idx()
@@ -211,6 +217,8 @@ def produce(
     stage_bits = stages.bit_length() - 1  # here: what a method is called on in a loop becomes a variable of it
     blocks, tiles, turn = Int32(0), Int32(0), Int32(0)
     publish(first_tile, turn, lane, work, records, shared.record_full, shared.record_empty)
+    if cutlass.const_expr(early):
+        _load_q(loads, shared, 0, tiles, queries, consumers, hints, cluster)
     going = first_tile < work.total
     while going:
         slot = turn & (RECORDS - 1)
@@ -222,8 +230,6 @@ def produce(
         first = blocks
         asked = Int32(0)
         if stop > start:
-            if cutlass.const_expr(queries > 1):
-                _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers, hints)
             for w in cutlass.range(start, stop, unroll=1):
                 entry = w * WALK_COLUMNS
                 k_row, k_len, j_lo = work.walk[entry], work.walk[entry + 1], work.walk[entry + 2]
@@ -239,6 +245,9 @@ def produce(
                     if blocks - first == 3:
                         asked = _number(asked, turn + 1, lane, shared, cluster)
                         publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
+                        if cutlass.const_expr(early):
+                            next_slot = (turn + 1) & (RECORDS - 1)
+                            _load_q(loads, shared, next_slot, tiles + 1, queries, consumers, hints, cluster)
                     number = t - right  # right edges from the right, then the others from the left
                     if t < right:
                         number = count - 1 - t
@@ -258,9 +267,9 @@ def produce(
                         hints,
                         cluster,
                     )
-                    if cutlass.const_expr(queries == 1):  # noqa: SIM102  # a constant, and a value
+                    if cutlass.const_expr(not early):  # noqa: SIM102  # a constant, and a value
                         if blocks == first:  # the last tile's scores free a stage of K before they free Q
-                            _load_q(loads, shared, q_row, head, batch, tiles, queries, consumers, hints)
+                            _load_q(loads, shared, slot, tiles, queries, consumers, hints, cluster)
                     _load_keys(
                         loads.v_atom,
                         loads.v,
@@ -284,5 +293,7 @@ def produce(
         if blocks - first <= 3:
             asked = _number(asked, turn + 1, lane, shared, cluster)
             publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
+            if cutlass.const_expr(early):
+                _load_q(loads, shared, (turn + 1) & (RECORDS - 1), tiles, queries, consumers, hints, cluster)
         going = asked + grid < work.total
         turn += 1

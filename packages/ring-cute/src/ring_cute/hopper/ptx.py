@@ -215,3 +215,9 @@ def add_release_sys(address: Any, x: Any, *, loc: Any = None, ip: Any = None) ->
 def opaque(x: Any, *, loc: Any = None, ip: Any = None) -> Int32:
     """x, but the compiler does not know: what depends on it is worked out where it is needed, not kept in registers."""
     return Int32(_asm(T.i32(), [Int32(x).ir_value(loc=loc, ip=ip)], "mov.b32 $0, $1;", "=r,r", effects=True))
+
+
+@dsl_user_op
+def late(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
+    """x, but nothing that is made of it comes before this point: what it waits for is waited for here."""
+    return Float32(_asm(T.f32(), [Float32(x).ir_value(loc=loc, ip=ip)], "mov.b32 $0, $1;", "=f,f", effects=True))
