@@ -164,8 +164,8 @@ def exponentials_around_wait(sass: str) -> list[tuple[int, int]]:
 def problems(compiled: Compiled, kind: ForwardKind) -> list[str]:
     """What is wrong with a compiled kernel."""
     block = kind.settings.block
-    # scores of the first tile's first block, or of each, in the two loops, of the next tile's; sums in the loops, last
-    products = (3 + kind.begins_early) * -(-kind.head_dim // 16) + 3 * (block // 16)
+    # scores of the first tile's first block, in the two loops, of the next tile's; sums in the loops and last
+    products = 4 * -(-kind.head_dim // 16) + 3 * (block // 16)
     # boxes are 64 columns wide: queries for each consumer, keys and values
     loads = (kind.settings.consumers + 1 + 1) * (kind.padded // 64)
     wrong = {

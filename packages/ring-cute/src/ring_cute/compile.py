@@ -21,7 +21,7 @@ from typing import Any
 from ring_cute import library
 from ring_cute.backend import HEAD_DIMS
 from ring_cute.hopper.backward_settings import BackwardKind, EndsKind, backward_settings_for
-from ring_cute.settings import FORWARD, ForwardKind, kind_for, settings_for
+from ring_cute.settings import FORWARD, ForwardKind, kind_for, settings_for, state_fits
 
 DTYPES = ("bfloat16", "float16")
 MOST_JOBS = 8
@@ -34,8 +34,9 @@ def forwards(head_dim: int, dtype: str) -> Iterator[ForwardKind]:
     for settings in (alone, replace(alone, cluster=2)):
         for sinks, flags in ((False, False), (False, True), (True, False)):
             yield kind_for(dtype, head_dim, settings, sinks=sinks, flags=flags)
-    for sinks in (False, True):
-        yield kind_for(dtype, head_dim, state=True, sinks=sinks)
+        if settings == alone or state_fits(head_dim, settings):
+            for sinks in (False, True):
+                yield kind_for(dtype, head_dim, settings, state=True, sinks=sinks)
 
 
 def backwards(head_dim: int, dtype: str) -> Iterator[BackwardKind | EndsKind]:

@@ -150,7 +150,14 @@ class ForwardKind:
 
     @property
     def begins_early(self) -> bool:
-        """The next tile's first scores are under way while a tile ends: its queries have a place of their own."""
+        """The next tile's first scores are under way while a tile ends: there are registers for them, as there are not
+        where its state comes and goes from registers."""
+        return self.state_tma or not self.state
+
+    @property
+    def queries_ahead(self) -> bool:
+        """The next tile's queries have a place of their own, and come while this one is computed; otherwise they come
+        when all of its scores are."""
         return self.queries > 1 or self.settings.query_registers
 
     @property

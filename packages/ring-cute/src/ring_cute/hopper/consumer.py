@@ -133,8 +133,7 @@ class Consumer:
         blocks, tiles, turn = Int32(0), Int32(0), Int32(0)
         ptx.wait(shared.record_full, 0)
         going = records[EXISTS, 0] != 0
-        if cutlass.const_expr(self.kind.begins_early):
-            self.begin(shared, of, Int32(0), cid, leader, tiles, blocks)
+        self.begin(shared, of, Int32(0), cid, leader, tiles, blocks)
         while going:
             slot = turn & (RECORDS - 1)
             start, stop = records[START, slot], records[STOP, slot]
@@ -154,12 +153,8 @@ class Consumer:
             if cutlass.const_expr(self.kind.state_tma):  # noqa: SIM102  # a constant, and a value
                 if stop <= start:
                     self.free_buffers(shared, cid, tiles, leader, False)
-            if cutlass.const_expr(self.kind.begins_early):
-                warpgroup.wait_group(0)
+            warpgroup.wait_group(0)
             if stop > start:
-                if cutlass.const_expr(not self.kind.begins_early):
-                    self.begin(shared, of, slot, cid, leader, tiles, blocks)
-                    warpgroup.wait_group(0)
                 # the first block has no values to sum before it
                 number, right, edges = records[NUMBER, slot], records[RIGHT, slot], records[EDGES, slot]
                 k_len, j_lo = records[K_LEN, slot], records[J_LO, slot]
@@ -205,7 +200,7 @@ class Consumer:
                         )  # fmt: skip
                         blocks += 1
                     done = Int32(0)
-                if cutlass.const_expr(not self.kind.begins_early):
+                if cutlass.const_expr(not self.kind.queries_ahead):
                     ptx.arrive(shared.q_empty + cid, leader)  # all scores are computed
                 before = (blocks - 1) & (self.stages - 1)
                 ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
@@ -221,12 +216,13 @@ class Consumer:
             if stop > start:
                 self.release(shared.v_empty + ((blocks - 1) & (self.stages - 1)), lane)
             self.finish(shared, slot, cid, row, column, tiles, turn, kept, sums, results)
+            if cutlass.const_expr(not self.kind.begins_early):
+                self.begin(shared, of, next_slot, cid, leader, tiles, blocks)
             cute.arch.sync_warp()  # all lanes have read the record
             self.release(shared.record_empty + slot, lane)
             turn += 1
             going = records[EXISTS, next_slot] != 0
-        if cutlass.const_expr(self.kind.begins_early):
-            warpgroup.wait_group(0)
+        warpgroup.wait_group(0)
         if cutlass.const_expr(self.kind.out_tma or self.kind.state_tma):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # buffers are read while the CTA lives
 

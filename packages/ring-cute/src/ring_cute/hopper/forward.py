@@ -350,7 +350,7 @@ class HopperForward:
                 produce(
                     work, loads, shared, flags, epoch, polls, self.block, self.stages, self.queries,
                     self.consumers, self.kind.flags, self.kind.state_tma, self.kind.settings.cache_hints, self.cluster,
-                    self.kind.begins_early,
+                    self.kind.queries_ahead,
                 )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.kind.settings.consumer_registers)

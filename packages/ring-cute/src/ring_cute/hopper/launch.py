@@ -17,7 +17,7 @@ from ring_core.segment import COLUMNS, FIRST, LAST
 from ring_core.tiles import ITEM, make_schedule, with_first_walk
 from ring_cute import library
 from ring_cute.launches import Given, Launches, current_stream
-from ring_cute.settings import PAIRED, Settings, kind_for, settings_for
+from ring_cute.settings import PAIRED, Settings, kind_for, settings_for, state_fits
 
 L2_BYTES = 32 << 20
 """Keys and values that concurrent tiles should share in L2 (50 MB on an H100 or H200, also used by everything else)."""
@@ -153,7 +153,7 @@ def _launch_anew(
     chosen = settings or settings_for(head_dim, softcap=bool(softcap), alibi=slopes is not None)
     prepared = prepare(table, batch, k.shape[2], chosen.block, chosen.tile_rows)
     continued = state is not None and not prepared.whole
-    if settings is None and not (continued or softcap or slopes is not None):
+    if settings is None and not (softcap or slopes is not None) and (not continued or state_fits(head_dim, chosen)):
         chosen = _in_pairs(chosen, q, table, k.shape[2])
         prepared = prepare(table, batch, k.shape[2], chosen.block, chosen.tile_rows)
     if not prepared.whole and state is None:
