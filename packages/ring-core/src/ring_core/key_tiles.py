@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ring_core.sections import section_of
 from ring_core.segment import COLUMNS, Table
 
 ITEM = ("walk_start", "unused", "token", "keys", "batch", "piece", "blocks", "unused2")
@@ -47,18 +48,8 @@ class Schedule:
         return bool((self.items[:, ITEM.index("batch")] < 0).all())
 
     def section(self, head_batches: int, resident: int, processors: int) -> int:
-        """How many heads' tiles (times batch entries, where tiles are about all of them) are dealt out together,
-        longest first, before those of the next: those whose rows stay `resident` in the L2, or more where a long tile
-        of the last would outlast all others.
-
-        Dealt out in turn to whoever is free, causal tiles of 4096 keys and 64/8 heads keep 132 processors busy for 78 %
-        of the time where each head is by itself, for 98 % in sections that hold half as much again for each processor
-        as their longest tile.
-        """
-        blocks = self.items[:, ITEM.index("blocks")]
-        work, longest = int(blocks.sum(dtype=np.int64)), int(blocks.max(initial=0))
-        needed = max(resident, -(-3 * longest * processors // max(1, 2 * work)))
-        return -(-head_batches // max(1, head_batches // needed))
+        """See `ring_core.sections.section_of`."""
+        return section_of(self.items[:, ITEM.index("blocks")], head_batches, resident, processors)
 
     def seen_keys(self, batch: int) -> int:
         """Keys in tiles that have blocks, of all batch entries."""

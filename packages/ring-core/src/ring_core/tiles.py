@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ring_core.sections import section_of
 from ring_core.segment import COLUMNS, FIRST, LAST, Table
 
 ITEM = ("walk_start", "walk_stop", "q_row", "rows", "batch", "flags", "blocks", "unused")
@@ -49,6 +50,10 @@ class Schedule:
     def every_batch(self) -> bool:
         """Whether all tiles are about every batch entry."""
         return bool((self.items[:, ITEM.index("batch")] < 0).all())
+
+    def section(self, head_batches: int, resident: int, processors: int) -> int:
+        """See `ring_core.sections.section_of`."""
+        return section_of(self.items[:, ITEM.index("blocks")], head_batches, resident, processors)
 
     def for_batch(self, batch: int) -> NDArray[np.int32]:
         """Items, those of every batch entry repeated with its number, longest first."""

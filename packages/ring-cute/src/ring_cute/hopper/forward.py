@@ -16,16 +16,19 @@ per buffer of queries, `k_full`/`k_empty` and `v_full`/`v_empty` one per stage, 
 record, `o_full`/`o_empty` one per consumer. "full" takes one arrival and the bytes of the load, "empty" one of each
 warp that has read.
 
-Every tile begins from nothing; where its strip continues, what earlier steps have left in (state, lse) is added at its
-end, so that neither loading nor storing it holds up the products:
+Every tile begins from nothing, and its first scores are under way while the tile before ends; where its strip
+continues, what earlier steps have left in (state, lse) is added at its end, so that neither loading nor storing it
+holds up the products:
 
-    tile n:  first block │ blocks ...                              │ last sums │ merge, write to `o`
-    `o`:     stored n-1  │ tile n's state arrives by TMA, waits                │ (read) stored by TMA while n+1 begins
+    tile n:  first scores │ softmax │ blocks ...                │ last sums │ merge, write to `o`
+    tile n + 1:                        record and queries come  │ first scores │             softmax │ blocks ...
+    `o`:     stored n - 1 │ tile n's state arrives by TMA, waits             │ (read) stored by TMA while n + 1 goes on
 
-(Up to head dim 128, `ForwardKind.state_tma`; wider ones have no room and go from and to registers at the end.) Where
-they fit (QUERIES = 2) the queries have two buffers, and a tile's output leaves by TMA through the one that its queries
-were in, which is given back in the next tile's first block; where there is an `o`, through that. TMA stores boxes of 64
-rows: what has fewer leaves from registers.
+(State by TMA up to head dim 128, `ForwardKind.state_tma`; wider ones have no room and go from and to registers at the
+end, after which the next tile's first scores begin.) Where they fit (QUERIES = 2) the queries have two buffers, and a
+tile's output leaves by TMA through the one that its queries were in, which is given back in the next tile's first
+block; where there is an `o`, through that. TMA stores boxes of 64 rows: what has fewer leaves from registers, as all
+rows do where there is one buffer of queries: the next tile's come there once all scores are computed.
 
 With `Settings.cluster` > 1 a tile has the rows of several CTAs, each of which loads a part of every block for all of
 them: "empty" barriers of K, V and records then count the warps of all, and the number of the next tile, which the first
@@ -50,11 +53,12 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import hopper_helpers
 
-from ring_cute.hopper.consumer import Consumer, Results
+from ring_cute.hopper.consumer import Consumer
 from ring_cute.hopper.dsl import LayoutEnum, SmemAllocator
 from ring_cute.hopper.producer import Loads, Shared, produce
 from ring_cute.hopper.records import RECORDS, Work
 from ring_cute.hopper.scores import Terms
+from ring_cute.hopper.tile_end import Results
 from ring_cute.hopper.views import flat, ragged_view, rows_view
 from ring_cute.settings import ForwardKind
 

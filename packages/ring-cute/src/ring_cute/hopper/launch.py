@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -39,6 +40,7 @@ class Prepared:
     repeats: int  # batch entries that all items are about
     whole: bool  # every strip begins and ends in this table
     blocks: int  # of all items
+    section: Callable[[int, int, int], int]  # `Schedule.section`
 
 
 def takes_tma(x: Tensor) -> bool:
@@ -166,7 +168,8 @@ def _launch_anew(
         return
     keys = max(1, k.shape[0] * k.shape[2])
     group = num_heads // num_kv_heads
-    section = min(head_batches, group * max(1, L2_BYTES // (keys * head_dim * 2 * k.element_size())))
+    resident = min(head_batches, group * max(1, L2_BYTES // (keys * head_dim * 2 * k.element_size())))
+    clusters = _processors(q.device) // chosen.cluster
     kind = kind_for(
         DTYPES[q.dtype],
         head_dim,
@@ -196,12 +199,12 @@ def _launch_anew(
         lse.stride(1),
         *((0, 0, 0) if state is None else state.stride()[:3]),
         prepared.count,
-        section,
+        prepared.section(head_batches, resident, clusters),
         head_batches,
         total,
         k.stride(1) // k.stride(2) if k.shape[1] > 1 and some else 0,
         POLLS,
-        min(total, _processors(q.device) // chosen.cluster) * chosen.cluster,
+        min(total, clusters) * chosen.cluster,
         None,  # stream
         *terms_of(softcap, slopes),
     )
@@ -264,6 +267,7 @@ def prepare(table: DeviceTable, batch: int, piece_length: int, block: int, tile_
             repeats,
             all(strip[0].flags & FIRST and strip[-1].flags & LAST for strip in table.host.grouped),
             int(items[:, ITEM.index("blocks")].sum(dtype=np.int64)),
+            schedule.section,
         )
     prepared: Prepared = known
     return prepared
