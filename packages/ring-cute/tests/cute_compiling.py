@@ -142,7 +142,7 @@ GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     },
     "variants": [
         (128, {"overlap": True}),
-        (128, {"query_registers": True, "cache_hints": True}),
+        (128, {"query_columns": 128, "cache_hints": True}),
         (128, {"cluster": 2, "block": 176}),
         (64, {"consumers": 2, "consumer_registers": 240, "lazy": False}),
     ],

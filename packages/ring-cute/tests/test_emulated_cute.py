@@ -133,7 +133,7 @@ CASES = [
             settings=replace(settings_for(128), **changed),
         )
         for changed in (
-            {"query_registers": True, "lazy": False, "overlap": True},
+            {"query_columns": 128, "lazy": False, "overlap": True},
             {"block": 160},
             {"cluster": 2, "block": 176},
             {"cache_hints": True, "consumers": 3, "consumer_registers": 160, "block": 80},

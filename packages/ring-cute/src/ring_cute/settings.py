@@ -27,9 +27,10 @@ class Settings:
     lazy: bool = True
     """O is multiplied for a larger maximum only once some row of a warp has grown by a factor of 256, until when its
     probabilities are of the older maximum and up to 256 (they are rounded relatively, and sums are fp32)."""
-    query_registers: bool = False
-    """A consumer's queries stay in registers, so that products read half of shared memory less: a quarter of what all
-    products of a block of 128 keys read, or 32 of the 128 bytes a clock while scores are computed."""
+    query_columns: int = 0
+    """So many columns of a consumer's queries stay in registers, so that scores read less of shared memory: of all
+    that products of a block of 128 keys read at most a quarter, or 32 of the 128 bytes a clock while scores are
+    computed. All of them: their buffer is free again at once."""
     cluster: int = 1
     """CTAs that share each load of keys: a tile has the rows of all of them."""
     cache_hints: bool = False
@@ -158,7 +159,7 @@ class ForwardKind:
     def queries_ahead(self) -> bool:
         """The next tile's queries have a place of their own, and come while this one is computed; otherwise they come
         when all of its scores are."""
-        return self.queries > 1 or self.settings.query_registers
+        return self.queries > 1 or self.settings.query_columns >= self.padded
 
     @property
     def queries(self) -> int:
@@ -202,5 +203,5 @@ def kind_for(
     chosen = settings or settings_for(head_dim, softcap=softcap, alibi=alibi)
     ahead = state and state_tma and state_fits(head_dim, chosen)
     if ahead and query_buffers(head_dim, chosen, True) == 1:  # free for the next tile's as soon as they are read
-        chosen = replace(chosen, query_registers=True)
+        chosen = replace(chosen, query_columns=padded_head_dim(head_dim))
     return ForwardKind(dtype, head_dim, state, sinks, flags, chosen, ahead, softcap, alibi)

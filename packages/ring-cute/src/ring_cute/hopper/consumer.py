@@ -31,7 +31,7 @@ from ring_cute.hopper.records import (
     WALK_COLUMNS,
 )
 from ring_cute.hopper.scores import Place, add_slopes, cap_scores, slope_of
-from ring_cute.hopper.softmax import mask, multiply, rescale, softmax, to_operand
+from ring_cute.hopper.softmax import keep, kept_operand, mask, multiply, multiply_kept, rescale, softmax, to_operand
 from ring_cute.hopper.tile_end import Sums, TileEnd
 
 
@@ -41,7 +41,9 @@ class Operands:
 
     scores: cute.TiledMma
     sums: cute.TiledMma
-    queries: Any  # of all buffers, or in registers
+    queries: Any  # of all buffers
+    by_held: Any  # S, where queries are in registers
+    held: Any  # their first columns, in registers
     keys: Any
     values: Any
     s: Any
@@ -64,10 +66,8 @@ class Consumer(TileEnd):
         records = shared.records
 
         # operands in shared memory are the same for all threads
-        if cutlass.const_expr(self.settings.query_registers):
-            queries = cute.make_rmem_tensor(scores.partition_shape_A((64, self.dim)), self.dtype)
-        else:
-            queries = scores.make_fragment_A(scores.get_slice(0).partition_A(shared.q))
+        queries = scores.make_fragment_A(scores.get_slice(0).partition_A(shared.q))
+        by_held, held = kept_operand(self.dtype, self.block, self.settings.query_columns)
         keys = scores.make_fragment_B(scores.get_slice(0).partition_B(shared.k))
         turned = cute.make_tensor(shared.v.iterator, cute.select(shared.v.layout, mode=[1, 0, 2]))  # (D, BLOCK, STAGES)
         values = sums.make_fragment_B(sums.get_slice(0).partition_B(turned))
@@ -79,7 +79,7 @@ class Consumer(TileEnd):
         decay = cute.make_rmem_tensor(2, Float32)
         earlier = cute.make_rmem_tensor(2, Float32)
         kept = Sums(o, m, norm, decay, earlier)
-        of = Operands(scores, sums, queries, keys, values, s, p)
+        of = Operands(scores, sums, queries, by_held, held, keys, values, s, p)
 
         blocks, tiles, turn = Int32(0), Int32(0), Int32(0)
         ptx.wait(shared.record_full, 0)
@@ -186,24 +186,21 @@ class Consumer(TileEnd):
         some = shared.records[STOP, slot] > shared.records[START, slot]
         if some:
             ptx.wait(shared.q_full + at, (tiles >> (self.queries - 1)) & 1)
-        query = self.query(of, at)
-        if cutlass.const_expr(self.settings.query_registers):
-            load = cute.make_tiled_copy_A(
-                cute.make_copy_atom(cute.nvgpu.warp.LdMatrix8x8x16bOp(False, 4), self.dtype), of.scores
-            )
-            thread = load.get_slice(self.thread())
-            cute.copy(load, thread.partition_S(shared.q)[None, None, None, at], thread.retile(query))
-            if cutlass.const_expr(self.queries == 1):
+        if cutlass.const_expr(self.settings.query_columns > 0):
+            keep(of.by_held, of.held, shared.q[None, None, at], self.thread())
+            if cutlass.const_expr(self.queries == 1 and self.kind.queries_ahead):
                 cute.arch.sync_warp()
                 if some:
                     ptx.arrive(shared.q_empty + cid, leader)
         if some:
             ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
-        multiply(of.scores, query, of.keys[None, None, None, stage], of.s, False, self.head_dim)
+        self.multiply_keys(of, at, stage)
 
-    def query(self, of, at):
-        """The tile's queries as an operand."""
-        return of.queries if self.settings.query_registers else of.queries[None, None, None, at]
+    @cute.jit
+    def multiply_keys(self, of, at, stage):
+        """A block's scores: issued, one group."""
+        query, keys = of.queries[None, None, None, at], of.keys[None, None, None, stage]
+        multiply_kept(of.scores, of.by_held, of.held, query, keys, of.s, self.head_dim)
 
     @cute.jit
     def attend(
@@ -213,8 +210,7 @@ class Consumer(TileEnd):
         """Scores of this block, then the sum over the values of the block before, whose P is at hand."""
         stage, before = blocks & (self.stages - 1), (blocks - 1) & (self.stages - 1)
         ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
-        query = self.query(of, cid * self.queries + (tiles & (self.queries - 1)))
-        multiply(of.scores, query, of.keys[None, None, None, stage], of.s, False, self.head_dim)
+        self.multiply_keys(of, cid * self.queries + (tiles & (self.queries - 1)), stage)
         ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
         multiply(of.sums, of.p, of.values[None, None, None, before], kept.o, True)
         warpgroup.wait_group(1)

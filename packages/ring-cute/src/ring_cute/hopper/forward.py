@@ -187,7 +187,7 @@ class HopperForward:
             Float32,
             (1, 1, 1),
             (64, self.block),
-            warpgroup.OperandSource.RMEM if self.kind.settings.query_registers else warpgroup.OperandSource.SMEM,
+            warpgroup.OperandSource.SMEM,
         )
         sums = hopper_helpers.make_trivial_tiled_mma(
             self.dtype,

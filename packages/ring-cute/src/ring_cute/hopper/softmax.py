@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import cutlass
 from cutlass import Float32, Int32, cute
-from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.utils import hopper_helpers
 
 from ring_cute.hopper import ptx
 
@@ -18,6 +19,48 @@ def multiply(product, a, b, c, add: cutlass.Constexpr, depth: cutlass.Constexpr 
     for part in cutlass.range_constexpr(cute.size(b, mode=[2]) if depth is None else -(-depth // 16)):
         atom.set(warpgroup.Field.ACCUMULATE, add or part > 0)
         cute.gemm(atom, c, a[None, None, part], b[None, None, part], c)
+    warpgroup.commit_group()
+
+
+def kept_operand(dtype, block: int, columns: int):
+    """The product of 64 rows by a block, whose first operand is in registers, and registers for so many columns of it;
+    None and None for no column."""
+    if not columns:
+        return None, None
+    by_kept = hopper_helpers.make_trivial_tiled_mma(
+        dtype, dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, (1, 1, 1), (64, block),
+        warpgroup.OperandSource.RMEM,
+    )  # fmt: skip
+    kept = cute.make_rmem_tensor(by_kept.partition_shape_A((64, columns)), dtype)
+    return by_kept, kept
+
+
+@cute.jit
+def keep(by_kept, kept, rows, thread):
+    """The first columns of a consumer's 64 rows (64, D), in shared memory, to registers."""
+    load = cute.make_tiled_copy_A(
+        cute.make_copy_atom(cute.nvgpu.warp.LdMatrix8x8x16bOp(False, 4), kept.element_type), by_kept
+    )
+    own = load.get_slice(thread)
+    sources, targets = own.partition_S(rows), own.retile(kept)
+    for n in cutlass.range_constexpr(cute.size(kept, mode=[2])):
+        cute.copy(load, sources[None, None, n], targets[None, None, n])
+
+
+@cute.jit
+def multiply_kept(product, by_kept, kept, a, b, c, depth: cutlass.Constexpr):
+    """c = a b over so many numbers, of which the first factors of a are in registers, if any: issued, one group."""
+    columns = 0 if cutlass.const_expr(kept is None) else min(cute.size(kept, mode=[2]), -(-depth // 16))
+    atom = cute.make_mma_atom(product.op)
+    warpgroup.fence()
+    if cutlass.const_expr(columns > 0):
+        first = cute.make_mma_atom(by_kept.op)
+        for n in cutlass.range_constexpr(columns):
+            first.set(warpgroup.Field.ACCUMULATE, n > 0)
+            cute.gemm(first, c, kept[None, None, n], b[None, None, n], c)
+    for n in cutlass.range_constexpr(columns, -(-depth // 16)):
+        atom.set(warpgroup.Field.ACCUMULATE, n > 0)
+        cute.gemm(atom, c, a[None, None, n], b[None, None, n], c)
     warpgroup.commit_group()
 
 
