@@ -37,7 +37,7 @@ from ring_cute.hopper.backward_records import (
     publish,
 )
 from ring_cute.hopper.producer import await_piece
-from ring_cute.hopper.records import ask
+from ring_cute.hopper.records import ask_once, tell
 from ring_cute.hopper.scores import slope_of
 from ring_cute.hopper.views import FAR
 
@@ -68,7 +68,7 @@ class KeyShared:
 
     q: Any  # (BLOCK, D, Q_STAGES)
     do: Any  # (BLOCK, D, DO_STAGES)
-    k: Any  # (64, D, 2), or (64, D, 1) where it is wide, and so on
+    k: Any  # (64, D, 2), or (64, D, 1) where it is wide, and so on: see there
     v: Any  # (64, D, 2)
     ds: Any  # (BLOCK, 128, 2)
     dq: Any  # (rows, 64, 2) fp32
@@ -91,6 +91,9 @@ class KeyShared:
     slopes: Any  # (2, Q_STAGES) fp32, None without ALiBi
     p: Any  # of wide heads, as all that follows: (4, 128 threads, BLOCK * 64 / 512) fp32
     p_full: Any  # one for each warp
+    p_empty: Any  # of pairs, as all that follows but for ds_full and ds_empty
+    numbers: Any  # (RECORDS): of the tiles that the records are about, from the cluster's first CTA
+    number_full: Any
     ds_full: Any  # one for each buffer of ds
     ds_empty: Any
 
@@ -138,13 +141,19 @@ def load(
     q_stages: cutlass.Constexpr,
     do_stages: cutlass.Constexpr,
     flagged: cutlass.Constexpr,
+    cluster: cutlass.Constexpr,
 ):
-    """Brings each tile's keys and values, its blocks of Q and dO. sizes: piece length, batch rows of q, dO, k."""
+    """Brings each tile's keys and values, its blocks of Q and dO. sizes: piece length, batch rows of q, dO, k. Of a
+    cluster each CTA's own keys are the first part of what it loads of the tile's."""
     piece_length, q_batch_rows, do_batch_rows, k_batch_rows = sizes
     lane = cute.arch.lane_idx()
-    key_parts = cute.size(shared.k, mode=[2])
+    key_parts, value_parts = cute.size(shared.k, mode=[2]), cute.size(shared.v, mode=[2])
     grid, _, _ = cute.arch.grid_dim()
     first_tile, _, _ = cute.arch.block_idx()
+    own = Int32(0)
+    if cutlass.const_expr(cluster > 1):
+        grid, first_tile = grid // cluster, first_tile // cluster
+        own = cute.arch.block_idx_in_cluster()
     records, walk = shared.records, work.walk
     turn, tiles = Int32(0), Int32(0)
     q_stage, q_phase, do_stage, do_phase = Int32(0), Int32(0), Int32(0), Int32(0)
@@ -174,7 +183,7 @@ def load(
                     _expect(shared.k_full, shared.k, key_parts)
                     for c in cutlass.range_constexpr(key_parts):
                         _copy(
-                            loads.k_atom, loads.k, FAR - count + 64 * c, head, k_end, shared.k[None, None, c],
+                            loads.k_atom, loads.k, FAR - count + 64 * (own ^ c), head, k_end, shared.k[None, None, c],
                             shared.k_full,
                         )  # fmt: skip
                 ptx.wait(shared.q_empty + q_stage, q_phase ^ 1)
@@ -185,10 +194,10 @@ def load(
                 )  # fmt: skip
                 if n == 0:
                     ptx.wait(shared.v_empty, (tiles & 1) ^ 1)
-                    _expect(shared.v_full, shared.v, key_parts)
-                    for c in cutlass.range_constexpr(key_parts):
+                    _expect(shared.v_full, shared.v, value_parts)
+                    for c in cutlass.range_constexpr(value_parts):
                         _copy(
-                            loads.v_atom, loads.v, FAR - count + 64 * c, head, k_end, shared.v[None, None, c],
+                            loads.v_atom, loads.v, FAR - count + 64 * (own ^ c), head, k_end, shared.v[None, None, c],
                             shared.v_full,
                         )  # fmt: skip
                 ptx.wait(shared.do_empty + do_stage, do_phase ^ 1)
@@ -201,7 +210,7 @@ def load(
                 do_stage, do_phase = next_stage(do_stage, do_phase, do_stages)
                 w, b, q_head = following(walk, w, b, q_head)
             tiles += 1
-        asked = ask(lane, work)
+        asked = tell(ask_once(lane, work, cluster), turn + 1, lane, shared, cluster, RECORD_BITS)
         publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
         going = asked + grid < work.total
         turn += 1
@@ -209,7 +218,8 @@ def load(
 
 @cute.jit
 def describe(
-    work, shared, lse, delta, num_heads, q_len_all, terms, block: cutlass.Constexpr, q_stages: cutlass.Constexpr
+    work, shared, lse, delta, num_heads, q_len_all, terms, block: cutlass.Constexpr, q_stages: cutlass.Constexpr,
+    cluster: cutlass.Constexpr,
 ):  # fmt: skip
     """Brings what is known of each block's rows: lse, delta, and which pairs take part; with ALiBi's terms also the
     head's slope, and how far pairs are apart. Rows beyond the segment get an lse of +inf: their P is 0."""
@@ -267,7 +277,7 @@ def describe(
             stage, phase = next_stage(stage, phase, q_stages)
             w, b, q_head = following(walk, w, b, q_head)
         cute.arch.sync_warp()
-        ptx.arrive(shared.record_empty + slot, lane == 0)
+        ptx.arrive_everywhere(shared.record_empty + slot, lane, cluster)
         turn += 1
         slot = turn & (RECORDS - 1)
         ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
@@ -297,11 +307,17 @@ class Share:
 def add_queries(
     work, shared, dq_atom, dq_tensor, num_heads, q_len_all, turns, done, block: cutlass.Constexpr,
     shares: cutlass.Constexpr, ordered: cutlass.Constexpr, sender: cutlass.Constexpr, senders: cutlass.Constexpr,
+    cluster: cutlass.Constexpr,
 ):  # fmt: skip
     """Sends a block's dq on its way to be added to global memory. shares: of a block, in the order in which they come.
     ordered: when it is this block's turn (`backward_order`), and until then it waits; done: how many blocks have added
-    to each stretch of rows of each head. senders: warps that send different columns, each with counters of its own."""
+    to each stretch of rows of each head. senders: warps that send different columns, each with counters of its own. Of a
+    cluster each CTA sends other rows of a block, with counters of its own."""
     lane = cute.arch.lane_idx()
+    first_row, number, numbers = Int32(0), Int32(sender), senders * cluster
+    if cutlass.const_expr(cluster > 1):
+        first_row = cute.arch.block_idx_in_cluster() * cute.size(shared.dq, mode=[0])
+        number = cute.arch.block_idx_in_cluster() * senders + sender
     records, walk = shared.records, work.walk
     turn, blocks = Int32(0), Int32(0)
     ptx.wait(shared.record_full, 0)
@@ -318,11 +334,11 @@ def add_queries(
             mine, wanted = Int32(0), Int32(-1)
             if cutlass.const_expr(ordered):
                 row = walk[entry + Q_START] + walk[entry + I_LO] + b * block
-                mine = ((batch * num_heads + q_head) * stretches + row // block + lane) * senders + sender
+                mine = ((batch * num_heads + q_head) * stretches + row // block + lane) * numbers + number
                 if lane < 2:  # a block touches one stretch, or two
                     wanted = turns[2 * (records[TURNS, slot] + nth) + lane]
             end = (batch * num_heads + q_head) * q_len_all + walk[entry + Q_START] + q_len
-            x = FAR - q_len + walk[entry + I_LO] + b * block
+            x = FAR - q_len + walk[entry + I_LO] + b * block + first_row
             if cutlass.const_expr(ordered):
                 if wanted >= 0:
                     while ptx.load_acquire_gpu(done.iterator + mine) != wanted:
@@ -358,7 +374,7 @@ def add_queries(
                 if wanted >= 0:
                     ptx.add_release_gpu(done.iterator + mine, Int32(1))
         cute.arch.sync_warp()
-        ptx.arrive(shared.record_empty + slot, lane == 0)
+        ptx.arrive_everywhere(shared.record_empty + slot, lane, cluster)
         turn += 1
         slot = turn & (RECORDS - 1)
         ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)

@@ -21,9 +21,10 @@ by 64 keys by 256, in cycles of 128 bytes of shared memory: scores and dP 1024, 
 out and in 1024, loads 512: 3900, while the tensor cores take 2560. P goes from one consumer to the other in fp32, each
 thread's to the same thread of the other (scores and dP are laid out alike), so that ds is rounded once.
 
-dq is summed by twice as many tiles as with 128 keys. What that costs is what limits this kernel by estimate: sums in
-memory take some 3 TB/s, which 64 keys a tile come to at 500 TFLOP/s. 80 keys (as FlashAttention-3) fit by transposing
-dv and dk, whose products then read both operands from shared memory; a pair of CTAs that shares 128 keys halves it.
+dq is summed by twice as many tiles as with 128 keys. What that costs is what limits this kernel: sums keep the way into
+the L2 busy to 91-94 % at 475 TFLOP/s (ncu, head dim 192). 80 keys (as FlashAttention-3) fit by transposing dv and dk,
+whose products then read both operands from shared memory; a pair of CTAs that shares 128 keys halves it
+(`paired_consumer`), where shared memory holds the peer's K as well: at 192, not at 256.
 
 Shared memory: as in `backward`, but `k`, `v` (64, D); `ds` (BLOCK, 64 keys) twice; `dq` (BLOCK, 64 columns) in fp32,
 two or more; and `p` in fp32, as threads have it (with a softcap, times the cap's derivative).
@@ -95,17 +96,36 @@ class WideConsumer(BackwardConsumer):
         super().__init__(kind)
         assert self.block == 64, "a row of ds has 64 keys, and as many queries are a buffer of dq"
         self.columns_kept = (kind.settings.k_columns, kind.settings.v_columns)
+        self.cluster = kind.settings.cluster
         self.dq_rows, self.dq_buffers, self.v_readers = self.block, kind.settings.dq_buffers, WARPS // CONSUMERS
         assert self.dq_buffers in (CONSUMERS, self.dim // 64), "one for each consumer, or for each share"
         columns = range(self.dim // 64)
-        half = -(-len(columns) // 2)
+        first = self.columns_of_values(len(columns))
         self.shares = [[], []]  # each consumer's, by a warp of their own
-        for role, own in ((VALUES, columns[:half]), (QUERIES, columns[half:])):
+        for role, own in ((VALUES, columns[:first]), (QUERIES, columns[first:])):
             for nth, c in enumerate(own):
                 alone = kind.settings.dq_buffers > CONSUMERS  # a buffer for each share
                 self.shares[role].append(Share(c, c, 0) if alone else Share(role, c, 0, nth, len(own)))
         # With one share this consumer frees Q behind the next dP, whose dO comes behind the next Q.
         assert self.q_stages > 1 or len(self.shares[QUERIES]) > 1, "the next Q has a stage of its own"
+
+    def columns_of_values(self, columns: int) -> int:
+        """How many of the shares of dq, of 64 columns each, are made by the consumer that has dv."""
+        return -(-columns // 2)
+
+    def first_key(self) -> Any:
+        """Of the tile's keys the first one of this CTA."""
+        return Int32(0)
+
+    def own_keys(self, count: Any) -> Any:
+        """Of the tile's so many keys those of this CTA."""
+        return count
+
+    def turned_keys(self, keys: Any, turned: Any, columns: int) -> Any:
+        """K as dq's first operand: 64 columns of D by the keys."""
+        flipped = cute.make_tensor(keys.iterator, cute.select(keys.layout, mode=[1, 0, 2]))[None, None, 0]
+        part = cute.local_tile(flipped, (64, 64), (columns, 0))
+        return turned.make_fragment_A(turned.get_slice(0).partition_A(part))
 
     @cute.jit
     def consume(
@@ -128,9 +148,9 @@ class WideConsumer(BackwardConsumer):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3
         lane = cute.arch.lane_idx()
         leader = lane == 0
-        row = warp * 16 + (lane >> 2)  # of the tile's keys, and this + 8
+        row = warp * 16 + (lane >> 2)  # of the CTA's 64 keys, and this + 8
         column = 2 * (lane & 3)
-        records = shared.records
+        records, first_key = shared.records, self.first_key()
 
         # operands in shared memory are the same for all threads
         flip = lambda x: cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, 2]))  # noqa: E731
@@ -153,14 +173,8 @@ class WideConsumer(BackwardConsumer):
             sources, targets = own.partition_S(stationary[None, None, 0]), own.retile(kept)
         second = scores.make_fragment_B(one.partition_B(moving))
         factors = sums.make_fragment_B(sums.get_slice(0).partition_B(flip(other)))  # (D, BLOCK, stages)
-        one = turned.get_slice(0)
-        keys_turned = []
-        for n in cutlass.range_constexpr(len(self.shares[role])):
-            columns = cute.local_tile(
-                flip(shared.k)[None, None, 0], (64, self.tile_keys), (self.shares[role][n].columns, 0)
-            )
-            keys_turned.append(turned.make_fragment_A(one.partition_A(columns)))
-        ds_read = turned.make_fragment_B(one.partition_B(shared.ds))
+        keys_turned = [self.turned_keys(shared.k, turned, share.columns) for share in self.shares[role]]
+        ds_read = turned.make_fragment_B(turned.get_slice(0).partition_B(shared.ds))
         total = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), Float32)
 
         # where a thread writes: ds (its row of a matrix of stmatrix), dq (the first number); both in bytes
@@ -168,7 +182,7 @@ class WideConsumer(BackwardConsumer):
         chunk = 2 * warp + ((lane >> 3) & 1)
         ds_at = (query + 8 * (lane >> 4)) * 128 + ((chunk ^ query) << 4)
         chunk = 4 * (warp & 1) + (lane >> 4)
-        dq_at = (warp >> 1) * self.block * 128 + column * 128
+        dq_at = (warp >> 1) * self.dq_rows * 128 + column * 128
         dq_at += ((chunk ^ column) << 4) + ((lane >> 2) & 3) * 4
 
         tiles, turn, blocks = Int32(0), Int32(0), Int32(0)
@@ -188,7 +202,7 @@ class WideConsumer(BackwardConsumer):
                     scores, sums, turned, first, kept, by_kept, second, factors, keys_turned, ds_read, total, ds_at,
                     dq_at,
                 )
-                thread = (warp, lane, row, column)
+                thread = (warp, lane, first_key + row, column)
                 state = (q_stage, q_phase, do_stage, do_phase, blocks)
                 if cutlass.const_expr(role == VALUES):
                     state = self.sum_values(shared, parts, thread, state, number, tiles, score_scale, terms, count)
@@ -202,19 +216,20 @@ class WideConsumer(BackwardConsumer):
                     Int64(records[HEAD, slot]),
                 )
                 by_piece, by_batch, by_token, by_head = strides
-                at = piece * by_piece + batch * by_batch + Int64(records[TOKEN, slot]) * by_token + head * by_head
+                token = Int64(records[TOKEN, slot] + first_key)
+                at = piece * by_piece + batch * by_batch + token * by_token + head * by_head
                 if cutlass.const_expr(role == QUERIES):
                     for e in cutlass.range_constexpr(cute.size(total) // 4):
                         for c in cutlass.range_constexpr(4):
                             total[4 * e + c] = total[4 * e + c] * scale
-                self.leave(out, total, at + column, by_token, row, count)
+                self.leave(out, total, at + column, by_token, row, count - first_key)
             if cutlass.const_expr(self.kind.departures):
                 # every thread's additions come before the count
                 cute.arch.barrier(barrier_id=END_BARRIER, number_of_threads=128 * CONSUMERS)
                 if 4 * role + warp == 0 and leader:
-                    ptx.add_release_sys(departures.iterator + records[PIECE, slot], count)
+                    ptx.add_release_sys(departures.iterator + records[PIECE, slot], self.own_keys(count))
             cute.arch.sync_warp()  # all lanes have read the record
-            ptx.arrive(shared.record_empty + slot, leader)
+            ptx.arrive_everywhere(shared.record_empty + slot, lane, self.cluster)
             turn += 1
             slot = turn & (RECORDS - 1)
             ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
@@ -273,6 +288,7 @@ class WideConsumer(BackwardConsumer):
         warp, lane, row, column = thread
         lse = self.of_queries(shared.lse, stage, column)
         self.probabilities(shared, lse, s, p16, stage, scale, terms, row, column, count)
+        self.await_room(shared, warp, blocks)
         four = cute.make_rmem_tensor(4, Float32)
         for j in cutlass.range_constexpr(cute.size(s) // 4):
             for e in cutlass.range_constexpr(4):
@@ -283,6 +299,9 @@ class WideConsumer(BackwardConsumer):
         ptx.arrive(shared.q_empty + stage, lane == 0)
         if cutlass.const_expr(not self.kind.softcap):
             to_operand(s, p16)
+
+    def await_room(self, shared, warp, blocks):
+        """Until the P before has been read: it has, where this consumer has seen its ds."""
 
     # the consumer that has dk
 
@@ -312,12 +331,7 @@ class WideConsumer(BackwardConsumer):
             ptx.arrive(shared.v_empty, leader)
         p, ds16 = self.block_scores(parts.scores), self.operand(parts.sums)
         ptx.wait(shared.q_full + q_stage, q_phase)  # Q, and delta
-        ptx.wait(shared.p_full + warp, blocks & 1)
-        four = cute.make_rmem_tensor(4, Float32)
-        for j in cutlass.range_constexpr(cute.size(p) // 4):
-            cute.autovec_copy(shared.p[None, warp * 32 + lane, j], four)
-            for e in cutlass.range_constexpr(4):
-                p[4 * j + e] = four[e]
+        self.take_p(shared, p, warp, lane, blocks)
         self.differences(self.of_queries(shared.delta, q_stage, column), p, dp)
         to_operand(dp, ds16)
         ptx.wait(shared.ds_empty + (blocks & 1), ((blocks >> 1) & 1) ^ 1)
@@ -349,6 +363,16 @@ class WideConsumer(BackwardConsumer):
                 dp[e] = next_dp[e]
         return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
 
+    @cute.jit
+    def take_p(self, shared, p, warp, lane, blocks):
+        """P of a block, once the other consumer has made it."""
+        ptx.wait(shared.p_full + warp, blocks & 1)
+        four = cute.make_rmem_tensor(4, Float32)
+        for j in cutlass.range_constexpr(cute.size(p) // 4):
+            cute.autovec_copy(shared.p[None, warp * 32 + lane, j], four)
+            for e in cutlass.range_constexpr(4):
+                p[4 * j + e] = four[e]
+
     # both
 
     @cute.jit
@@ -371,12 +395,12 @@ class WideConsumer(BackwardConsumer):
     @cute.jit
     def multiply_share(self, parts, n: cutlass.Constexpr, buffer):
         """64 columns of dqᵀ = Kᵀ ds: issued, one group."""
-        dq = cute.make_rmem_tensor(parts.turned.partition_shape_C((64, self.block)), Float32)
+        dq = cute.make_rmem_tensor(parts.turned.partition_shape_C((64, self.dq_rows)), Float32)
         multiply(parts.turned, parts.keys_turned[n], parts.ds_read[None, None, None, buffer], dq, False)
         return dq
 
     @cute.jit
     def store_share(self, shared, parts, dq, share: cutlass.Constexpr, blocks, leader):
         """64 columns of dq to their buffer."""
-        at = parts.dq_at + share.buffer * (self.block * 64 * 4)
+        at = parts.dq_at + share.buffer * (self.dq_rows * 64 * 4)
         self.store_dq(shared, at, dq, share.buffer, blocks * share.shares + share.nth, leader)
