@@ -25,7 +25,7 @@ from ring_core.testing.direct import (
     table_of,
 )
 from ring_cute.hopper import backward_launch
-from ring_cute.hopper.backward_settings import BackwardKind, BackwardSettings
+from ring_cute.hopper.backward_settings import BackwardKind, BackwardSettings, backward_settings_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -132,8 +132,9 @@ ORDERED += [BackwardCase(f"D {dim}", [WIDE], 200, dim=dim) for dim in (192, 256)
 
 @pytest.mark.parametrize("case", ORDERED, ids=lambda case: case.name)
 def test_deterministic(case: BackwardCase) -> None:
-    """By one CTA, since the machine runs one after the other and they would wait for each other."""
-    message, fine = run_backward(replace(case, deterministic=True), emulated(1), CPU)
+    """By one CTA or pair, since the machine runs one after the other and they would wait for each other."""
+    processors = (case.settings or backward_settings_for(case.dim)).cluster
+    message, fine = run_backward(replace(case, deterministic=True), emulated(processors), CPU)
     assert fine, message
 
 

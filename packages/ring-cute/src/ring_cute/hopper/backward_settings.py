@@ -51,8 +51,12 @@ BACKWARD: dict[int, BackwardSettings] = {
     # `wide_consumer`: dv or dk (64 x D), scores or dP (64 x block) and 64 columns of dq live in the registers of one
     # warpgroup each; K, V, the stages, ds twice, P in fp32 and buffers of dq in 227 KiB
     192: BackwardSettings(
+        do_stages=1,
         dq_buffers=3,
-        reason="420, 440, 456, 455; two stages of both and a buffer for all of dq are what fits. Others not measured",
+        cluster=2,
+        consumer_registers=232,
+        producer_registers=40,
+        reason="not measured yet; one CTA a tile, two stages of both, 128 columns of K and V in registers: 475",
     ),
     256: BackwardSettings(
         do_stages=1,

@@ -97,10 +97,6 @@ class PairedConsumer(WideConsumer):
     def own_keys(self, count: Any) -> Any:
         return cute.math.max(cute.math.min(count - self.first_key(), 64), 0)
 
-    def turned_keys(self, keys: Any, turned: Any, columns: int) -> Any:
-        """64 columns of D by 64 keys, of both parts."""
-        return [super(PairedConsumer, self).turned_keys(keys[None, None, (part, None)], turned, columns) for part in (OWN, PEER)]
-
     # the consumer that has dv
 
     @cute.jit

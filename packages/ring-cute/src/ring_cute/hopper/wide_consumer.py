@@ -121,11 +121,11 @@ class WideConsumer(BackwardConsumer):
         """Of the tile's so many keys those of this CTA."""
         return count
 
-    def turned_keys(self, keys: Any, turned: Any, columns: int) -> Any:
-        """K as dq's first operand: 64 columns of D by the keys."""
-        flipped = cute.make_tensor(keys.iterator, cute.select(keys.layout, mode=[1, 0, 2]))[None, None, 0]
-        part = cute.local_tile(flipped, (64, 64), (columns, 0))
-        return turned.make_fragment_A(turned.get_slice(0).partition_A(part))
+    def turned_keys(self, keys: Any, turned: Any, columns: int) -> list[Any]:
+        """K as dq's first operand: 64 columns of D by 64 keys, of each part of the keys."""
+        flipped = cute.make_tensor(keys.iterator, cute.select(keys.layout, mode=[1, 0, 2]))
+        parts = [cute.local_tile(flipped[None, None, n], (64, 64), (columns, 0)) for n in range(self.key_parts)]
+        return [turned.make_fragment_A(turned.get_slice(0).partition_A(part)) for part in parts]
 
     @cute.jit
     def consume(
@@ -396,7 +396,7 @@ class WideConsumer(BackwardConsumer):
     def multiply_share(self, parts, n: cutlass.Constexpr, buffer):
         """64 columns of dqᵀ = Kᵀ ds: issued, one group."""
         dq = cute.make_rmem_tensor(parts.turned.partition_shape_C((64, self.dq_rows)), Float32)
-        multiply(parts.turned, parts.keys_turned[n], parts.ds_read[None, None, None, buffer], dq, False)
+        multiply(parts.turned, parts.keys_turned[n][0], parts.ds_read[None, None, None, buffer], dq, False)
         return dq
 
     @cute.jit
