@@ -16,6 +16,7 @@ from ring_cute.hopper.backward_settings import (
     TILE_KEYS,
     WIDE_TILE_KEYS,
     BackwardKind,
+    BackwardSettings,
     backward_settings_for,
 )
 from ring_cute.settings import SHARED_BYTES
@@ -30,10 +31,16 @@ def shaped(head_dim: int, dtype: str) -> Iterator[BackwardKind]:
             yield BackwardKind(dtype, head_dim, gradients, staged, staged, settings, **asked)
 
 
+ALONE = BackwardSettings(dq_buffers=3, k_columns=128, v_columns=128)
+"""Of head dim 192, a tile of one CTA."""
 GROUPS: dict[str, list[Any]] = {
     **{f"backward-{head_dim}": [*backwards(head_dim, "bfloat16")] for head_dim in BACKWARD},
     "backward-padded": [*backwards(40, "float16")],
     "backward-wide-padded": [*backwards(200, "float16")],
+    "backward-paired-padded": [*backwards(136, "float16")],
+    "backward-alone-192": [
+        BackwardKind("bfloat16", 192, gradients, False, False, ALONE) for gradients in ("final", "shared")
+    ],
     **{f"backward-shaped-{head_dim}": [*shaped(head_dim, "bfloat16")] for head_dim in BACKWARD},
 }
 
@@ -71,8 +78,13 @@ def _products_and_waits(kind: BackwardKind) -> tuple[int, int]:
         # of a consumer's first block: scores and dP over the head dim, dk and dv over the queries; of the loop's these
         # and dq, over the tile's keys, of the block before; then that of the last
         return 4 * depth + 4 * queries + 2 * (TILE_KEYS // 16), 10
-    # scores and dP before the loop and in it; dv, dk and dq of each 64 columns in the loop and for the last block
     shares = kind.padded // 64
+    if kind.paired:
+        # a tile's only block, its first, the loop's and its last; scores and dP before them, and of the next block in the
+        # first and the loop's; dq, over the keys of both CTAs, of the block before in the loop's and the last, then that
+        # of the last. Waits: one for each of dv, scores, the first consumer's dq, all of the other's, dk, dP
+        return 6 * depth + 8 * queries + 3 * shares * (2 * WIDE_TILE_KEYS // 16), 2 * (1 + 1 + 2 + 3 + 2 + 1)
+    # scores and dP before the loop and in it; dv, dk and dq of each 64 columns in the loop and for the last block
     return 4 * depth + 4 * queries + 2 * shares * (WIDE_TILE_KEYS // 16), 6 + 2 * shares
 
 

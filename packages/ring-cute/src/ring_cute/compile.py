@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from ring_cute import library
-from ring_cute.backend import BACKWARD_HEAD_DIMS, HEAD_DIMS
+from ring_cute.backend import HEAD_DIMS
 from ring_cute.hopper.backward_settings import BackwardKind, EndsKind, backward_settings_for
 from ring_cute.settings import FORWARD, ForwardKind, kind_for, settings_for
 
@@ -41,8 +41,6 @@ def forwards(head_dim: int, dtype: str) -> Iterator[ForwardKind]:
 def backwards(head_dim: int, dtype: str) -> Iterator[BackwardKind | EndsKind]:
     """Final gradients of a call of one GPU; those that are added to, also by several CTAs where there are few tiles;
     those that leave as they are completed, of keys that are still arriving; and dq in a fixed order."""
-    if head_dim not in BACKWARD_HEAD_DIMS:
-        return
     for dlse in (False, True):
         yield EndsKind("prepare", dtype, head_dim, dlse)
     yield EndsKind("finish", dtype, head_dim)
