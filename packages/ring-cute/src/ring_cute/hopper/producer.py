@@ -15,14 +15,14 @@ from ring_cute.hopper.records import (
     ENDS,
     HEAD,
     Q_ROW,
-    RECORD_BITS,
+    RECORDS,
     START,
     STOP,
     WALK_COLUMNS,
-    ask_once,
     publish,
-    tell,
 )
+from ring_cute.hopper.records import ask_once as _ask
+from ring_cute.hopper.records import tell as _number
 from ring_cute.hopper.views import DROP, FAR, KEEP
 
 
@@ -202,11 +202,11 @@ def produce(
                 end = batch * work.k_batch_rows + k_row + k_len
                 for t in cutlass.range(count, unroll=1):
                     if blocks - first == 2:  # after two blocks there is time for the next tile
-                        asked = ask_once(lane, work, cluster)
+                        asked = _ask(lane, work, cluster)
                         if cutlass.const_expr(ahead):
                             _load_state(loads, shared, ends, q_row, head, batch, turn, consumers, hints)
                     if blocks - first == 3:
-                        asked = tell(asked, turn + 1, lane, shared, cluster, RECORD_BITS)
+                        asked = _number(asked, turn + 1, lane, shared, cluster)
                         publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
                     number = t - right  # right edges from the right, then the others from the left
                     if t < right:
@@ -247,11 +247,11 @@ def produce(
                     blocks += 1
             tiles += 1
         if blocks - first <= 2:
-            asked = ask_once(lane, work, cluster)
+            asked = _ask(lane, work, cluster)
             if cutlass.const_expr(ahead):
                 _load_state(loads, shared, ends, q_row, head, batch, turn, consumers, hints)
         if blocks - first <= 3:
-            asked = tell(asked, turn + 1, lane, shared, cluster, RECORD_BITS)
+            asked = _number(asked, turn + 1, lane, shared, cluster)
             publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
         going = asked + grid < work.total
         turn += 1

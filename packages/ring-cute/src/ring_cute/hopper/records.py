@@ -89,7 +89,7 @@ def ask_once(lane, work, cluster: cutlass.Constexpr):
 
 
 @cute.jit
-def tell(asked, turn, lane, shared, cluster: cutlass.Constexpr, bits: cutlass.Constexpr):
+def tell(asked, turn, lane, shared, cluster: cutlass.Constexpr, bits: cutlass.Constexpr = RECORD_BITS):
     """What the cluster's first CTA was told, of its tile `turn`, to all of them. bits: of the number of records."""
     if cutlass.const_expr(cluster > 1):
         slots = 1 << bits
