@@ -80,10 +80,9 @@ def _products_and_waits(kind: BackwardKind) -> tuple[int, int]:
         return 4 * depth + 4 * queries + 2 * (TILE_KEYS // 16), 10
     shares = kind.padded // 64
     if kind.paired:
-        # a tile's only block, its first, the loop's and its last; scores and dP before them, and of the next block in the
-        # first and the loop's; dq, over the keys of both CTAs, of the block before in the loop's and the last, then that
-        # of the last. Waits: one for each of dv, scores, the first consumer's dq, all of the other's, dk, dP
-        return 6 * depth + 8 * queries + 3 * shares * (2 * WIDE_TILE_KEYS // 16), 2 * (1 + 1 + 2 + 3 + 2 + 1)
+        # scores and dP before the loop and in it; dv and dk in the loop and of the last block; dq, over both CTAs' keys,
+        # of the block before there, and of the last one. Of each consumer's dq all is waited for together
+        return 4 * depth + 4 * queries + 3 * shares * (2 * WIDE_TILE_KEYS // 16), 2 * (1 + 3 + 2 + 1)
     # scores and dP before the loop and in it; dv, dk and dq of each 64 columns in the loop and for the last block
     return 4 * depth + 4 * queries + 2 * shares * (WIDE_TILE_KEYS // 16), 6 + 2 * shares
 

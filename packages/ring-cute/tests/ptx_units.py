@@ -296,8 +296,8 @@ class Units(Operands):
         return run
 
     def send_bytes(self, operands: list[str]) -> Any:
-        """Shared memory of one CTA to that of another. What is sent is read when it lands, if that is late: the copy has
-        read it only once its bytes are counted."""
+        """Shared memory of one CTA to that of another. What is sent is read when it lands, at once or late, when its
+        bytes are counted."""
         to, source, bar = (self.address(operands[n]) for n in (0, 1, 3))
         size = self.source(operands[2], np.uint32)
 

@@ -123,9 +123,7 @@ class CuteBackend:
     ) -> None:
         if _elsewhere(q):
             with torch.cuda.device(q.device):
-                self.backward(
-                    state, q, k, v, dout, dk, dv, table, params=params, flags=flags, departures=departures
-                )
+                self.backward(state, q, k, v, dout, dk, dv, table, params=params, flags=flags, departures=departures)
             return
         if params.scale <= 0:
             q, scale = _positive(q, params.scale)

@@ -311,8 +311,8 @@ def add_queries(
 ):  # fmt: skip
     """Sends a block's dq on its way to be added to global memory. shares: of a block, in the order in which they come.
     ordered: when it is this block's turn (`backward_order`), and until then it waits; done: how many blocks have added
-    to each stretch of rows of each head. senders: warps that send different columns, each with counters of its own. Of a
-    cluster each CTA sends other rows of a block, with counters of its own."""
+    to each stretch of rows of each head. senders: warps that send different columns, each with counters of its own, as
+    have those of a cluster's CTAs, which send different rows."""
     lane = cute.arch.lane_idx()
     first_row, number, numbers = Int32(0), Int32(sender), senders * cluster
     if cutlass.const_expr(cluster > 1):

@@ -13,7 +13,8 @@
 All else is as in `wide_consumer`, and warpgroup 0 as in `backward`. Both CTAs walk the same blocks of 64 queries, each
 with its own loads. Of a block's dq each makes 32 rows, over the keys of both, of which it keeps K; V only of its own.
 So it sends the peer ds of the other 32 rows, 4 KiB a block, and gets as much. dq is that of the block before, so that
-nobody waits for the exchange; that of a tile's last block is made at its end.
+nobody waits for the exchange; that of a tile's last block is made at its end, and in its first block a dq of nothing is
+made and dropped.
 
 Which tile is next asks the first CTA, and tells the other (`records.tell`). A CTA without keys, where a tile has 64 or
 fewer, takes part all the same: its K and V are zeros, its pairs hidden.
@@ -40,7 +41,7 @@ arrives there had what was copied. Tiles without a block touch no buffer; their 
 Order of a block, of which products that follow each other without a wait are under way together:
 
     dv: P[n] there │ dv, s[n+1], ds[n-1] there, dq[n-1] │ dO[n] free │ P[n+1] made, P[n] read, handed over │ dq goes
-    dk: dP[n] there, ds[n-1] there │ dq[n-1], twice │ P[n] there, read │ ds[n] made, stored, sent │ dk │ dq goes │
+    dk: dP[n] there, ds[n-1] there │ dq[n-1] │ P[n] there, read │ ds[n] made, stored, sent │ dk │ dq goes │
         dP[n+1] │ Q[n] free
 
 Nobody waits in a circle: what is waited for in block n is of block n or before, and in block n dk waits for dv's P[n],
@@ -48,7 +49,8 @@ dv for dk's having read P[n] and for nothing later. Q has a stage to itself whil
 comes behind Q[n+1].
 
 For 64 queries by 64 keys by 192, in cycles of 128 bytes of shared memory: scores and dP 768, dv and dk 384, dq 576, P
-256, ds 96, dq out and in 384, loads 384; the tensor cores take 1920.
+256, ds 128, dq out and in 384, loads 384: 2880, less 16 for each 16 columns of K or V in registers; the tensor cores
+take 1920.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ from __future__ import annotations
 from typing import Any
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, cute
 from cutlass.cute.nvgpu import warpgroup
 
 from ring_cute.hopper import ptx
@@ -108,41 +110,37 @@ class PairedConsumer(WideConsumer):
         self.multiply_scores(parts, q_stage, s)
         warpgroup.wait_group(0)
         self.make_p(shared, s, p16, thread, q_stage, blocks, scale, terms, count)
-        if number == 1:
-            state = self.values_block(shared, parts, p16, thread, state, scale, terms, count, True, True)
-        else:
-            state = self.values_block(shared, parts, p16, thread, state, scale, terms, count, True, False)
-            for _ in cutlass.range(number - 2, unroll=1):
-                state = self.values_block(shared, parts, p16, thread, state, scale, terms, count, False, False)
-            state = self.values_block(shared, parts, p16, thread, state, scale, terms, count, False, True)
+        for n in cutlass.range(number - 1, unroll=1):
+            state = self.values_block(shared, parts, p16, thread, state, scale, terms, count, n > 0, False)
+        state = self.values_block(shared, parts, p16, thread, state, scale, terms, count, number > 1, True)
         self.last_shares(shared, parts, VALUES, state[4] - 1, thread[1])
         return state
 
     @cute.jit
     def values_block(
-        self, shared, parts, p16, thread, state, scale, terms, count, first: cutlass.Constexpr, last: cutlass.Constexpr
+        self, shared, parts, p16, thread, state, scale, terms, count, follows, last: cutlass.Constexpr
     ):  # fmt: skip
-        """A block whose P is in p16, but for its dq; dq of the block before, unless this is the first; and P of the
-        next one, unless this is the last."""
+        """A block whose P is in p16, but for its dq; dq of the block before, which this one follows unless it is the
+        tile's first; and P of the next one, unless this is the last."""
         _, lane, _, _ = thread
         q_stage, q_phase, do_stage, do_phase, blocks = state
         next_q, next_q_phase = next_stage(q_stage, q_phase, self.q_stages)
         next_do, next_do_phase = next_stage(do_stage, do_phase, self.do_stages)
         ptx.wait(shared.do_full + do_stage, do_phase)
         multiply(parts.sums, p16, parts.factors[None, None, None, do_stage], parts.total, True)
-        s, shares = self.block_scores(parts.scores), []
+        s = self.block_scores(parts.scores)
         if cutlass.const_expr(not last):
             ptx.wait(shared.q_full + next_q, next_q_phase)
             self.multiply_scores(parts, next_q, s)
-        if cutlass.const_expr(not first):
-            shares = self.multiply_shares(shared, parts, VALUES, blocks - 1)
-        warpgroup.wait_group((not last) + len(shares))
+        shares = self.multiply_shares(shared, parts, VALUES, blocks - 1, follows)
+        ahead = 0 if cutlass.const_expr(last) else 1
+        warpgroup.wait_group(ahead + len(shares))
         ptx.arrive(shared.do_empty + do_stage, lane == 0)
         if cutlass.const_expr(not last):
             warpgroup.wait_group(len(shares))
             self.make_p(shared, s, p16, thread, next_q, blocks + 1, scale, terms, count)
-        if cutlass.const_expr(not first):
-            warpgroup.wait_group(0)
+        warpgroup.wait_group(0)
+        if follows:
             self.leave_shares(shared, parts, VALUES, shares, blocks - 1, lane)
         return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
 
@@ -160,22 +158,16 @@ class PairedConsumer(WideConsumer):
         self.multiply_scores(parts, do_stage, dp)
         ptx.wait(shared.k_full, tiles & 1)  # for dq
         warpgroup.wait_group(0)
-        if number == 1:
-            state = self.queries_block(shared, parts, dp, thread, state, True, True)
-        else:
-            state = self.queries_block(shared, parts, dp, thread, state, True, False)
-            for _ in cutlass.range(number - 2, unroll=1):
-                state = self.queries_block(shared, parts, dp, thread, state, False, False)
-            state = self.queries_block(shared, parts, dp, thread, state, False, True)
+        for n in cutlass.range(number - 1, unroll=1):
+            state = self.queries_block(shared, parts, dp, thread, state, n > 0, False)
+        state = self.queries_block(shared, parts, dp, thread, state, number > 1, True)
         self.last_shares(shared, parts, QUERIES, state[4] - 1, thread[1])
         return state
 
     @cute.jit
-    def queries_block(
-        self, shared, parts, dp, thread, state, first: cutlass.Constexpr, last: cutlass.Constexpr
-    ):  # fmt: skip
-        """A block whose dP is in dp, but for its dq; dq of the block before, unless this is the first; and dP of the
-        next one, unless this is the last."""
+    def queries_block(self, shared, parts, dp, thread, state, follows, last: cutlass.Constexpr):
+        """A block whose dP is in dp, but for its dq; dq of the block before, which this one follows unless it is the
+        tile's first; and dP of the next one, unless this is the last."""
         warp, lane, _, column = thread
         leader = lane == 0
         q_stage, q_phase, do_stage, do_phase, blocks = state
@@ -184,9 +176,7 @@ class PairedConsumer(WideConsumer):
         ptx.arrive(shared.do_empty + do_stage, leader)
         if cutlass.const_expr(last):
             ptx.arrive(shared.v_empty, leader)
-        shares = []
-        if cutlass.const_expr(not first):
-            shares = self.multiply_shares(shared, parts, QUERIES, blocks - 1)
+        shares = self.multiply_shares(shared, parts, QUERIES, blocks - 1, follows)
         p, ds16 = self.block_scores(parts.scores), self.operand(parts.sums)
         ptx.wait(shared.q_full + q_stage, q_phase)  # Q, and delta
         self.take_p(shared, p, warp, lane, blocks)
@@ -196,8 +186,8 @@ class PairedConsumer(WideConsumer):
         to_operand(dp, ds16)
         self.share_ds(shared, parts, ds16, warp, leader, blocks)
         multiply(parts.sums, ds16, parts.factors[None, None, None, q_stage], parts.total, True)
-        if cutlass.const_expr(not first):
-            warpgroup.wait_group(1)
+        warpgroup.wait_group(1)
+        if follows:
             self.leave_shares(shared, parts, QUERIES, shares, blocks - 1, lane)
         if cutlass.const_expr(not last):
             next_dp = self.block_scores(parts.scores)
@@ -230,9 +220,12 @@ class PairedConsumer(WideConsumer):
     # both
 
     @cute.jit
-    def multiply_shares(self, shared, parts, role: cutlass.Constexpr, block):
-        """This consumer's columns of a block's dq, once both CTAs' ds are there: issued, one group each."""
-        ptx.wait(shared.ds_full + (block & 1), (block >> 1) & 1)
+    def multiply_shares(self, shared, parts, role: cutlass.Constexpr, block, there):
+        """This consumer's columns of a block's dq, once both CTAs' ds are there: issued, one group each. Before a
+        tile's first block, which has none, of whatever lies in the buffer: nobody looks at it, and a branch around
+        products makes ptxas wait for each by itself."""
+        if there:
+            ptx.wait(shared.ds_full + (block & 1), (block >> 1) & 1)
         return [self.multiply_share(parts, n, block & 1) for n in range(len(self.shares[role]))]
 
     @cute.jit
@@ -260,7 +253,7 @@ class PairedConsumer(WideConsumer):
     @cute.jit
     def last_shares(self, shared, parts, role: cutlass.Constexpr, block, lane):
         """dq of a tile's last block, all of it."""
-        shares = self.multiply_shares(shared, parts, role, block)
+        shares = self.multiply_shares(shared, parts, role, block, True)
         warpgroup.wait_group(0)
         ptx.arrive(shared.k_empty, lane == 0)
         self.leave_shares(shared, parts, role, shares, block, lane)

@@ -199,7 +199,18 @@ class WideConsumer(BackwardConsumer):
                     for n in cutlass.range_constexpr(columns_kept // 16):
                         cute.copy(fetch, sources[None, None, n], targets[None, None, n])
                 parts = WideParts(
-                    scores, sums, turned, first, kept, by_kept, second, factors, keys_turned, ds_read, total, ds_at,
+                    scores,
+                    sums,
+                    turned,
+                    first,
+                    kept,
+                    by_kept,
+                    second,
+                    factors,
+                    keys_turned,
+                    ds_read,
+                    total,
+                    ds_at,
                     dq_at,
                 )
                 thread = (warp, lane, first_key + row, column)
