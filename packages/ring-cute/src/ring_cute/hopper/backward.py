@@ -1,5 +1,5 @@
 """The backward in CuTe DSL: one launch over all key tiles of a table. Head dims to 128 as below; beyond them consumers
-divide the work otherwise (`wide_consumer`), and all else is the same.
+divide the work otherwise (`wide_consumer`), to 192 between two CTAs (`paired_consumer`), and all else is the same.
 
     warpgroup 0: three warps, few registers           warpgroups 1 and 2: 64 keys each, many registers
     ┌───────────── load ───────────────┐              ┌──────────────── consumer ─────────────────┐

@@ -119,6 +119,16 @@ def _expect(barrier, buffer, times: cutlass.Constexpr):
 
 
 @cute.jit
+def _load_keys(atom, tensor, x, head, end, buffers, full, empty, tiles, own):
+    """K or V of the CTA's tile `tiles`, of which they begin at x, in parts of 64; own: which of them comes first."""
+    parts = cute.size(buffers, mode=[2])
+    ptx.wait(empty, (tiles & 1) ^ 1)
+    _expect(full, buffers, parts)
+    for c in cutlass.range_constexpr(parts):
+        _copy(atom, tensor, x + 64 * (own ^ c), head, end, buffers[None, None, c], full)
+
+
+@cute.jit
 def next_stage(stage, phase, stages: cutlass.Constexpr):
     """Of a ring: the stage after this one, and its parity."""
     stage += 1
@@ -147,7 +157,6 @@ def load(
     cluster each CTA's own keys are the first part of what it loads of the tile's."""
     piece_length, q_batch_rows, do_batch_rows, k_batch_rows = sizes
     lane = cute.arch.lane_idx()
-    key_parts, value_parts = cute.size(shared.k, mode=[2]), cute.size(shared.v, mode=[2])
     grid, _, _ = cute.arch.grid_dim()
     first_tile, _, _ = cute.arch.block_idx()
     own = Int32(0)
@@ -179,12 +188,15 @@ def load(
                 end = walk[entry + Q_START] + q_len
                 x = FAR - q_len + walk[entry + I_LO] + b * block
                 if n == 0:
-                    ptx.wait(shared.k_empty, (tiles & 1) ^ 1)
-                    _expect(shared.k_full, shared.k, key_parts)
-                    for c in cutlass.range_constexpr(key_parts):
-                        _copy(
-                            loads.k_atom, loads.k, FAR - count + 64 * (own ^ c), head, k_end, shared.k[None, None, c],
-                            shared.k_full,
+                    if cutlass.const_expr(cluster == 1):
+                        _load_keys(
+                            loads.k_atom, loads.k, FAR - count, head, k_end, shared.k, shared.k_full, shared.k_empty,
+                            tiles, own,
+                        )  # fmt: skip
+                    else:  # what the tile before gives back first comes first
+                        _load_keys(
+                            loads.v_atom, loads.v, FAR - count, head, k_end, shared.v, shared.v_full, shared.v_empty,
+                            tiles, own,
                         )  # fmt: skip
                 ptx.wait(shared.q_empty + q_stage, q_phase ^ 1)
                 _expect(shared.q_full + q_stage, shared.q, 1)
@@ -192,13 +204,11 @@ def load(
                     loads.q_atom, loads.q, x, q_head, batch * q_batch_rows + end, shared.q[None, None, q_stage],
                     shared.q_full + q_stage,
                 )  # fmt: skip
-                if n == 0:
-                    ptx.wait(shared.v_empty, (tiles & 1) ^ 1)
-                    _expect(shared.v_full, shared.v, value_parts)
-                    for c in cutlass.range_constexpr(value_parts):
-                        _copy(
-                            loads.v_atom, loads.v, FAR - count + 64 * (own ^ c), head, k_end, shared.v[None, None, c],
-                            shared.v_full,
+                if cutlass.const_expr(cluster == 1):  # noqa: SIM102  # a constant, and a value
+                    if n == 0:
+                        _load_keys(
+                            loads.v_atom, loads.v, FAR - count, head, k_end, shared.v, shared.v_full, shared.v_empty,
+                            tiles, own,
                         )  # fmt: skip
                 ptx.wait(shared.do_empty + do_stage, do_phase ^ 1)
                 _expect(shared.do_full + do_stage, shared.do, 1)
@@ -206,6 +216,12 @@ def load(
                     loads.do_atom, loads.do, x, q_head, batch * do_batch_rows + end, shared.do[None, None, do_stage],
                     shared.do_full + do_stage,
                 )  # fmt: skip
+                if cutlass.const_expr(cluster > 1):  # noqa: SIM102  # a constant, and a value
+                    if n == 0:
+                        _load_keys(
+                            loads.k_atom, loads.k, FAR - count, head, k_end, shared.k, shared.k_full, shared.k_empty,
+                            tiles, own,
+                        )  # fmt: skip
                 q_stage, q_phase = next_stage(q_stage, q_phase, q_stages)
                 do_stage, do_phase = next_stage(do_stage, do_phase, do_stages)
                 w, b, q_head = following(walk, w, b, q_head)

@@ -49,10 +49,14 @@ BACKWARD: dict[int, BackwardSettings] = {
         "590, 565, 561",
     ),
     # `wide_consumer`: dv or dk (64 x D), scores or dP (64 x block) and 64 columns of dq live in the registers of one
-    # warpgroup each; K, V, the stages, ds twice, P in fp32 and buffers of dq in 227 KiB
+    # warpgroup each; K, V, the stages, ds twice, P in fp32 and buffers of dq in 227 KiB. `paired_consumer`: the peer's
+    # K as well, half as much of ds and dq; a second stage of dO fits where dq has two buffers. The load warp has more
+    # to keep there: with 24 registers it spills
     192: BackwardSettings(
         do_stages=1,
         dq_buffers=3,
+        k_columns=128,
+        v_columns=64,
         cluster=2,
         consumer_registers=232,
         producer_registers=40,

@@ -16,7 +16,7 @@ So it sends the peer ds of the other 32 rows, 4 KiB a block, and gets as much. d
 nobody waits for the exchange; that of a tile's last block is made at its end, and in its first block a dq of nothing is
 made and dropped.
 
-Which tile is next asks the first CTA, and tells the other (`records.tell`). A CTA without keys, where a tile has 64 or
+A tile's V, Q and dO are loaded before its K, which the tile before gives back last. Which tile is next asks the first CTA, and tells the other (`records.tell`). A CTA without keys, where a tile has 64 or
 fewer, takes part all the same: its K and V are zeros, its pairs hidden.
 
 Shared memory: as in `wide_consumer`, but `k` (64, D) twice, its own keys and the peer's; `ds` (32 queries, 64 keys)
@@ -177,12 +177,12 @@ class PairedConsumer(WideConsumer):
         if cutlass.const_expr(last):
             ptx.arrive(shared.v_empty, leader)
         shares = self.multiply_shares(shared, parts, QUERIES, blocks - 1, follows)
-        p, ds16 = self.block_scores(parts.scores), self.operand(parts.sums)
+        ds16 = self.operand(parts.sums)
         ptx.wait(shared.q_full + q_stage, q_phase)  # Q, and delta
-        self.take_p(shared, p, warp, lane, blocks)
+        ptx.wait(shared.p_full + warp, blocks & 1)
+        self.take_differences(shared, dp, warp * 32 + lane, column, q_stage)
         cute.arch.sync_warp()
         ptx.arrive(shared.p_empty + warp, leader)
-        self.differences(self.of_queries(shared.delta, q_stage, column), p, dp)
         to_operand(dp, ds16)
         self.share_ds(shared, parts, ds16, warp, leader, blocks)
         multiply(parts.sums, ds16, parts.factors[None, None, None, q_stage], parts.total, True)
@@ -200,6 +200,18 @@ class PairedConsumer(WideConsumer):
             for e in cutlass.range_constexpr(cute.size(dp)):
                 dp[e] = next_dp[e]
         return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
+
+    @cute.jit
+    def take_differences(self, shared, dp, thread, column, stage):
+        """dp becomes P (dp - delta): four numbers at a time, since registers are short."""
+        four = cute.make_rmem_tensor(4, Float32)
+        for j in cutlass.range_constexpr(cute.size(dp) // 4):
+            cute.autovec_copy(shared.p[None, thread, j], four)
+            for c in cutlass.range_constexpr(2):
+                delta = shared.delta[8 * j + column + c, stage]
+                for half in cutlass.range_constexpr(2):
+                    e = 2 * half + c
+                    dp[4 * j + e] = four[e] * (dp[4 * j + e] - delta)
 
     @cute.jit
     def share_ds(self, shared, parts, ds16, warp, leader, blocks):
