@@ -80,8 +80,8 @@ def _products_and_waits(kind: BackwardKind) -> tuple[int, int]:
         return 4 * depth + 4 * queries + 2 * (TILE_KEYS // 16), 10
     shares = kind.padded // 64
     if kind.paired:
-        # scores and dP before the loop and in it; dv and dk in the loop and of the last block; dq, over the keys of both,
-        # of the block before there, and of the last one. Of each consumer's dq all is waited for together
+        # scores and dP before the loop and in it; dv and dk in the loop and of the last block; dq, over the tile's
+        # keys, of the block before it, and of the last one. Of each consumer's dq all is waited for together
         return 4 * depth + 4 * queries + 3 * shares * (2 * WIDE_TILE_KEYS // 16), 2 * (1 + 3 + 2 + 1)
     # scores and dP before the loop and in it; dv, dk and dq of each 64 columns in the loop and for the last block
     return 4 * depth + 4 * queries + 2 * shares * (WIDE_TILE_KEYS // 16), 6 + 2 * shares

@@ -16,8 +16,9 @@ So it sends the peer ds of the other 32 rows, 4 KiB a block, and gets as much. d
 nobody waits for the exchange; that of a tile's last block is made at its end, and in its first block a dq of nothing is
 made and dropped.
 
-A tile's V, Q and dO are loaded before its K, which the tile before gives back last. Which tile is next asks the first CTA, and tells the other (`records.tell`). A CTA without keys, where a tile has 64 or
-fewer, takes part all the same: its K and V are zeros, its pairs hidden.
+A tile's V, Q and dO are loaded before its K, which the tile before gives back last. Which tile is next asks the first
+CTA, and tells the other (`records.tell`). A CTA without keys, where a tile has 64 or fewer, takes part all the same:
+its K and V are zeros, its pairs hidden.
 
 Shared memory: as in `wide_consumer`, but `k` (64, D) twice, its own keys and the peer's; `ds` (32 queries, 64 keys)
 three times a buffer: queries 0-31 and 32-63 of its own keys, of which it reads those that its dq is of and sends the
