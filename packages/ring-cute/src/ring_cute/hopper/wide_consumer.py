@@ -82,8 +82,8 @@ class WideParts:
     by_kept: Any  # scores, of these
     second: Any  # Q, or dO, of each stage: with the first it makes scores, or dP
     factors: Any  # dO, or Q, of each stage: with P, or dS, it makes dv, or dk
-    keys_turned: Any  # 64 columns of D by the keys, of each of its shares of dq
-    ds_read: Any  # (BLOCK, 64 keys), of each buffer
+    keys_turned: Any  # 64 columns of D by 64 keys, of each of its shares of dq and each part of the keys
+    ds_read: Any  # (BLOCK, 64 keys), of each buffer, or what is there in pairs
     total: Any  # dv, or dk
     ds_at: Any  # where this thread writes, in bytes
     dq_at: Any
@@ -342,7 +342,12 @@ class WideConsumer(BackwardConsumer):
             ptx.arrive(shared.v_empty, leader)
         p, ds16 = self.block_scores(parts.scores), self.operand(parts.sums)
         ptx.wait(shared.q_full + q_stage, q_phase)  # Q, and delta
-        self.take_p(shared, p, warp, lane, blocks)
+        ptx.wait(shared.p_full + warp, blocks & 1)
+        four = cute.make_rmem_tensor(4, Float32)
+        for j in cutlass.range_constexpr(cute.size(p) // 4):
+            cute.autovec_copy(shared.p[None, warp * 32 + lane, j], four)
+            for e in cutlass.range_constexpr(4):
+                p[4 * j + e] = four[e]
         self.differences(self.of_queries(shared.delta, q_stage, column), p, dp)
         to_operand(dp, ds16)
         ptx.wait(shared.ds_empty + (blocks & 1), ((blocks >> 1) & 1) ^ 1)
@@ -373,16 +378,6 @@ class WideConsumer(BackwardConsumer):
             for e in cutlass.range_constexpr(cute.size(dp)):
                 dp[e] = next_dp[e]
         return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
-
-    @cute.jit
-    def take_p(self, shared, p, warp, lane, blocks):
-        """P of a block, once the other consumer has made it."""
-        ptx.wait(shared.p_full + warp, blocks & 1)
-        four = cute.make_rmem_tensor(4, Float32)
-        for j in cutlass.range_constexpr(cute.size(p) // 4):
-            cute.autovec_copy(shared.p[None, warp * 32 + lane, j], four)
-            for e in cutlass.range_constexpr(4):
-                p[4 * j + e] = four[e]
 
     # both
 
