@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from cute_compiling import Compiled, compile_kind
@@ -38,8 +39,10 @@ GROUPS: dict[str, list[Any]] = {
     "backward-padded": [*backwards(40, "float16")],
     "backward-wide-padded": [*backwards(200, "float16")],
     "backward-paired-padded": [*backwards(136, "float16")],
-    "backward-alone-192": [
-        BackwardKind("bfloat16", 192, gradients, False, False, ALONE) for gradients in ("final", "shared")
+    "backward-variants": [
+        BackwardKind("bfloat16", 192, gradients, False, False, settings)
+        for settings in (ALONE, replace(backward_settings_for(192), multicast=True))
+        for gradients in ("final", "shared")
     ],
     **{f"backward-shaped-{head_dim}": [*shaped(head_dim, "bfloat16")] for head_dim in BACKWARD},
 }

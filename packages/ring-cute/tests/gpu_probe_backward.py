@@ -62,6 +62,7 @@ VARIANTS: dict[int, dict[str, BackwardSettings]] = {
         "no operands in registers": replace(PAIRED, k_columns=0, v_columns=0),
         "more of them": replace(PAIRED, k_columns=176, v_columns=96),
         "2+2, two buffers of dq": replace(PAIRED, do_stages=2, dq_buffers=2),
+        "loads for both": replace(PAIRED, multicast=True),
     },
     256: {
         "as shipped": backward_settings_for(256),

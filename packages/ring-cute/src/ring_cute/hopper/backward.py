@@ -165,10 +165,12 @@ class HopperBackward:
         ds_layout = cute.tile_to_shape(atom, self.consumer.ds_shape, (0, 1, 2))
         dq_layout = cute.tile_to_shape(wide, (self.dq_rows, 64, self.dq_buffers), (0, 1, 2))
         bring, one = cpasync.CopyBulkTensorTileG2SOp(), lambda layout: cute.select(layout, mode=[0, 1])
-        rows, keys = (self.block, self.dim), (64, self.dim)
+        bring_rows = cpasync.CopyBulkTensorTileG2SMulticastOp() if self.kind.settings.multicast else bring
+        rows, keys = (self.block // self.kind.readers, self.dim), (64, self.dim)
+        part = cute.tile_to_shape(atom, rows, (0, 1))  # what a CTA loads of a block of Q or dO
         view = lambda x, heads, s, h: ragged_view(x, self.dtype, self.head_dim, heads, s, h)  # noqa: E731
-        q_atom, q_tma = cpasync.make_tiled_tma_atom(bring, view(q, num_heads, q_s, q_h), one(q_layout), rows)
-        do_atom, do_tma = cpasync.make_tiled_tma_atom(bring, view(dout, num_heads, do_s, do_h), one(do_layout), rows)
+        q_atom, q_tma = cpasync.make_tiled_tma_atom(bring_rows, view(q, num_heads, q_s, q_h), part, rows)
+        do_atom, do_tma = cpasync.make_tiled_tma_atom(bring_rows, view(dout, num_heads, do_s, do_h), part, rows)
         k_atom, k_tma = cpasync.make_tiled_tma_atom(bring, view(k, num_kv_heads, k_s, k_h), one(k_layout), keys)
         v_atom, v_tma = cpasync.make_tiled_tma_atom(bring, view(v, num_kv_heads, v_s, v_h), one(v_layout), keys)
         width = Int64(self.head_dim)
@@ -346,10 +348,10 @@ class HopperBackward:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.q_stages):
                     cute.arch.mbarrier_init(shared.q_full + i, 2)
-                    cute.arch.mbarrier_init(shared.q_empty + i, WARPS)
+                    cute.arch.mbarrier_init(shared.q_empty + i, WARPS * self.kind.readers)
                 for i in cutlass.range_constexpr(self.do_stages):
                     cute.arch.mbarrier_init(shared.do_full + i, 1)
-                    cute.arch.mbarrier_init(shared.do_empty + i, WARPS)
+                    cute.arch.mbarrier_init(shared.do_empty + i, WARPS * self.kind.readers)
                 cute.arch.mbarrier_init(shared.k_full, 1)
                 cute.arch.mbarrier_init(shared.k_empty, WARPS)
                 cute.arch.mbarrier_init(shared.v_full, 1)
@@ -382,7 +384,7 @@ class HopperBackward:
                 loads = KeyLoads(q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, do_atom, do_tma)
                 load(
                     work, loads, shared, flags, epoch, polls, (piece_length, q_batch_rows, do_batch_rows, k_batch_rows),
-                    self.block, self.q_stages, self.do_stages, self.kind.flags, self.cluster,
+                    self.block, self.q_stages, self.do_stages, self.kind.flags, self.cluster, self.kind.readers,
                 )  # fmt: skip
             if warp == 1:
                 terms = Terms(cap, slopes_b, slopes) if self.kind.alibi else None

@@ -99,15 +99,31 @@ class KeyShared:
 
 
 @cute.jit
-def _copy(atom, tensor, x, head, end, buffer, barrier):
-    """A box of rows from x on to a buffer (rows, D), by TMA."""
+def _copy(atom, tensor, x, head, end, buffer, barrier, ranks: cutlass.Constexpr = 0):
+    """A box of rows from x on to a buffer (rows, D), by TMA; ranks: bits of those of the cluster's CTAs that get it."""
     rows = cute.domain_offset((x, 0), tensor[None, None, head, end, FAR])
     sizes = (cute.size(buffer, mode=[0]), cute.size(buffer, mode=[1]))
     tile = cute.local_tile(rows, sizes, (0, 0))
     target, source = cpasync.tma_partition(
         atom, 0, cute.make_layout(1), cute.group_modes(buffer, 0, 2), cute.group_modes(tile, 0, 2)
     )
-    cute.copy(atom, source, target, tma_bar_ptr=barrier)
+    more = {}
+    if cutlass.const_expr(ranks > 0):
+        more["mcast_mask"] = cutlass.Int16(ranks)
+    cute.copy(atom, source, target, tma_bar_ptr=barrier, **more)
+
+
+@cute.jit
+def _load_rows(atom, tensor, x, head, end, buffer, full, readers: cutlass.Constexpr):
+    """A block of Q or dO from x on; for several CTAs that read it this one's part, to all of them."""
+    _expect(full, buffer, 1)
+    if cutlass.const_expr(readers == 1):
+        _copy(atom, tensor, x, head, end, buffer, full)
+    else:
+        box = cute.size(buffer, mode=[0]) // readers, cute.size(buffer, mode=[1])
+        part = cute.arch.block_idx_in_cluster()
+        target = cute.local_tile(buffer, box, (part, 0))
+        _copy(atom, tensor, x + part * box[0], head, end, target, full, (1 << readers) - 1)
 
 
 @cute.jit
@@ -152,6 +168,7 @@ def load(
     do_stages: cutlass.Constexpr,
     flagged: cutlass.Constexpr,
     cluster: cutlass.Constexpr,
+    readers: cutlass.Constexpr,
 ):
     """Brings each tile's keys and values, its blocks of Q and dO. sizes: piece length, batch rows of q, dO, k. Of a
     cluster each CTA's own keys are the first part of what it loads of the tile's."""
@@ -199,10 +216,9 @@ def load(
                             tiles, own,
                         )  # fmt: skip
                 ptx.wait(shared.q_empty + q_stage, q_phase ^ 1)
-                _expect(shared.q_full + q_stage, shared.q, 1)
-                _copy(
+                _load_rows(
                     loads.q_atom, loads.q, x, q_head, batch * q_batch_rows + end, shared.q[None, None, q_stage],
-                    shared.q_full + q_stage,
+                    shared.q_full + q_stage, readers,
                 )  # fmt: skip
                 if cutlass.const_expr(cluster == 1):  # noqa: SIM102  # a constant, and a value
                     if n == 0:
@@ -211,10 +227,9 @@ def load(
                             tiles, own,
                         )  # fmt: skip
                 ptx.wait(shared.do_empty + do_stage, do_phase ^ 1)
-                _expect(shared.do_full + do_stage, shared.do, 1)
-                _copy(
+                _load_rows(
                     loads.do_atom, loads.do, x, q_head, batch * do_batch_rows + end, shared.do[None, None, do_stage],
-                    shared.do_full + do_stage,
+                    shared.do_full + do_stage, readers,
                 )  # fmt: skip
                 if cutlass.const_expr(cluster > 1):  # noqa: SIM102  # a constant, and a value
                     if n == 0:

@@ -27,6 +27,8 @@ class BackwardSettings:
     scores, or dP, read less of shared memory."""
     cluster: int = 1
     """Beyond a head dim of 128: CTAs that own a tile together, two at most (`paired_consumer`)."""
+    multicast: bool = False
+    """These load half of each block of Q and dO, for both."""
     consumer_registers: int = 240
     producer_registers: int = 24
     """Per thread, after they are moved: a CTA starts with 168 each, so 2 x consumers' + producer's are at most 504."""
@@ -145,6 +147,11 @@ class BackwardKind:
     def paired(self) -> bool:
         """Whether two CTAs own a tile together."""
         return self.settings.cluster > 1
+
+    @property
+    def readers(self) -> int:
+        """CTAs that a block of Q or dO is loaded for."""
+        return self.settings.cluster if self.settings.multicast else 1
 
     @property
     def shared_bytes(self) -> int:

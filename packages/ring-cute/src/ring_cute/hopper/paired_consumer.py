@@ -33,6 +33,9 @@ Barriers, count and who arrives; all others are those of `wide_consumer`:
     record_empty         22  the 8 consumer warps, describe and two add_queries, of both CTAs, at both
     number_full           1  the second CTA's load warp, which expects the number; its four bytes
 
+With `multicast` each CTA loads half of a block of Q or dO, for both: `q_full` and `do_full` expect the peer's half as
+well, `q_empty` and `do_empty` count the 16 warps of both, each at both CTAs' barriers, as `ds_empty` does.
+
 Why two CTAs' counts cannot be mixed up. Use u + 1 of a buffer of ds, whose bytes the peer sends and whose readers
 arrive here, begins on both sides only when `ds_empty` there has seen all 16 warps read use u, for which each has waited
 for `ds_full`: phases of both CTAs are never more than one apart, and bytes that come before their `expect` only make
@@ -136,7 +139,7 @@ class PairedConsumer(WideConsumer):
         shares = self.multiply_shares(shared, parts, VALUES, blocks - 1, follows)
         ahead = 0 if cutlass.const_expr(last) else 1
         warpgroup.wait_group(ahead + len(shares))
-        ptx.arrive(shared.do_empty + do_stage, lane == 0)
+        ptx.arrive_everywhere(shared.do_empty + do_stage, lane, self.kind.readers)
         if cutlass.const_expr(not last):
             warpgroup.wait_group(len(shares))
             self.make_p(shared, s, p16, thread, next_q, blocks + 1, scale, terms, count)
@@ -174,7 +177,7 @@ class PairedConsumer(WideConsumer):
         q_stage, q_phase, do_stage, do_phase, blocks = state
         next_q, next_q_phase = next_stage(q_stage, q_phase, self.q_stages)
         next_do, next_do_phase = next_stage(do_stage, do_phase, self.do_stages)
-        ptx.arrive(shared.do_empty + do_stage, leader)
+        ptx.arrive_everywhere(shared.do_empty + do_stage, lane, self.kind.readers)
         if cutlass.const_expr(last):
             ptx.arrive(shared.v_empty, leader)
         shares = self.multiply_shares(shared, parts, QUERIES, blocks - 1, follows)
@@ -195,7 +198,7 @@ class PairedConsumer(WideConsumer):
             ptx.wait(shared.do_full + next_do, next_do_phase)
             self.multiply_scores(parts, next_do, next_dp)
         warpgroup.wait_group(0 if cutlass.const_expr(last) else 1)
-        ptx.arrive(shared.q_empty + q_stage, leader)
+        ptx.arrive_everywhere(shared.q_empty + q_stage, lane, self.kind.readers)
         if cutlass.const_expr(not last):
             warpgroup.wait_group(0)
             for e in cutlass.range_constexpr(cute.size(dp)):

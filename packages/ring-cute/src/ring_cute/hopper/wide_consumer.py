@@ -307,7 +307,7 @@ class WideConsumer(BackwardConsumer):
             cute.autovec_copy(four, shared.p[None, warp * 32 + lane, j])
         cute.arch.sync_warp()
         ptx.arrive(shared.p_full + warp, lane == 0)
-        ptx.arrive(shared.q_empty + stage, lane == 0)
+        ptx.arrive_everywhere(shared.q_empty + stage, lane, self.kind.readers)
         if cutlass.const_expr(not self.kind.softcap):
             to_operand(s, p16)
 
