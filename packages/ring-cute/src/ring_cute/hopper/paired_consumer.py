@@ -45,12 +45,12 @@ arrives there had what was copied. Tiles without a block touch no buffer; their 
 Order of a block, of which products that follow each other without a wait are under way together:
 
     dv: P[n] there │ dv, s[n+1], ds[n-1] there, dq[n-1] │ dO[n] free │ P[n+1] made, P[n] read, handed over │ dq goes
-    dk: dP[n] there, ds[n-1] there │ dq[n-1] │ P[n] there, read │ ds[n] made, stored, sent │ dk │ dq goes │
-        dP[n+1] │ Q[n] free
+    dk: dP[n] there, ds[n-1] there │ dq[n-1] │ P[n] there, read │ ds[n] made, stored, sent │ dk │ dq goes │ Q[n] free │
+        dP[n+1]
 
-Nobody waits in a circle: what is waited for in block n is of block n or before, and in block n dk waits for dv's P[n],
-dv for dk's having read P[n] and for nothing later. Q has a stage to itself while dP[n+1] is computed, since dO[n+1]
-comes behind Q[n+1].
+Q[n] is free before dO[n+1] is waited for, so that Q[n+2] is there when P[n+1] is. Nobody waits in a circle: in block n
+dk waits for what dv and the peer do in it or before; dv for no more of it than that dk has read P[n], which dk does
+without waiting for anything that dv does later.
 
 For 64 queries by 64 keys by 192, in cycles of 128 bytes of shared memory: scores and dP 768, dv and dk 384, dq 576, P
 256, ds 128, dq out and in 384, loads 384: 2880, less 16 for each 16 columns of K or V in registers; the tensor cores
@@ -86,7 +86,7 @@ class PairedConsumer(WideConsumer):
     def __init__(self, kind: BackwardKind) -> None:
         super().__init__(kind)
         assert self.cluster == 2, "each has half of a block's queries"
-        assert self.q_stages > 1, "the next Q has a stage of its own"
+        assert self.q_stages > 1, "scores are a block ahead of dk"
         self.key_parts, self.value_parts = 2, 1
         self.dq_rows = self.block // 2
         self.ds_shape = (self.dq_rows, 64, 2 * PARTS)
@@ -193,13 +193,12 @@ class PairedConsumer(WideConsumer):
         warpgroup.wait_group(1)
         if follows:
             self.leave_shares(shared, parts, QUERIES, shares, blocks - 1, lane)
+        warpgroup.wait_group(0)
+        ptx.arrive_everywhere(shared.q_empty + q_stage, lane, self.kind.readers)
         if cutlass.const_expr(not last):
             next_dp = self.block_scores(parts.scores)
             ptx.wait(shared.do_full + next_do, next_do_phase)
             self.multiply_scores(parts, next_do, next_dp)
-        warpgroup.wait_group(0 if cutlass.const_expr(last) else 1)
-        ptx.arrive_everywhere(shared.q_empty + q_stage, lane, self.kind.readers)
-        if cutlass.const_expr(not last):
             warpgroup.wait_group(0)
             for e in cutlass.range_constexpr(cute.size(dp)):
                 dp[e] = next_dp[e]
