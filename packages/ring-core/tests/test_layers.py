@@ -16,6 +16,7 @@ ROOT = Path(ring_core.__file__).parent
 LAYERS: dict[str, int] = {
     # what may be imported by everything above it; modules of one number are one layer and may know each other
     "segment": 0,
+    "sections": 0,
     "ranges": 0,
     "philox": 0,
     "_torch": 0,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from cute_compiling import Compiled, compile_kind
@@ -16,6 +17,7 @@ from ring_cute.hopper.backward_settings import (
     TILE_KEYS,
     WIDE_TILE_KEYS,
     BackwardKind,
+    BackwardSettings,
     backward_settings_for,
 )
 from ring_cute.settings import SHARED_BYTES
@@ -30,10 +32,18 @@ def shaped(head_dim: int, dtype: str) -> Iterator[BackwardKind]:
             yield BackwardKind(dtype, head_dim, gradients, staged, staged, settings, **asked)
 
 
+ALONE = BackwardSettings(dq_buffers=3, k_columns=128, v_columns=128)
+"""Of head dim 192, a tile of one CTA."""
 GROUPS: dict[str, list[Any]] = {
     **{f"backward-{head_dim}": [*backwards(head_dim, "bfloat16")] for head_dim in BACKWARD},
     "backward-padded": [*backwards(40, "float16")],
     "backward-wide-padded": [*backwards(200, "float16")],
+    "backward-paired-padded": [*backwards(136, "float16")],
+    "backward-variants": [
+        BackwardKind("bfloat16", 192, gradients, False, False, settings)
+        for settings in (ALONE, replace(backward_settings_for(192), multicast=True))
+        for gradients in ("final", "shared")
+    ],
     **{f"backward-shaped-{head_dim}": [*shaped(head_dim, "bfloat16")] for head_dim in BACKWARD},
 }
 
@@ -71,8 +81,12 @@ def _products_and_waits(kind: BackwardKind) -> tuple[int, int]:
         # of a consumer's first block: scores and dP over the head dim, dk and dv over the queries; of the loop's these
         # and dq, over the tile's keys, of the block before; then that of the last
         return 4 * depth + 4 * queries + 2 * (TILE_KEYS // 16), 10
-    # scores and dP before the loop and in it; dv, dk and dq of each 64 columns in the loop and for the last block
     shares = kind.padded // 64
+    if kind.paired:
+        # scores and dP before the loop and in it; dv and dk in the loop and of the last block; dq, over the tile's
+        # keys, of the block before it, and of the last one. Of each consumer's dq all is waited for together
+        return 4 * depth + 4 * queries + 3 * shares * (2 * WIDE_TILE_KEYS // 16), 2 * (1 + 3 + 2 + 1)
+    # scores and dP before the loop and in it; dv, dk and dq of each 64 columns in the loop and for the last block
     return 4 * depth + 4 * queries + 2 * shares * (WIDE_TILE_KEYS // 16), 6 + 2 * shares
 
 

@@ -42,6 +42,7 @@ from ring_cute.hopper.backward_settings import (
 DEVICE = torch.device("cuda", 0)
 PROBE = Probe()
 
+PAIRED = backward_settings_for(192)
 VARIANTS: dict[int, dict[str, BackwardSettings]] = {
     128: {
         "as shipped": backward_settings_for(128),
@@ -56,9 +57,12 @@ VARIANTS: dict[int, dict[str, BackwardSettings]] = {
         "128, 3+2": BackwardSettings(block=128, q_stages=3),
     },
     192: {
-        "as shipped": backward_settings_for(192),
-        "2+2, two buffers of dq": BackwardSettings(),
-        "2+1": BackwardSettings(do_stages=1, dq_buffers=3),
+        "as shipped": PAIRED,
+        "alone": BackwardSettings(dq_buffers=3, k_columns=128, v_columns=128),
+        "no operands in registers": replace(PAIRED, k_columns=0, v_columns=0),
+        "more of them": replace(PAIRED, k_columns=176, v_columns=96),
+        "2+2, two buffers of dq": replace(PAIRED, do_stages=2, dq_buffers=2),
+        "loads for both": replace(PAIRED, multicast=True),
     },
     256: {
         "as shipped": backward_settings_for(256),
@@ -133,6 +137,7 @@ def smoke() -> None:
         check(BackwardCase(f"smoke: one block D{dim}", [causal_keys(64, 64)], 64, heads=(1, 1), dim=dim))
         check(BackwardCase(f"smoke: many blocks D{dim}", [causal_keys(512, 512)], 512, heads=(1, 1), dim=dim))
         check(BackwardCase(f"smoke: few keys D{dim}", [causal_keys(64, 5)], 64, heads=(1, 1), dim=dim))
+        check(BackwardCase(f"smoke: two tiles D{dim}", [causal_keys(512, 190)], 512, heads=(1, 1), dim=dim))
 
 
 def correct() -> None:

@@ -235,6 +235,8 @@ class Units(Operands):
             return wait
         if kinds[0] == "reduce":
             return self.reduce(kinds, operands)
+        if kinds[2] == "shared::cluster" and kinds[3] == "shared::cta":
+            return self.send_bytes(operands)
         rank = int(kinds[3].removesuffix("d"))
         storing = kinds[4] == "global"
         smem, tensor = (operands[1], operands[0]) if storing else (operands[0], operands[1])
@@ -290,6 +292,36 @@ class Units(Operands):
                     else:
                         late = block.time + block.random.randrange(1, 12)
                         block.flying.append((late, lambda there=there: land(there)))  # type: ignore[misc]
+
+        return run
+
+    def send_bytes(self, operands: list[str]) -> Any:
+        """Shared memory of one CTA to that of another. What is sent is read when it lands, at once or late, when its
+        bytes are counted."""
+        to, source, bar = (self.address(operands[n]) for n in (0, 1, 3))
+        size = self.source(operands[2], np.uint32)
+
+        def run(w: Warp, mask: np.ndarray | None) -> None:
+            assert mask is not None and mask.sum() == 1, "by one lane"
+            lane, block = int(np.flatnonzero(mask)[0]), w.block
+            there, start = block.at(int(to(w)[lane]))
+            same, barrier_at = block.at(int(bar(w)[lane]))
+            assert same is there, "bytes for one CTA and the barrier of another"
+            first, count = int(source(w)[lane]), int(size(w)[lane])
+            assert not (start % 16 or first % 16 or count % 16), "16 bytes at a time"
+            assert first >> RANK_SHIFT == 0, "from its own shared memory"
+
+            def land() -> None:
+                raw = block.shared[first - SHARED_BASE : first - SHARED_BASE + count]
+                there.shared[start - SHARED_BASE : start - SHARED_BASE + count] = raw
+                barrier = there.barriers[barrier_at]
+                barrier.bytes -= count
+                barrier.check()
+
+            if block.random.random() < 0.5:
+                land()
+            else:
+                block.flying.append((block.time + block.random.randrange(1, 12), land))
 
         return run
 

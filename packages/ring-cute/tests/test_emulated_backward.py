@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ from ring_core.segment import Segment
 from ring_core.testing.direct import (
     BackwardCase,
     Functions,
+    backward_plans,
     causal_keys,
     key_batches,
     key_steps,
@@ -25,7 +27,7 @@ from ring_core.testing.direct import (
     table_of,
 )
 from ring_cute.hopper import backward_launch
-from ring_cute.hopper.backward_settings import BackwardKind, BackwardSettings
+from ring_cute.hopper.backward_settings import BackwardKind, BackwardSettings, backward_settings_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,6 +39,11 @@ CAUSAL = causal_keys(200, 300, causal=True, offset=100)
 STRIPES = table_of([Segment(0, 100, 0, 0, 150, -100, 40, 3, 1, 4, -1, 3)])
 WINDOW = table_of([Segment(0, 200, 0, 0, 200, -60, 20, 0, 0, 1, -1, 3)])
 WIDE = causal_keys(200, 150, causal=True, offset=-50)
+PAIRED = backward_settings_for(192)
+TWO_STAGES = replace(PAIRED, do_stages=2, dq_buffers=2)
+BARE = replace(PAIRED, k_columns=0, v_columns=0)
+MULTICAST = replace(PAIRED, multicast=True)
+ALONE = BackwardSettings(dq_buffers=3, k_columns=128, v_columns=128)
 STEPS = [table_of([Segment(0, 90, n, 0, 60, -90, -40 * n, 0, 60 * n, 1, -1, 3)]) for n in range(2)]
 CASES = [
     BackwardCase("one block", [causal_keys(64, 128)], 64, heads=(1, 1)),
@@ -64,13 +71,28 @@ CASES = [
         "D 256, final", [causal_keys(200, 130, causal=True, offset=-70)], 200, dim=256, final=True, heads=(2, 2)
     ),
     BackwardCase("D 256, few heads: several CTAs add", [WIDE], 200, dim=256, heads=(6, 1)),
-    BackwardCase("D 192, two stages of dO", [WIDE], 200, dim=192, dlse=True),
-    BackwardCase("D 192, two buffers of dq", [WIDE], 200, dim=192, settings=BackwardSettings()),
+    BackwardCase("D 192, two heads a key head", [WIDE], 200, dim=192, dlse=True),
+    BackwardCase("D 192, one block", [causal_keys(64, 128)], 64, heads=(1, 1), dim=192),
+    BackwardCase("D 192, one block, few keys", [causal_keys(40, 64)], 40, heads=(1, 1), dim=192),
+    BackwardCase("D 192, a tile of 62 keys", [causal_keys(200, 190)], 200, heads=(2, 1), dim=192, final=True),
+    BackwardCase(
+        "D 192, tiles without a block", [causal_keys(70, 400, causal=True, offset=-100)], 70, heads=(1, 1), dim=192
+    ),
+    BackwardCase("D 192, few heads: several pairs add", [WIDE], 200, dim=192, heads=(6, 1)),
+    BackwardCase("D 192, two stages of dO, two buffers of dq", [WIDE], 200, dim=192, settings=TWO_STAGES),
+    BackwardCase("D 192, no operands in registers", [WIDE], 200, dim=192, settings=BARE),
+    BackwardCase("D 192, loads for both", [WIDE], 200, dim=192, settings=MULTICAST),
+    replace(random_keys(0, 192), settings=MULTICAST, name="D 192, loads for both, random"),
+    BackwardCase("D 192, alone", [WIDE], 200, dim=192, settings=ALONE),
+    BackwardCase("D 192, alone, two buffers of dq", [WIDE], 200, dim=192, settings=BackwardSettings()),
     BackwardCase("fp16, D 200", [causal_keys(130, 100, causal=True, offset=-30)], 130, dim=200, dtype=torch.float16),
     BackwardCase("D 136, few keys", [causal_keys(200, 17)], 200, dim=136, sinks=True),
     BackwardCase("D 160, two steps", STEPS[::-1], 90, heads=(1, 1), dim=160, departures=True, piece_length=60),
     key_batches(192),
     random_keys(0, 256),
+    random_keys(2, 192),
+    random_keys(3, 144, final=True),
+    *(replace(case, heads=(2, 1)) for case in islice(backward_plans(192), 3, None, 9)),
     BackwardCase("softcap, GQA", [CAUSAL], 200, softcap=0.7),
     BackwardCase("softcap, D 40", [causal_keys(130, 200, causal=True, offset=70)], 130, dim=40, dlse=True, softcap=2.0),
     BackwardCase("softcap, fp16", [CAUSAL], 200, dim=64, heads=(4, 1), softcap=1.0, dtype=torch.float16),
@@ -86,6 +108,8 @@ CASES = [
     BackwardCase("ALiBi and softcap, stripes", [STRIPES], 100, dim=64, softcap=0.7, alibi=True),
     BackwardCase("softcap, D 256", [WIDE], 200, dim=256, softcap=0.7),
     BackwardCase("ALiBi, D 192", [WIDE], 200, dim=192, alibi=True),
+    BackwardCase("softcap, fp16, D 160", [WIDE], 200, dim=160, softcap=0.7, dtype=torch.float16),
+    BackwardCase("ALiBi and softcap, stripes, D 192", [STRIPES], 100, dim=192, softcap=0.7, alibi=True),
     BackwardCase("ALiBi and softcap, stripes, D 256", [STRIPES], 100, dim=256, softcap=0.7, alibi=True),
 ]
 
@@ -128,12 +152,14 @@ def test_case(case: BackwardCase) -> None:
 
 ORDERED = [replace(key_batches(64), heads=(1, 1)), random_keys(1, 64), BackwardCase("two heads", [CAUSAL], 200, dim=64)]
 ORDERED += [BackwardCase(f"D {dim}", [WIDE], 200, dim=dim) for dim in (192, 256)]
+ORDERED += [random_keys(1, 192), BackwardCase("D 192, a tile of 62 keys", [causal_keys(100, 190)], 100, dim=192)]
 
 
 @pytest.mark.parametrize("case", ORDERED, ids=lambda case: case.name)
 def test_deterministic(case: BackwardCase) -> None:
-    """By one CTA, since the machine runs one after the other and they would wait for each other."""
-    message, fine = run_backward(replace(case, deterministic=True), emulated(1), CPU)
+    """By one CTA or pair, since the machine runs one after the other and they would wait for each other."""
+    processors = (case.settings or backward_settings_for(case.dim)).cluster
+    message, fine = run_backward(replace(case, deterministic=True), emulated(processors), CPU)
     assert fine, message
 
 

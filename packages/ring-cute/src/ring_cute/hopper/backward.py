@@ -1,5 +1,5 @@
 """The backward in CuTe DSL: one launch over all key tiles of a table. Head dims to 128 as below; beyond them consumers
-divide the work otherwise (`wide_consumer`), and all else is the same.
+divide the work otherwise (`wide_consumer`), to 192 between two CTAs (`paired_consumer`), and all else is the same.
 
     warpgroup 0: three warps, few registers           warpgroups 1 and 2: 64 keys each, many registers
     ┌───────────── load ───────────────┐              ┌──────────────── consumer ─────────────────┐
@@ -65,6 +65,7 @@ from ring_cute.hopper.backward_records import (
 )
 from ring_cute.hopper.backward_settings import BackwardKind
 from ring_cute.hopper.dsl import LayoutEnum, SmemAllocator
+from ring_cute.hopper.paired_consumer import PairedConsumer
 from ring_cute.hopper.scores import Terms
 from ring_cute.hopper.views import flat, ragged_view
 from ring_cute.hopper.wide_consumer import WideConsumer
@@ -77,17 +78,18 @@ class HopperBackward:
 
     def __init__(self, kind: BackwardKind) -> None:
         self.kind = kind
-        self.consumer = WideConsumer(kind) if kind.wide else BackwardConsumer(kind)
+        consumer = (PairedConsumer if kind.paired else WideConsumer) if kind.wide else BackwardConsumer
+        self.consumer, self.cluster = consumer(kind), kind.settings.cluster
+        assert kind.wide or not kind.paired, "128 keys are one CTA's there"
         self.dtype = {"float16": cutlass.Float16, "bfloat16": cutlass.BFloat16}[kind.dtype]
         self.dim = kind.padded
         self.head_dim = kind.head_dim
         self.block = kind.settings.block
         self.q_stages = kind.settings.q_stages
         self.do_stages = kind.settings.do_stages
-        self.tile_keys, self.key_parts = self.consumer.tile_keys, self.consumer.tile_keys // 64
         self.dq_rows, self.dq_buffers = self.consumer.dq_rows, self.consumer.dq_buffers
         self.shares = self.consumer.shares
-        self.p_numbers = self.tile_keys * self.block if kind.wide else 0
+        self.p_numbers = 64 * self.block if kind.wide else 0
         self.p_barriers = 4 * kind.wide
         self.ds_writers = 4 if kind.wide else WARPS
 
@@ -158,16 +160,19 @@ class HopperBackward:
         )
         q_layout = cute.tile_to_shape(atom, (self.block, self.dim, self.q_stages), (0, 1, 2))
         do_layout = cute.tile_to_shape(atom, (self.block, self.dim, self.do_stages), (0, 1, 2))
-        k_layout = cute.tile_to_shape(atom, (64, self.dim, self.key_parts), (0, 1, 2))
-        ds_layout = cute.tile_to_shape(atom, (self.block, self.tile_keys, 2), (0, 1, 2))
+        k_layout = cute.tile_to_shape(atom, (64, self.dim, self.consumer.key_parts), (0, 1, 2))
+        v_layout = cute.tile_to_shape(atom, (64, self.dim, self.consumer.value_parts), (0, 1, 2))
+        ds_layout = cute.tile_to_shape(atom, self.consumer.ds_shape, (0, 1, 2))
         dq_layout = cute.tile_to_shape(wide, (self.dq_rows, 64, self.dq_buffers), (0, 1, 2))
         bring, one = cpasync.CopyBulkTensorTileG2SOp(), lambda layout: cute.select(layout, mode=[0, 1])
-        rows, keys = (self.block, self.dim), (64, self.dim)
+        bring_rows = cpasync.CopyBulkTensorTileG2SMulticastOp() if self.kind.settings.multicast else bring
+        rows, keys = (self.block // self.kind.readers, self.dim), (64, self.dim)
+        part = cute.tile_to_shape(atom, rows, (0, 1))  # what a CTA loads of a block of Q or dO
         view = lambda x, heads, s, h: ragged_view(x, self.dtype, self.head_dim, heads, s, h)  # noqa: E731
-        q_atom, q_tma = cpasync.make_tiled_tma_atom(bring, view(q, num_heads, q_s, q_h), one(q_layout), rows)
-        do_atom, do_tma = cpasync.make_tiled_tma_atom(bring, view(dout, num_heads, do_s, do_h), one(do_layout), rows)
+        q_atom, q_tma = cpasync.make_tiled_tma_atom(bring_rows, view(q, num_heads, q_s, q_h), part, rows)
+        do_atom, do_tma = cpasync.make_tiled_tma_atom(bring_rows, view(dout, num_heads, do_s, do_h), part, rows)
         k_atom, k_tma = cpasync.make_tiled_tma_atom(bring, view(k, num_kv_heads, k_s, k_h), one(k_layout), keys)
-        v_atom, v_tma = cpasync.make_tiled_tma_atom(bring, view(v, num_kv_heads, v_s, v_h), one(k_layout), keys)
+        v_atom, v_tma = cpasync.make_tiled_tma_atom(bring, view(v, num_kv_heads, v_s, v_h), one(v_layout), keys)
         width = Int64(self.head_dim)
         dq_atom, dq_tma = cpasync.make_tiled_tma_atom(
             cpasync.CopyReduceBulkTensorTileS2GOp(),
@@ -184,7 +189,7 @@ class HopperBackward:
         @cute.struct
         class Storage:
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(k_layout)], 1024]
-            v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(k_layout)], 1024]
+            v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(v_layout)], 1024]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(q_layout)], 1024]
             do: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(do_layout)], 1024]
             ds: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(ds_layout)], 1024]
@@ -205,16 +210,19 @@ class HopperBackward:
             dq_full: cute.struct.MemRange[Int64, self.dq_buffers]
             dq_empty: cute.struct.MemRange[Int64, self.dq_buffers]
             p_full: cute.struct.MemRange[Int64, self.p_barriers]
+            p_empty: cute.struct.MemRange[Int64, self.p_barriers if self.kind.paired else 0]
             ds_full: cute.struct.MemRange[Int64, 2]
             ds_empty: cute.struct.MemRange[Int64, 2]
             record_full: cute.struct.MemRange[Int64, RECORDS]
             record_empty: cute.struct.MemRange[Int64, RECORDS]
             slopes: cute.struct.MemRange[Float32, 2 * self.q_stages if self.kind.alibi else 0]
+            number_full: cute.struct.MemRange[Int64, RECORDS if self.kind.paired else 0]
+            numbers: cute.struct.MemRange[Int32, RECORDS if self.kind.paired else 0]
 
         self.storage = Storage
         self.kernel(
             q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, do_atom, do_tma, dq_atom, dq_tma,
-            q_layout, do_layout, k_layout, ds_layout, dq_layout, scores, sums, turned,
+            q_layout, do_layout, k_layout, v_layout, ds_layout, dq_layout, scores, sums, turned,
             flat(lse, Float32), flat(delta, Float32), flat(dk, Int32 if self.kind.gradients == "final" else Int64),
             flat(dv, Int32 if self.kind.gradients == "final" else Int64),
             flat(items, Int32), flat(walk, Int32), flat(counter, Int32), flat(flags, cutlass.Uint32),
@@ -223,7 +231,13 @@ class HopperBackward:
             dv_h, num_items, section, head_batches, total,
             split, members, piece_length, q_batch_rows, do_batch_rows, k_batch_rows, polls,
             *(terms if self.kind.shaped else (None, None, None)),
-        ).launch(grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)  # fmt: skip
+        ).launch(
+            grid=(grid, 1, 1),
+            block=(THREADS, 1, 1),
+            cluster=(self.cluster, 1, 1) if self.kind.paired else None,
+            stream=stream,
+            min_blocks_per_mp=1,
+        )  # fmt: skip
 
     def product(self, a, b, columns, source=warpgroup.OperandSource.SMEM):
         """64 rows by so many columns, in fp32, by one warpgroup."""
@@ -247,6 +261,7 @@ class HopperBackward:
         q_layout: cute.ComposedLayout,
         do_layout: cute.ComposedLayout,
         k_layout: cute.ComposedLayout,
+        v_layout: cute.ComposedLayout,
         ds_layout: cute.ComposedLayout,
         dq_layout: cute.ComposedLayout,
         scores: cute.TiledMma,
@@ -298,7 +313,7 @@ class HopperBackward:
             q=storage.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
             do=storage.do.get_tensor(do_layout.outer, swizzle=do_layout.inner),
             k=storage.k.get_tensor(k_layout.outer, swizzle=k_layout.inner),
-            v=storage.v.get_tensor(k_layout.outer, swizzle=k_layout.inner),
+            v=storage.v.get_tensor(v_layout.outer, swizzle=v_layout.inner),
             ds=storage.ds.get_tensor(ds_layout.outer, swizzle=ds_layout.inner),
             dq=storage.dq.get_tensor(dq_layout.outer, swizzle=dq_layout.inner),
             lse=storage.lse.get_tensor(stats),
@@ -320,6 +335,9 @@ class HopperBackward:
             slopes=storage.slopes.get_tensor(cute.make_layout((2, self.q_stages))) if self.kind.alibi else None,
             p=storage.p.get_tensor(cute.make_layout((4, 128, self.p_numbers // 512))) if self.kind.wide else None,
             p_full=storage.p_full.data_ptr() if self.kind.wide else None,
+            p_empty=storage.p_empty.data_ptr() if self.kind.paired else None,
+            numbers=storage.numbers.get_tensor(cute.make_layout(RECORDS)) if self.kind.paired else None,
+            number_full=storage.number_full.data_ptr() if self.kind.paired else None,
             ds_full=storage.ds_full.data_ptr(),
             ds_empty=storage.ds_empty.data_ptr(),
         )
@@ -330,10 +348,10 @@ class HopperBackward:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.q_stages):
                     cute.arch.mbarrier_init(shared.q_full + i, 2)
-                    cute.arch.mbarrier_init(shared.q_empty + i, WARPS)
+                    cute.arch.mbarrier_init(shared.q_empty + i, WARPS * self.kind.readers)
                 for i in cutlass.range_constexpr(self.do_stages):
                     cute.arch.mbarrier_init(shared.do_full + i, 1)
-                    cute.arch.mbarrier_init(shared.do_empty + i, WARPS)
+                    cute.arch.mbarrier_init(shared.do_empty + i, WARPS * self.kind.readers)
                 cute.arch.mbarrier_init(shared.k_full, 1)
                 cute.arch.mbarrier_init(shared.k_empty, WARPS)
                 cute.arch.mbarrier_init(shared.v_full, 1)
@@ -343,14 +361,18 @@ class HopperBackward:
                     cute.arch.mbarrier_init(shared.dq_empty + i, 1)
                 for i in cutlass.range_constexpr(self.p_barriers):
                     cute.arch.mbarrier_init(shared.p_full + i, 1)
+                    if cutlass.const_expr(self.kind.paired):
+                        cute.arch.mbarrier_init(shared.p_empty + i, 1)
                 for i in cutlass.range_constexpr(2):
                     cute.arch.mbarrier_init(shared.ds_full + i, self.ds_writers)
-                    cute.arch.mbarrier_init(shared.ds_empty + i, WARPS)
+                    cute.arch.mbarrier_init(shared.ds_empty + i, WARPS * self.cluster)
                 for i in cutlass.range_constexpr(RECORDS):
                     cute.arch.mbarrier_init(shared.record_full + i, 1)
-                    cute.arch.mbarrier_init(shared.record_empty + i, WARPS + 1 + len(self.shares))
+                    cute.arch.mbarrier_init(shared.record_empty + i, (WARPS + 1 + len(self.shares)) * self.cluster)
+                    if cutlass.const_expr(self.kind.paired):
+                        cute.arch.mbarrier_init(shared.number_full + i, 1)
             cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
+        self.meet()
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(self.kind.settings.producer_registers)
@@ -362,16 +384,16 @@ class HopperBackward:
                 loads = KeyLoads(q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, do_atom, do_tma)
                 load(
                     work, loads, shared, flags, epoch, polls, (piece_length, q_batch_rows, do_batch_rows, k_batch_rows),
-                    self.block, self.q_stages, self.do_stages, self.kind.flags,
+                    self.block, self.q_stages, self.do_stages, self.kind.flags, self.cluster, self.kind.readers,
                 )  # fmt: skip
             if warp == 1:
                 terms = Terms(cap, slopes_b, slopes) if self.kind.alibi else None
-                describe(work, shared, lse, delta, num_heads, q_len, terms, self.block, self.q_stages)
+                describe(work, shared, lse, delta, num_heads, q_len, terms, self.block, self.q_stages, self.cluster)
             for sender in cutlass.range_constexpr(len(self.shares)):
                 if warp == 2 + sender:
                     add_queries(
                         work, shared, dq_atom, dq_tma, num_heads, q_len, turns, done, self.block,
-                        self.shares[sender], self.kind.ordered, sender, len(self.shares),
+                        self.shares[sender], self.kind.ordered, sender, len(self.shares), self.cluster,
                     )  # fmt: skip
         else:
             cute.arch.setmaxregister_increase(self.kind.settings.consumer_registers)
@@ -380,3 +402,13 @@ class HopperBackward:
                 dk_c, dk_b, dk_s, dk_h, dv_c, dv_b, dv_s, dv_h,
                 Terms(cap, slopes_b, slopes),
             )  # fmt: skip
+        if cutlass.const_expr(self.kind.paired):
+            self.meet()  # what the peer sends to a CTA's memory, it sends while that lives
+
+    def meet(self) -> None:
+        """All threads of the cluster."""
+        if self.cluster == 1:
+            cute.arch.sync_threads()
+        else:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()

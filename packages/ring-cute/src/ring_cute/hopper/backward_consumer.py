@@ -75,7 +75,10 @@ class BackwardConsumer:
         self.do_stages = kind.settings.do_stages
         self.row_parts = 2 if self.dim == 64 else 1  # its share of dq: half of the rows, or of the columns
         self.dq_rows = self.block // self.row_parts
-        self.tile_keys = tile_keys_of(kind.head_dim)
+        self.tile_keys = tile_keys_of(kind.head_dim, kind.settings)
+        self.key_parts, self.value_parts = self.tile_keys // 64, self.tile_keys // 64
+        self.ds_shape = (self.block, self.tile_keys, 2)
+        self.ds_bytes = 2 * self.block * self.tile_keys
         self.dq_buffers, self.v_readers = CONSUMERS, WARPS
         by_rows = self.row_parts > 1
         self.shares = [[Share(c, 0 if by_rows else c, c if by_rows else 0) for c in range(CONSUMERS)]]
@@ -314,7 +317,7 @@ class BackwardConsumer:
     def store_ds(self, shared, ds16, at, buffer):
         """A thread's ds, queries by keys."""
         words = cute.recast_tensor(ds16, Int32)
-        start = ptx.shared_address(shared.ds.iterator) + at + buffer * (self.block * self.tile_keys * 2)
+        start = ptx.shared_address(shared.ds.iterator) + at + buffer * self.ds_bytes
         for j in cutlass.range_constexpr(self.block // 16):
             ptx.store_matrices_turned(start + j * 2048, *(words[4 * j + e] for e in range(4)))
 

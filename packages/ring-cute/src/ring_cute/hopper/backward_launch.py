@@ -212,8 +212,9 @@ def _where_final(
         dealt_out = written = False
         if q.numel() and len(table.host):
             chosen = settings or backward_settings_for(q.shape[-1])
-            prepared = schedule_for(table, q.shape[0], tile_keys_of(q.shape[-1]), chosen.block, False, ordered)
-            dealt_out = _parts(prepared, q, dk.shape[3], whole=ordered) > 1
+            tile_keys = tile_keys_of(q.shape[-1], chosen)
+            prepared = schedule_for(table, q.shape[0], tile_keys, chosen.block, False, ordered)
+            dealt_out = _parts(prepared, q, dk.shape[3], chosen.cluster, whole=ordered) > 1
             written = prepared.keys == math.prod(dk.shape[:3])
         known = table.host.cache[key] = dealt_out, written
     dealt_out, written = known
@@ -246,8 +247,9 @@ def _launch(
     departed = 0 if departures is None else departures.data_ptr()
     delta, pitch, done = state.memory.data_ptr(), 4 * state.pitch, None
     if params.deterministic:
-        stretches = stretches_of(q.shape[1], (settings or backward_settings_for(q.shape[3])).block)
-        counters = q.shape[0] * q.shape[2] * stretches * senders_of(q.shape[3])
+        chosen = settings or backward_settings_for(q.shape[3])
+        stretches = stretches_of(q.shape[1], chosen.block)
+        counters = q.shape[0] * q.shape[2] * stretches * senders_of(q.shape[3], chosen)
         done = torch.zeros(counters, dtype=torch.int32, device=q.device)
     given: tuple[Given, ...] = (
         q, k, v, dout, delta + pitch, delta, delta + 2 * pitch, dk, dv,
@@ -298,14 +300,15 @@ def _launch_anew(
     chosen = settings or backward_settings_for(head_dim)
     by_piece = flags is not None or departures is not None
     ordered = params.deterministic
-    prepared = schedule_for(table, batch, tile_keys_of(head_dim), chosen.block, by_piece, ordered)
+    prepared = schedule_for(table, batch, tile_keys_of(head_dim, chosen), chosen.block, by_piece, ordered)
     group = num_heads // num_kv_heads
-    split = _parts(prepared, q, num_kv_heads, whole=ordered or departures is not None)
+    split = _parts(prepared, q, num_kv_heads, chosen.cluster, whole=ordered or departures is not None)
     head_batches = prepared.repeats * num_kv_heads * split
     total = prepared.count * head_batches
     if not total:
         return
     members = group // split
+    workers = _processors(q.device) // chosen.cluster
     gradients = "final" if dk.dtype != torch.float32 else "shared" if split > 1 else "added"
     kind = BackwardKind(
         DTYPES[q.dtype], head_dim, gradients, flags is not None, departures is not None, chosen, ordered,
@@ -334,7 +337,7 @@ def _launch_anew(
         *dk.stride()[:4],
         *dv.stride()[:4],
         prepared.count,
-        prepared.section(head_batches, max(1, L2_BYTES // (members * length * head_dim * 8)), _processors(q.device)),
+        prepared.section(head_batches, max(1, L2_BYTES // (members * length * head_dim * 8)), workers),
         head_batches,
         total,
         split,
@@ -342,7 +345,7 @@ def _launch_anew(
         k.shape[2],
         *(x.stride(-4) // x.stride(-3) if batch > 1 else 0 for x in (q, dout, k)),
         POLLS,
-        min(total, _processors(q.device)),
+        min(total, workers) * chosen.cluster,
         None,  # stream
         *terms_of(params.softcap, params.alibi_slopes),
     )
@@ -402,10 +405,11 @@ def schedule_for(
     return prepared
 
 
-def _parts(prepared: PreparedKeys, q: Tensor, num_kv_heads: int, *, whole: bool) -> int:
-    """How many CTAs share a tile of keys of a key head, so that there are two for each processor; whole: it is one."""
+def _parts(prepared: PreparedKeys, q: Tensor, num_kv_heads: int, cluster: int, *, whole: bool) -> int:
+    """How many clusters share a tile of keys of a key head, so that there are two CTAs for each processor; whole: it is
+    one."""
     group = q.shape[2] // num_kv_heads
     if whole or group == 1:
         return 1
-    tiles, wanted = prepared.count * prepared.repeats * num_kv_heads, 2 * _processors(q.device)
+    tiles, wanted = prepared.count * prepared.repeats * num_kv_heads * cluster, 2 * _processors(q.device)
     return next((n for n in range(1, group) if group % n == 0 and tiles * n >= wanted), group)

@@ -37,7 +37,7 @@ from ring_cute.hopper.backward_records import (
     publish,
 )
 from ring_cute.hopper.producer import await_piece
-from ring_cute.hopper.records import ask
+from ring_cute.hopper.records import ask_once, tell
 from ring_cute.hopper.scores import slope_of
 from ring_cute.hopper.views import FAR
 
@@ -68,7 +68,7 @@ class KeyShared:
 
     q: Any  # (BLOCK, D, Q_STAGES)
     do: Any  # (BLOCK, D, DO_STAGES)
-    k: Any  # (64, D, 2), or (64, D, 1) where it is wide, and so on
+    k: Any  # (64, D, 2), or (64, D, 1) where it is wide, and so on: see there
     v: Any  # (64, D, 2)
     ds: Any  # (BLOCK, 128, 2)
     dq: Any  # (rows, 64, 2) fp32
@@ -91,20 +91,39 @@ class KeyShared:
     slopes: Any  # (2, Q_STAGES) fp32, None without ALiBi
     p: Any  # of wide heads, as all that follows: (4, 128 threads, BLOCK * 64 / 512) fp32
     p_full: Any  # one for each warp
+    p_empty: Any  # of pairs, as all that follows but for ds_full and ds_empty
+    numbers: Any  # (RECORDS): of the tiles that the records are about, from the cluster's first CTA
+    number_full: Any
     ds_full: Any  # one for each buffer of ds
     ds_empty: Any
 
 
 @cute.jit
-def _copy(atom, tensor, x, head, end, buffer, barrier):
-    """A box of rows from x on to a buffer (rows, D), by TMA."""
+def _copy(atom, tensor, x, head, end, buffer, barrier, ranks: cutlass.Constexpr = 0):
+    """A box of rows from x on to a buffer (rows, D), by TMA; ranks: bits of those of the cluster's CTAs that get it."""
     rows = cute.domain_offset((x, 0), tensor[None, None, head, end, FAR])
     sizes = (cute.size(buffer, mode=[0]), cute.size(buffer, mode=[1]))
     tile = cute.local_tile(rows, sizes, (0, 0))
     target, source = cpasync.tma_partition(
         atom, 0, cute.make_layout(1), cute.group_modes(buffer, 0, 2), cute.group_modes(tile, 0, 2)
     )
-    cute.copy(atom, source, target, tma_bar_ptr=barrier)
+    more = {}
+    if cutlass.const_expr(ranks > 0):
+        more["mcast_mask"] = cutlass.Int16(ranks)
+    cute.copy(atom, source, target, tma_bar_ptr=barrier, **more)
+
+
+@cute.jit
+def _load_rows(atom, tensor, x, head, end, buffer, full, readers: cutlass.Constexpr):
+    """A block of Q or dO from x on; for several CTAs that read it this one's part, to all of them."""
+    _expect(full, buffer, 1)
+    if cutlass.const_expr(readers == 1):
+        _copy(atom, tensor, x, head, end, buffer, full)
+    else:
+        box = cute.size(buffer, mode=[0]) // readers, cute.size(buffer, mode=[1])
+        part = cute.arch.block_idx_in_cluster()
+        target = cute.local_tile(buffer, box, (part, 0))
+        _copy(atom, tensor, x + part * box[0], head, end, target, full, (1 << readers) - 1)
 
 
 @cute.jit
@@ -113,6 +132,16 @@ def _expect(barrier, buffer, times: cutlass.Constexpr):
     size = cute.size(buffer, mode=[0]) * cute.size(buffer, mode=[1]) * buffer.element_type.width // 8
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive_and_expect_tx(barrier, size * times)
+
+
+@cute.jit
+def _load_keys(atom, tensor, x, head, end, buffers, full, empty, tiles, own):
+    """K or V of the CTA's tile `tiles`, of which they begin at x, in parts of 64; own: which of them comes first."""
+    parts = cute.size(buffers, mode=[2])
+    ptx.wait(empty, (tiles & 1) ^ 1)
+    _expect(full, buffers, parts)
+    for c in cutlass.range_constexpr(parts):
+        _copy(atom, tensor, x + 64 * (own ^ c), head, end, buffers[None, None, c], full)
 
 
 @cute.jit
@@ -138,13 +167,19 @@ def load(
     q_stages: cutlass.Constexpr,
     do_stages: cutlass.Constexpr,
     flagged: cutlass.Constexpr,
+    cluster: cutlass.Constexpr,
+    readers: cutlass.Constexpr,
 ):
-    """Brings each tile's keys and values, its blocks of Q and dO. sizes: piece length, batch rows of q, dO, k."""
+    """Brings each tile's keys and values, its blocks of Q and dO. sizes: piece length, batch rows of q, dO, k. Of a
+    cluster each CTA's own keys are the first part of what it loads of the tile's."""
     piece_length, q_batch_rows, do_batch_rows, k_batch_rows = sizes
     lane = cute.arch.lane_idx()
-    key_parts = cute.size(shared.k, mode=[2])
     grid, _, _ = cute.arch.grid_dim()
     first_tile, _, _ = cute.arch.block_idx()
+    own = Int32(0)
+    if cutlass.const_expr(cluster > 1):
+        grid, first_tile = grid // cluster, first_tile // cluster
+        own = cute.arch.block_idx_in_cluster()
     records, walk = shared.records, work.walk
     turn, tiles = Int32(0), Int32(0)
     q_stage, q_phase, do_stage, do_phase = Int32(0), Int32(0), Int32(0), Int32(0)
@@ -170,38 +205,43 @@ def load(
                 end = walk[entry + Q_START] + q_len
                 x = FAR - q_len + walk[entry + I_LO] + b * block
                 if n == 0:
-                    ptx.wait(shared.k_empty, (tiles & 1) ^ 1)
-                    _expect(shared.k_full, shared.k, key_parts)
-                    for c in cutlass.range_constexpr(key_parts):
-                        _copy(
-                            loads.k_atom, loads.k, FAR - count + 64 * c, head, k_end, shared.k[None, None, c],
-                            shared.k_full,
+                    if cutlass.const_expr(cluster == 1):
+                        _load_keys(
+                            loads.k_atom, loads.k, FAR - count, head, k_end, shared.k, shared.k_full, shared.k_empty,
+                            tiles, own,
+                        )  # fmt: skip
+                    else:  # what the tile before gives back first comes first
+                        _load_keys(
+                            loads.v_atom, loads.v, FAR - count, head, k_end, shared.v, shared.v_full, shared.v_empty,
+                            tiles, own,
                         )  # fmt: skip
                 ptx.wait(shared.q_empty + q_stage, q_phase ^ 1)
-                _expect(shared.q_full + q_stage, shared.q, 1)
-                _copy(
+                _load_rows(
                     loads.q_atom, loads.q, x, q_head, batch * q_batch_rows + end, shared.q[None, None, q_stage],
-                    shared.q_full + q_stage,
+                    shared.q_full + q_stage, readers,
                 )  # fmt: skip
-                if n == 0:
-                    ptx.wait(shared.v_empty, (tiles & 1) ^ 1)
-                    _expect(shared.v_full, shared.v, key_parts)
-                    for c in cutlass.range_constexpr(key_parts):
-                        _copy(
-                            loads.v_atom, loads.v, FAR - count + 64 * c, head, k_end, shared.v[None, None, c],
-                            shared.v_full,
+                if cutlass.const_expr(cluster == 1):  # noqa: SIM102  # a constant, and a value
+                    if n == 0:
+                        _load_keys(
+                            loads.v_atom, loads.v, FAR - count, head, k_end, shared.v, shared.v_full, shared.v_empty,
+                            tiles, own,
                         )  # fmt: skip
                 ptx.wait(shared.do_empty + do_stage, do_phase ^ 1)
-                _expect(shared.do_full + do_stage, shared.do, 1)
-                _copy(
+                _load_rows(
                     loads.do_atom, loads.do, x, q_head, batch * do_batch_rows + end, shared.do[None, None, do_stage],
-                    shared.do_full + do_stage,
+                    shared.do_full + do_stage, readers,
                 )  # fmt: skip
+                if cutlass.const_expr(cluster > 1):  # noqa: SIM102  # a constant, and a value
+                    if n == 0:
+                        _load_keys(
+                            loads.k_atom, loads.k, FAR - count, head, k_end, shared.k, shared.k_full, shared.k_empty,
+                            tiles, own,
+                        )  # fmt: skip
                 q_stage, q_phase = next_stage(q_stage, q_phase, q_stages)
                 do_stage, do_phase = next_stage(do_stage, do_phase, do_stages)
                 w, b, q_head = following(walk, w, b, q_head)
             tiles += 1
-        asked = ask(lane, work)
+        asked = tell(ask_once(lane, work, cluster), turn + 1, lane, shared, cluster, RECORD_BITS)
         publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
         going = asked + grid < work.total
         turn += 1
@@ -209,7 +249,8 @@ def load(
 
 @cute.jit
 def describe(
-    work, shared, lse, delta, num_heads, q_len_all, terms, block: cutlass.Constexpr, q_stages: cutlass.Constexpr
+    work, shared, lse, delta, num_heads, q_len_all, terms, block: cutlass.Constexpr, q_stages: cutlass.Constexpr,
+    cluster: cutlass.Constexpr,
 ):  # fmt: skip
     """Brings what is known of each block's rows: lse, delta, and which pairs take part; with ALiBi's terms also the
     head's slope, and how far pairs are apart. Rows beyond the segment get an lse of +inf: their P is 0."""
@@ -267,7 +308,7 @@ def describe(
             stage, phase = next_stage(stage, phase, q_stages)
             w, b, q_head = following(walk, w, b, q_head)
         cute.arch.sync_warp()
-        ptx.arrive(shared.record_empty + slot, lane == 0)
+        ptx.arrive_everywhere(shared.record_empty + slot, lane, cluster)
         turn += 1
         slot = turn & (RECORDS - 1)
         ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
@@ -297,11 +338,17 @@ class Share:
 def add_queries(
     work, shared, dq_atom, dq_tensor, num_heads, q_len_all, turns, done, block: cutlass.Constexpr,
     shares: cutlass.Constexpr, ordered: cutlass.Constexpr, sender: cutlass.Constexpr, senders: cutlass.Constexpr,
+    cluster: cutlass.Constexpr,
 ):  # fmt: skip
     """Sends a block's dq on its way to be added to global memory. shares: of a block, in the order in which they come.
     ordered: when it is this block's turn (`backward_order`), and until then it waits; done: how many blocks have added
-    to each stretch of rows of each head. senders: warps that send different columns, each with counters of its own."""
+    to each stretch of rows of each head. senders: warps that send different columns, each with counters of its own, as
+    have those of a cluster's CTAs, which send different rows."""
     lane = cute.arch.lane_idx()
+    first_row, number, numbers = Int32(0), Int32(sender), senders * cluster
+    if cutlass.const_expr(cluster > 1):
+        first_row = cute.arch.block_idx_in_cluster() * cute.size(shared.dq, mode=[0])
+        number = cute.arch.block_idx_in_cluster() * senders + sender
     records, walk = shared.records, work.walk
     turn, blocks = Int32(0), Int32(0)
     ptx.wait(shared.record_full, 0)
@@ -318,11 +365,11 @@ def add_queries(
             mine, wanted = Int32(0), Int32(-1)
             if cutlass.const_expr(ordered):
                 row = walk[entry + Q_START] + walk[entry + I_LO] + b * block
-                mine = ((batch * num_heads + q_head) * stretches + row // block + lane) * senders + sender
+                mine = ((batch * num_heads + q_head) * stretches + row // block + lane) * numbers + number
                 if lane < 2:  # a block touches one stretch, or two
                     wanted = turns[2 * (records[TURNS, slot] + nth) + lane]
             end = (batch * num_heads + q_head) * q_len_all + walk[entry + Q_START] + q_len
-            x = FAR - q_len + walk[entry + I_LO] + b * block
+            x = FAR - q_len + walk[entry + I_LO] + b * block + first_row
             if cutlass.const_expr(ordered):
                 if wanted >= 0:
                     while ptx.load_acquire_gpu(done.iterator + mine) != wanted:
@@ -358,7 +405,7 @@ def add_queries(
                 if wanted >= 0:
                     ptx.add_release_gpu(done.iterator + mine, Int32(1))
         cute.arch.sync_warp()
-        ptx.arrive(shared.record_empty + slot, lane == 0)
+        ptx.arrive_everywhere(shared.record_empty + slot, lane, cluster)
         turn += 1
         slot = turn & (RECORDS - 1)
         ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 TILE_KEYS, WIDE_TILE_KEYS = 128, 64
-"""Keys that a tile owns: two consumer warpgroups of 64 each; beyond a head dim of 128 the same 64 for both, of which
-one has dv and the other dk."""
+"""Keys that a CTA owns of a tile: two consumer warpgroups of 64 each; beyond a head dim of 128 the same 64 for both, of
+which one has dv and the other dk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,10 @@ class BackwardSettings:
     v_columns: int = 0
     """Beyond a head dim of 128: so many of D that the consumer of K, or of V, keeps in registers as well, so that
     scores, or dP, read less of shared memory."""
+    cluster: int = 1
+    """Beyond a head dim of 128: CTAs that own a tile together, two at most (`paired_consumer`)."""
+    multicast: bool = False
+    """These load half of each block of Q and dO, for both."""
     consumer_registers: int = 240
     producer_registers: int = 24
     """Per thread, after they are moved: a CTA starts with 168 each, so 2 x consumers' + producer's are at most 504."""
@@ -47,10 +51,18 @@ BACKWARD: dict[int, BackwardSettings] = {
         "590, 565, 561",
     ),
     # `wide_consumer`: dv or dk (64 x D), scores or dP (64 x block) and 64 columns of dq live in the registers of one
-    # warpgroup each; K, V, the stages, ds twice, P in fp32 and buffers of dq in 227 KiB
+    # warpgroup each; K, V, the stages, ds twice, P in fp32 and buffers of dq in 227 KiB. `paired_consumer`: the peer's
+    # K as well, half as much of ds and dq; a second stage of dO fits where dq has two buffers. The load warp has more
+    # to keep there: with 24 registers it spills
     192: BackwardSettings(
+        do_stages=1,
         dq_buffers=3,
-        reason="420, 440, 456, 455; two stages of both and a buffer for all of dq are what fits. Others not measured",
+        k_columns=128,
+        v_columns=64,
+        cluster=2,
+        consumer_registers=232,
+        producer_registers=40,
+        reason="not measured yet; one CTA a tile, two stages of both, 128 columns of K and V in registers: 475",
     ),
     256: BackwardSettings(
         do_stages=1,
@@ -89,14 +101,14 @@ def is_wide(head_dim: int) -> bool:
     return head_dim > 128
 
 
-def tile_keys_of(head_dim: int) -> int:
+def tile_keys_of(head_dim: int, settings: BackwardSettings) -> int:
     """Keys that a tile owns."""
-    return WIDE_TILE_KEYS if is_wide(head_dim) else TILE_KEYS
+    return WIDE_TILE_KEYS * settings.cluster if is_wide(head_dim) else TILE_KEYS
 
 
-def senders_of(head_dim: int) -> int:
-    """Warps that send dq on its way, of different columns: each counts whose turn it is by itself."""
-    return 2 if is_wide(head_dim) else 1
+def senders_of(head_dim: int, settings: BackwardSettings) -> int:
+    """Warps that send dq on its way, of different columns or rows: each counts whose turn it is by itself."""
+    return 2 * settings.cluster if is_wide(head_dim) else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +144,25 @@ class BackwardKind:
         return is_wide(self.head_dim)
 
     @property
+    def paired(self) -> bool:
+        """Whether two CTAs own a tile together."""
+        return self.settings.cluster > 1
+
+    @property
+    def readers(self) -> int:
+        """CTAs that a block of Q or dO is loaded for."""
+        return self.settings.cluster if self.settings.multicast else 1
+
+    @property
     def shared_bytes(self) -> int:
         """Of buffers: K, V, stages of Q and dO, ds twice, dq; where it is wide, P."""
         s = self.settings
-        keys_and_stages = self.padded * (2 * tile_keys_of(self.head_dim) + (s.q_stages + s.do_stages) * s.block)
+        if self.paired:  # K of both; ds of its keys, and of the peer's for half of the queries, of which dq is
+            keys_and_stages = self.padded * (3 * WIDE_TILE_KEYS + (s.q_stages + s.do_stages) * s.block)
+            p_ds_dq = s.block * (4 * WIDE_TILE_KEYS + 2 * 3 * WIDE_TILE_KEYS + 2 * 64 * s.dq_buffers)
+            return 2 * keys_and_stages + p_ds_dq + 8 * s.block * s.q_stages
+        keys = 2 * tile_keys_of(self.head_dim, s)
+        keys_and_stages = self.padded * (keys + (s.q_stages + s.do_stages) * s.block)
         if self.wide:
             p_ds_dq = 4 * s.block * (2 * WIDE_TILE_KEYS + 64 * s.dq_buffers)
             return 2 * keys_and_stages + p_ds_dq + 8 * s.block * s.q_stages

@@ -15,13 +15,13 @@ from ring_cute.hopper.records import (
     ENDS,
     HEAD,
     Q_ROW,
-    RECORD_BITS,
     RECORDS,
     START,
     STOP,
     WALK_COLUMNS,
-    ask,
+    ask_once,
     publish,
+    tell,
 )
 from ring_cute.hopper.views import DROP, FAR, KEEP
 
@@ -146,37 +146,6 @@ def _load_keys(
 
 
 @cute.jit
-def _ask(lane, work, cluster: cutlass.Constexpr):
-    """Once for all of the cluster."""
-    asked = Int32(0)
-    if cutlass.const_expr(cluster > 1):
-        if cute.arch.block_idx_in_cluster() == 0:
-            asked = ask(lane, work)
-    else:
-        asked = ask(lane, work)
-    return asked
-
-
-@cute.jit
-def _number(asked, turn, lane, shared, cluster: cutlass.Constexpr):
-    """What the cluster's first CTA was told, to all of them."""
-    if cutlass.const_expr(cluster > 1):
-        sent = turn - 1  # numbers before this one: the first tile's is known
-        slot = sent & (RECORDS - 1)
-        if cute.arch.block_idx_in_cluster() == 0:
-            # its place is free once all have finished the tile whose record makes room for this one's
-            ptx.wait(shared.record_empty + (turn & (RECORDS - 1)), ((turn >> RECORD_BITS) & 1) ^ 1)
-            if lane > 0 and lane < cluster:
-                ptx.send(asked, shared.numbers.iterator + slot, shared.number_full + slot, lane)
-        else:
-            if lane == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(shared.number_full + slot, 4)
-            ptx.wait(shared.number_full + slot, (sent >> RECORD_BITS) & 1)
-            asked = shared.numbers[slot]
-    return asked
-
-
-@cute.jit
 def await_piece(flags, epoch, piece, polls):
     """Returns once piece has arrived, is poisoned (the largest value) or `polls` looks were in vain."""
     want = cutlass.Uint32(epoch[0])
@@ -239,11 +208,11 @@ def produce(
                 end = batch * work.k_batch_rows + k_row + k_len
                 for t in cutlass.range(count, unroll=1):
                     if blocks - first == 2:  # after two blocks there is time for the next tile
-                        asked = _ask(lane, work, cluster)
+                        asked = ask_once(lane, work, cluster)
                         if cutlass.const_expr(ahead):
                             _load_state(loads, shared, ends, q_row, head, batch, turn, consumers, hints)
                     if blocks - first == 3:
-                        asked = _number(asked, turn + 1, lane, shared, cluster)
+                        asked = tell(asked, turn + 1, lane, shared, cluster)
                         publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
                         if cutlass.const_expr(early):
                             next_slot = (turn + 1) & (RECORDS - 1)
@@ -287,11 +256,11 @@ def produce(
                     blocks += 1
             tiles += 1
         if blocks - first <= 2:
-            asked = _ask(lane, work, cluster)
+            asked = ask_once(lane, work, cluster)
             if cutlass.const_expr(ahead):
                 _load_state(loads, shared, ends, q_row, head, batch, turn, consumers, hints)
         if blocks - first <= 3:
-            asked = _number(asked, turn + 1, lane, shared, cluster)
+            asked = tell(asked, turn + 1, lane, shared, cluster)
             publish(asked + grid, turn + 1, lane, work, records, shared.record_full, shared.record_empty)
             if cutlass.const_expr(early):
                 _load_q(loads, shared, (turn + 1) & (RECORDS - 1), tiles, queries, consumers, hints, cluster)

@@ -83,6 +83,50 @@ def send(number: Any, to: Any, barrier: Any, rank: Any, *, loc: Any = None, ip: 
     )
 
 
+def arrive_everywhere(barrier: Any, lane: Any, cluster: int) -> None:
+    """A warp's arrival at a barrier, in each CTA of the cluster."""
+    if cluster == 1:
+        arrive(barrier, lane == 0)
+    else:
+        arrive_at(barrier, lane & (cluster - 1), lane < cluster)
+
+
+@dsl_user_op
+def arrive_expecting(barrier: Any, size: Any, who: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """One arrival by the threads for which `who` is not zero, and so many bytes that the phase waits for."""
+    _asm(
+        None,
+        [
+            barrier.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip),
+            *(Int32(x).ir_value(loc=loc, ip=ip) for x in (size, who)),
+        ],
+        "{\n.reg .pred me;\nsetp.ne.s32 me, $2, 0;\n@me mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;\n}",
+        "r,r,r,~{memory}",
+        effects=True,
+    )
+
+
+@dsl_user_op
+def send_bytes(
+    source: Any, to: Any, size: Any, barrier: Any, rank: Any, who: Any, *, loc: Any = None, ip: Any = None
+) -> None:
+    """So many bytes of shared memory to where the cluster's CTA `rank` has the address `to`, by the async proxy, for
+    the thread for which `who` is not zero; they count at that CTA's barrier."""
+    _asm(
+        None,
+        [
+            *(Int32(x).ir_value(loc=loc, ip=ip) for x in (source, to)),
+            barrier.toint(loc=loc, ip=ip).ir_value(loc=loc, ip=ip),
+            *(Int32(x).ir_value(loc=loc, ip=ip) for x in (rank, size, who)),
+        ],
+        "{\n.reg .pred me;\n.reg .b32 there, bar;\nsetp.ne.s32 me, $5, 0;\n"
+        "mapa.shared::cluster.u32 there, $1, $3;\nmapa.shared::cluster.u32 bar, $2, $3;\n"
+        "@me cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [$0], $4, [bar];\n}",
+        "r,r,r,r,r,r,~{memory}",
+        effects=True,
+    )
+
+
 @dsl_user_op
 def exp2(x: Any, *, loc: Any = None, ip: Any = None) -> Float32:
     """2^x, denormals flushed."""

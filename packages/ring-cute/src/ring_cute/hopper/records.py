@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import cutlass
 from cutlass import Int32, cute
 
 from ring_cute.hopper import ptx
@@ -73,3 +74,35 @@ def ask(lane: Int32, work):
         if asked == work.total - 1:  # every CTA asks until it is refused: the last to ask
             cute.arch.atomic_exch(work.counter.iterator, Int32(0), sem="relaxed", scope="gpu")
     return cute.arch.shuffle_sync(asked, 0)
+
+
+@cute.jit
+def ask_once(lane, work, cluster: cutlass.Constexpr):
+    """Once for all of the cluster."""
+    asked = Int32(0)
+    if cutlass.const_expr(cluster > 1):
+        if cute.arch.block_idx_in_cluster() == 0:
+            asked = ask(lane, work)
+    else:
+        asked = ask(lane, work)
+    return asked
+
+
+@cute.jit
+def tell(asked, turn, lane, shared, cluster: cutlass.Constexpr, bits: cutlass.Constexpr = RECORD_BITS):
+    """What the cluster's first CTA was told, of its tile `turn`, to all of them. bits: of the number of records."""
+    if cutlass.const_expr(cluster > 1):
+        slots = 1 << bits
+        sent = turn - 1  # numbers before this one: the first tile's is known
+        slot = sent & (slots - 1)
+        if cute.arch.block_idx_in_cluster() == 0:
+            # its place is free once all have finished the tile whose record makes room for this one's
+            ptx.wait(shared.record_empty + (turn & (slots - 1)), ((turn >> bits) & 1) ^ 1)
+            if lane > 0 and lane < cluster:
+                ptx.send(asked, shared.numbers.iterator + slot, shared.number_full + slot, lane)
+        else:
+            if lane == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(shared.number_full + slot, 4)
+            ptx.wait(shared.number_full + slot, (sent >> bits) & 1)
+            asked = shared.numbers[slot]
+    return asked

@@ -269,7 +269,4 @@ class TileEnd:
 
     def release(self, barrier: Any, lane: Any) -> None:
         """A warp's arrival at a barrier for all that is shared: in each CTA of the cluster."""
-        if self.settings.cluster == 1:
-            ptx.arrive(barrier, lane == 0)
-        else:
-            ptx.arrive_at(barrier, lane & (self.settings.cluster - 1), lane < self.settings.cluster)
+        ptx.arrive_everywhere(barrier, lane, self.settings.cluster)

@@ -21,9 +21,10 @@ by 64 keys by 256, in cycles of 128 bytes of shared memory: scores and dP 1024, 
 out and in 1024, loads 512: 3900, while the tensor cores take 2560. P goes from one consumer to the other in fp32, each
 thread's to the same thread of the other (scores and dP are laid out alike), so that ds is rounded once.
 
-dq is summed by twice as many tiles as with 128 keys. What that costs is what limits this kernel by estimate: sums in
-memory take some 3 TB/s, which 64 keys a tile come to at 500 TFLOP/s. 80 keys (as FlashAttention-3) fit by transposing
-dv and dk, whose products then read both operands from shared memory; a pair of CTAs that shares 128 keys halves it.
+dq is summed by twice as many tiles as with 128 keys. What that costs is what limits this kernel: sums keep the way into
+the L2 busy to 91-94 % at 475 TFLOP/s (ncu, head dim 192). 80 keys (as FlashAttention-3) fit by transposing dv and dk,
+whose products then read both operands from shared memory; a pair of CTAs that shares 128 keys halves it
+(`paired_consumer`), where shared memory holds the peer's K as well: at 192, not at 256.
 
 Shared memory: as in `backward`, but `k`, `v` (64, D); `ds` (BLOCK, 64 keys) twice; `dq` (BLOCK, 64 columns) in fp32,
 two or more; and `p` in fp32, as threads have it (with a softcap, times the cap's derivative).
@@ -45,8 +46,7 @@ from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
-from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
-from cutlass.utils import hopper_helpers
+from cutlass.cute.nvgpu import warpgroup
 
 from ring_cute.hopper import ptx
 from ring_cute.hopper.backward_consumer import CONSUMERS, END_BARRIER, WARPS, BackwardConsumer
@@ -63,7 +63,7 @@ from ring_cute.hopper.backward_records import (
     TOKEN,
 )
 from ring_cute.hopper.backward_settings import BackwardKind
-from ring_cute.hopper.softmax import multiply, to_operand
+from ring_cute.hopper.softmax import keep, kept_operand, multiply, multiply_kept, to_operand
 
 VALUES, QUERIES = 0, 1
 """What a consumer sums: dv, from P and dO; dk, from dS and Q."""
@@ -81,8 +81,8 @@ class WideParts:
     by_kept: Any  # scores, of these
     second: Any  # Q, or dO, of each stage: with the first it makes scores, or dP
     factors: Any  # dO, or Q, of each stage: with P, or dS, it makes dv, or dk
-    keys_turned: Any  # 64 columns of D by the keys, of each of its shares of dq
-    ds_read: Any  # (BLOCK, 64 keys), of each buffer
+    keys_turned: Any  # 64 columns of D by 64 keys, of each of its shares of dq and each part of the keys
+    ds_read: Any  # (BLOCK, 64 keys), of each buffer, or what is there in pairs
     total: Any  # dv, or dk
     ds_at: Any  # where this thread writes, in bytes
     dq_at: Any
@@ -95,17 +95,36 @@ class WideConsumer(BackwardConsumer):
         super().__init__(kind)
         assert self.block == 64, "a row of ds has 64 keys, and as many queries are a buffer of dq"
         self.columns_kept = (kind.settings.k_columns, kind.settings.v_columns)
+        self.cluster = kind.settings.cluster
         self.dq_rows, self.dq_buffers, self.v_readers = self.block, kind.settings.dq_buffers, WARPS // CONSUMERS
         assert self.dq_buffers in (CONSUMERS, self.dim // 64), "one for each consumer, or for each share"
         columns = range(self.dim // 64)
-        half = -(-len(columns) // 2)
+        first = self.columns_of_values(len(columns))
         self.shares = [[], []]  # each consumer's, by a warp of their own
-        for role, own in ((VALUES, columns[:half]), (QUERIES, columns[half:])):
+        for role, own in ((VALUES, columns[:first]), (QUERIES, columns[first:])):
             for nth, c in enumerate(own):
                 alone = kind.settings.dq_buffers > CONSUMERS  # a buffer for each share
                 self.shares[role].append(Share(c, c, 0) if alone else Share(role, c, 0, nth, len(own)))
         # With one share this consumer frees Q behind the next dP, whose dO comes behind the next Q.
         assert self.q_stages > 1 or len(self.shares[QUERIES]) > 1, "the next Q has a stage of its own"
+
+    def columns_of_values(self, columns: int) -> int:
+        """How many of the shares of dq, of 64 columns each, are made by the consumer that has dv."""
+        return -(-columns // 2)
+
+    def first_key(self) -> Any:
+        """Of the tile's keys the first one of this CTA."""
+        return Int32(0)
+
+    def own_keys(self, count: Any) -> Any:
+        """Of the tile's so many keys those of this CTA."""
+        return count
+
+    def turned_keys(self, keys: Any, turned: Any, columns: int) -> list[Any]:
+        """K as dq's first operand: 64 columns of D by 64 keys, of each part of the keys."""
+        flipped = cute.make_tensor(keys.iterator, cute.select(keys.layout, mode=[1, 0, 2]))
+        parts = [cute.local_tile(flipped[None, None, n], (64, 64), (columns, 0)) for n in range(self.key_parts)]
+        return [turned.make_fragment_A(turned.get_slice(0).partition_A(part)) for part in parts]
 
     @cute.jit
     def consume(
@@ -128,9 +147,9 @@ class WideConsumer(BackwardConsumer):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) & 3
         lane = cute.arch.lane_idx()
         leader = lane == 0
-        row = warp * 16 + (lane >> 2)  # of the tile's keys, and this + 8
+        row = warp * 16 + (lane >> 2)  # of the CTA's 64 keys, and this + 8
         column = 2 * (lane & 3)
-        records = shared.records
+        records, first_key = shared.records, self.first_key()
 
         # operands in shared memory are the same for all threads
         flip = lambda x: cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 0, 2]))  # noqa: E731
@@ -139,28 +158,11 @@ class WideConsumer(BackwardConsumer):
         moving = shared.q if cutlass.const_expr(role == VALUES) else shared.do
         other = shared.do if cutlass.const_expr(role == VALUES) else shared.q
         first = scores.make_fragment_A(one.partition_A(stationary))[None, None, None, 0]
-        kept, by_kept, columns_kept = None, None, self.columns_kept[role]
-        if cutlass.const_expr(columns_kept > 0):
-            by_kept = hopper_helpers.make_trivial_tiled_mma(
-                self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, (1, 1, 1), (64, self.block),
-                warpgroup.OperandSource.RMEM,
-            )  # fmt: skip
-            kept = cute.make_rmem_tensor(by_kept.partition_shape_A((64, columns_kept)), self.dtype)
-            fetch = cute.make_tiled_copy_A(
-                cute.make_copy_atom(cute.nvgpu.warp.LdMatrix8x8x16bOp(False, 4), self.dtype), by_kept
-            )
-            own = fetch.get_slice(cute.arch.thread_idx()[0] & 127)
-            sources, targets = own.partition_S(stationary[None, None, 0]), own.retile(kept)
+        by_kept, kept = kept_operand(self.dtype, self.block, self.columns_kept[role])
         second = scores.make_fragment_B(one.partition_B(moving))
         factors = sums.make_fragment_B(sums.get_slice(0).partition_B(flip(other)))  # (D, BLOCK, stages)
-        one = turned.get_slice(0)
-        keys_turned = []
-        for n in cutlass.range_constexpr(len(self.shares[role])):
-            columns = cute.local_tile(
-                flip(shared.k)[None, None, 0], (64, self.tile_keys), (self.shares[role][n].columns, 0)
-            )
-            keys_turned.append(turned.make_fragment_A(one.partition_A(columns)))
-        ds_read = turned.make_fragment_B(one.partition_B(shared.ds))
+        keys_turned = [self.turned_keys(shared.k, turned, share.columns) for share in self.shares[role]]
+        ds_read = turned.make_fragment_B(turned.get_slice(0).partition_B(shared.ds))
         total = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), Float32)
 
         # where a thread writes: ds (its row of a matrix of stmatrix), dq (the first number); both in bytes
@@ -168,7 +170,7 @@ class WideConsumer(BackwardConsumer):
         chunk = 2 * warp + ((lane >> 3) & 1)
         ds_at = (query + 8 * (lane >> 4)) * 128 + ((chunk ^ query) << 4)
         chunk = 4 * (warp & 1) + (lane >> 4)
-        dq_at = (warp >> 1) * self.block * 128 + column * 128
+        dq_at = (warp >> 1) * self.dq_rows * 128 + column * 128
         dq_at += ((chunk ^ column) << 4) + ((lane >> 2) & 3) * 4
 
         tiles, turn, blocks = Int32(0), Int32(0), Int32(0)
@@ -181,9 +183,8 @@ class WideConsumer(BackwardConsumer):
             if number > 0:
                 total.fill(0.0)
                 ptx.wait(shared.k_full if cutlass.const_expr(role == VALUES) else shared.v_full, tiles & 1)
-                if cutlass.const_expr(columns_kept > 0):
-                    for n in cutlass.range_constexpr(columns_kept // 16):
-                        cute.copy(fetch, sources[None, None, n], targets[None, None, n])
+                if cutlass.const_expr(kept is not None):
+                    keep(by_kept, kept, stationary[None, None, 0], cute.arch.thread_idx()[0] & 127)
                 parts = WideParts(
                     scores,
                     sums,
@@ -199,7 +200,7 @@ class WideConsumer(BackwardConsumer):
                     ds_at,
                     dq_at,
                 )
-                thread = (warp, lane, row, column)
+                thread = (warp, lane, first_key + row, column)
                 state = (q_stage, q_phase, do_stage, do_phase, blocks)
                 if cutlass.const_expr(role == VALUES):
                     state = self.sum_values(shared, parts, thread, state, number, tiles, score_scale, terms, count)
@@ -213,19 +214,20 @@ class WideConsumer(BackwardConsumer):
                     Int64(records[HEAD, slot]),
                 )
                 by_piece, by_batch, by_token, by_head = strides
-                at = piece * by_piece + batch * by_batch + Int64(records[TOKEN, slot]) * by_token + head * by_head
+                token = Int64(records[TOKEN, slot] + first_key)
+                at = piece * by_piece + batch * by_batch + token * by_token + head * by_head
                 if cutlass.const_expr(role == QUERIES):
                     for e in cutlass.range_constexpr(cute.size(total) // 4):
                         for c in cutlass.range_constexpr(4):
                             total[4 * e + c] = total[4 * e + c] * scale
-                self.leave(out, total, at + column, by_token, row, count)
+                self.leave(out, total, at + column, by_token, row, count - first_key)
             if cutlass.const_expr(self.kind.departures):
                 # every thread's additions come before the count
                 cute.arch.barrier(barrier_id=END_BARRIER, number_of_threads=128 * CONSUMERS)
                 if 4 * role + warp == 0 and leader:
-                    ptx.add_release_sys(departures.iterator + records[PIECE, slot], count)
+                    ptx.add_release_sys(departures.iterator + records[PIECE, slot], self.own_keys(count))
             cute.arch.sync_warp()  # all lanes have read the record
-            ptx.arrive(shared.record_empty + slot, leader)
+            ptx.arrive_everywhere(shared.record_empty + slot, lane, self.cluster)
             turn += 1
             slot = turn & (RECORDS - 1)
             ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
@@ -284,6 +286,7 @@ class WideConsumer(BackwardConsumer):
         warp, lane, row, column = thread
         lse = self.of_queries(shared.lse, stage, column)
         self.probabilities(shared, lse, s, p16, stage, scale, terms, row, column, count)
+        self.await_room(shared, warp, blocks)
         four = cute.make_rmem_tensor(4, Float32)
         for j in cutlass.range_constexpr(cute.size(s) // 4):
             for e in cutlass.range_constexpr(4):
@@ -291,9 +294,12 @@ class WideConsumer(BackwardConsumer):
             cute.autovec_copy(four, shared.p[None, warp * 32 + lane, j])
         cute.arch.sync_warp()
         ptx.arrive(shared.p_full + warp, lane == 0)
-        ptx.arrive(shared.q_empty + stage, lane == 0)
+        ptx.arrive_everywhere(shared.q_empty + stage, lane, self.kind.readers)
         if cutlass.const_expr(not self.kind.softcap):
             to_operand(s, p16)
+
+    def await_room(self, shared, warp, blocks):
+        """Until the P before has been read: it has, where this consumer has seen its ds."""
 
     # the consumer that has dk
 
@@ -366,28 +372,17 @@ class WideConsumer(BackwardConsumer):
     def multiply_scores(self, parts, stage, s):
         """Scores, or dP, of a block: issued, one group."""
         second = parts.second[None, None, None, stage]
-        kept = 0 if cutlass.const_expr(parts.kept is None) else cute.size(parts.kept, mode=[2])
-        whole = cute.make_mma_atom(parts.scores.op)
-        warpgroup.fence()
-        if cutlass.const_expr(kept > 0):
-            atom = cute.make_mma_atom(parts.by_kept.op)
-            for n in cutlass.range_constexpr(kept):
-                atom.set(warpgroup.Field.ACCUMULATE, n > 0)
-                cute.gemm(atom, s, parts.kept[None, None, n], second[None, None, n], s)
-        for n in cutlass.range_constexpr(kept, -(-self.head_dim // 16)):
-            whole.set(warpgroup.Field.ACCUMULATE, n > 0)
-            cute.gemm(whole, s, parts.first[None, None, n], second[None, None, n], s)
-        warpgroup.commit_group()
+        multiply_kept(parts.scores, parts.by_kept, parts.kept, parts.first, second, s, self.head_dim)
 
     @cute.jit
     def multiply_share(self, parts, n: cutlass.Constexpr, buffer):
         """64 columns of dqᵀ = Kᵀ ds: issued, one group."""
-        dq = cute.make_rmem_tensor(parts.turned.partition_shape_C((64, self.block)), Float32)
-        multiply(parts.turned, parts.keys_turned[n], parts.ds_read[None, None, None, buffer], dq, False)
+        dq = cute.make_rmem_tensor(parts.turned.partition_shape_C((64, self.dq_rows)), Float32)
+        multiply(parts.turned, parts.keys_turned[n][0], parts.ds_read[None, None, None, buffer], dq, False)
         return dq
 
     @cute.jit
     def store_share(self, shared, parts, dq, share: cutlass.Constexpr, blocks, leader):
         """64 columns of dq to their buffer."""
-        at = parts.dq_at + share.buffer * (self.block * 64 * 4)
+        at = parts.dq_at + share.buffer * (self.dq_rows * 64 * 4)
         self.store_dq(shared, at, dq, share.buffer, blocks * share.shares + share.nth, leader)
