@@ -60,9 +60,9 @@ VARIANTS: dict[int, dict[str, BackwardSettings]] = {
         "as shipped": PAIRED,
         "alone": BackwardSettings(dq_buffers=3, k_columns=128, v_columns=128),
         "no operands in registers": replace(PAIRED, k_columns=0, v_columns=0),
-        "more of them": replace(PAIRED, k_columns=176, v_columns=96),
+        "128 and 64 columns": replace(PAIRED, k_columns=128, v_columns=64),
         "2+2, two buffers of dq": replace(PAIRED, do_stages=2, dq_buffers=2),
-        "loads for both": replace(PAIRED, multicast=True),
+        "each loads for itself": replace(PAIRED, multicast=False),
     },
     256: {
         "as shipped": backward_settings_for(256),

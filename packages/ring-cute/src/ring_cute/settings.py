@@ -76,7 +76,11 @@ FORWARD: dict[int, Settings] = {
         block=112, reason="669 / 700 TFLOP/s causal / full at 16384, overlap 650 / 701, blocks of 96 667 / 710"
     ),
     256: Settings(
-        block=80, reason="667 / 720 TFLOP/s causal / full at 16384, overlap 664 / 718, blocks of 64 651 / 719"
+        block=80,
+        query_columns=96,
+        reason="causal, full at 4096, then at 16384, alone 639, 683, 691, 727, in pairs 592, 697, 715, 743; no column "
+        "of the queries in registers 633, 672, 693, 726 and 595, 671, 712, 738; blocks of 64 with 128 columns 633, 684, "
+        "703, 738 (2026-11-29). Of 80 keys scores read 115 of 128 bytes a clock",
     ),
 }
 """By head dim, rounded up to the next key. Measured on an H200 that its power limits, DSL 4.8.1, 2026-11-22

@@ -57,12 +57,15 @@ BACKWARD: dict[int, BackwardSettings] = {
     192: BackwardSettings(
         do_stages=1,
         dq_buffers=3,
-        k_columns=128,
-        v_columns=64,
+        k_columns=176,
+        v_columns=96,
         cluster=2,
+        multicast=True,
         consumer_registers=232,
         producer_registers=40,
-        reason="not measured yet; one CTA a tile, two stages of both, 128 columns of K and V in registers: 475",
+        reason="each loading for itself 464, 480, 502, 499; with 128 and 64 columns 451, 471, 503, 503, and loads for "
+        "both 450, 486, 511, 508, none 449, 466, 489, 488, two stages of dO and two buffers of dq 432, 463, 480, 484; "
+        "one CTA a tile, two stages of both, 128 columns 442, 436, 456, 457",
     ),
     256: BackwardSettings(
         do_stages=1,
@@ -70,7 +73,7 @@ BACKWARD: dict[int, BackwardSettings] = {
         "dO is free again before Q, whose second stage lets scores run ahead",
     ),
 }
-"""By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-28 (wide ones 2026-11-22): the main
+"""By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-28 (192: 2026-11-29, 256: 2026-11-22): the main
 kernel alone (`gpu_probe_backward.py variants`)."""
 
 _CAPPED = BackwardSettings(block=96, q_stages=3, reason="not measured yet; of 128 queries spills")

@@ -44,7 +44,7 @@ arrives there had what was copied. Tiles without a block touch no buffer; their 
 
 Order of a block, of which products that follow each other without a wait are under way together:
 
-    dv: P[n] there │ dv, s[n+1], ds[n-1] there, dq[n-1] │ dO[n] free │ P[n+1] made, P[n] read, handed over │ dq goes
+    dv: P[n] there │ dv, ds[n-1] there, dq[n-1] │ dO[n] free │ s[n+1] │ dq goes │ P[n+1] made, P[n] read, handed over
     dk: dP[n] there, ds[n-1] there │ dq[n-1] │ P[n] there, read │ ds[n] made, stored, sent │ dk │ dq goes │ Q[n] free │
         dP[n+1]
 
@@ -132,20 +132,19 @@ class PairedConsumer(WideConsumer):
         next_do, next_do_phase = next_stage(do_stage, do_phase, self.do_stages)
         ptx.wait(shared.do_full + do_stage, do_phase)
         multiply(parts.sums, p16, parts.factors[None, None, None, do_stage], parts.total, True)
+        shares = self.multiply_shares(shared, parts, VALUES, blocks - 1, follows)
+        warpgroup.wait_group(len(shares))
+        ptx.arrive_everywhere(shared.do_empty + do_stage, lane, self.kind.readers)
         s = self.block_scores(parts.scores)
         if cutlass.const_expr(not last):
             ptx.wait(shared.q_full + next_q, next_q_phase)
             self.multiply_scores(parts, next_q, s)
-        shares = self.multiply_shares(shared, parts, VALUES, blocks - 1, follows)
-        ahead = 0 if cutlass.const_expr(last) else 1
-        warpgroup.wait_group(ahead + len(shares))
-        ptx.arrive_everywhere(shared.do_empty + do_stage, lane, self.kind.readers)
-        if cutlass.const_expr(not last):
-            warpgroup.wait_group(len(shares))
-            self.make_p(shared, s, p16, thread, next_q, blocks + 1, scale, terms, count)
-        warpgroup.wait_group(0)
+        warpgroup.wait_group(0 if cutlass.const_expr(last) else 1)
         if follows:
             self.leave_shares(shared, parts, VALUES, shares, blocks - 1, lane)
+        if cutlass.const_expr(not last):
+            warpgroup.wait_group(0)
+            self.make_p(shared, s, p16, thread, next_q, blocks + 1, scale, terms, count)
         return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
 
     def await_room(self, shared, warp, blocks):
