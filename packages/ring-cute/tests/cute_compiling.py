@@ -131,6 +131,8 @@ GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "64": [(64, {}), (64, {"state": True}), (64, {"state": True, "flags": True, "sinks": True})],
     "wide": [(192, {}), (256, {}), (192, {"state": True}), (256, {"state": True, "dtype": "float16"})],
     "padded": [(40, {}), (96, {"state": True})],
+    "pairs": [(n, {"cluster": 2, "state": state}) for n in (64, 128) for state in (False, True)]
+    + [(192, {"cluster": 2}), (256, {"cluster": 2})],
     "fp16": [(64, {"dtype": "float16"}), (128, {"dtype": "float16"})],
     **{
         "-".join(scores): [
@@ -168,7 +170,11 @@ def problems(compiled: Compiled, kind: ForwardKind) -> list[str]:
     products = 4 * -(-kind.head_dim // 16) + 3 * (block // 16)
     # boxes are 64 columns wide: queries for each consumer, keys and values
     loads = (kind.settings.consumers + 1 + 1) * (kind.padded // 64)
+    # two in each loop, one each before a tile's first block, at its end, and at the kernel's; where registers do not
+    # suffice, or only some paths issue a product, ptxas waits for each by itself, and says so to nobody
+    waits = len(re.findall(r"\bWARPGROUP\.DEPBAR", compiled.sass))
     wrong = {
+        f"{waits} waits for wgmma, not 7: products are serialized": waits != 7,
         f"{compiled.hgmma} wgmma instructions, not {products}": compiled.hgmma != products,
         f"{compiled.loads} TMA loads, fewer than {loads}": compiled.loads < loads,
         f"{compiled.stores} TMA stores": kind.out_tma and compiled.stores < kind.padded // 64,

@@ -134,12 +134,14 @@ class CuteBackend:
         if _elsewhere(state.memory):
             with torch.cuda.device(state.memory.device):
                 return self.finish(state, params=params)
+        found: tuple[Tensor, Tensor | None]
         if params.scale > 0:
-            return _backward().finish(state, params=params)
-        _, scale = _positive(None, params.scale)
-        dq, dsinks = _backward().finish(state, params=replace(params, scale=scale))
-        # the gradient of what `_positive` made of q
-        return -dq if params.scale < 0 else torch.zeros_like(dq), dsinks
+            found = _backward().finish(state, params=params)
+        else:
+            _, scale = _positive(None, params.scale)
+            dq, dsinks = _backward().finish(state, params=replace(params, scale=scale))
+            found = -dq if params.scale < 0 else torch.zeros_like(dq), dsinks  # the gradient of what `_positive` made
+        return found
 
 
 @cache

@@ -73,8 +73,8 @@ BACKWARD: dict[int, BackwardSettings] = {
         "dO is free again before Q, whose second stage lets scores run ahead",
     ),
 }
-"""By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-28 (192: 2026-11-29, 256: 2026-11-22): the main
-kernel alone (`gpu_probe_backward.py variants`)."""
+"""By head dim, rounded up to the next key. Measured on an H200, DSL 4.8.1, 2026-11-28 (192: 2026-11-29, 256:
+2026-11-22): the main kernel alone (`gpu_probe_backward.py variants`)."""
 
 _CAPPED = BackwardSettings(block=96, q_stages=3, reason="not measured yet; of 128 queries spills")
 SHAPED: dict[tuple[int, bool, bool], BackwardSettings] = {
