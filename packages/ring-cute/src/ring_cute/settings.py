@@ -88,14 +88,20 @@ FORWARD: dict[int, Settings] = {
 
 PAIRED: dict[int, float] = {8192: 1.1, 4096: 1.01}
 """Two CTAs share keys (`cluster=2`), half as many bytes of L2 a product, where a query sees so many on average, and the
-longer halves of pairs come to at most that much work; and no state is carried on, for whose way in and out both wait
-(four steps of 8192 keys made 618 TFLOP/s where one call made 714). Under a causal mask pairs have 1.03 times the work
-at 4096 tokens, 1.015 at 8192, 1.008 at 16384. TFLOP/s in pairs and alone, at 2048, 4096, 8192 and 16384 tokens:
-128: causal 543 / 576, 565 / 588, 610 / 623, 656 / 630, full 578 / 590, 619 / 621, 645 / 621, 663 / 633; with 32/8 heads
-     496 / 554, 577 / 598, 633 / 617, 659 / 635, full 576 / 577, 619 / 592, 640 / 621, 659 / 635
-64:  causal 332 / 394, 430 / 430, 467 / 471, 509 / 487, full 425 / 461, 488 / 464, 503 / 485, 539 / 496
-192: causal 466 / 535, 562 / 586, 634 / 635, 695 / 657, full 574 / 618, 646 / 645, 699 / 690, 723 / 692
-On an H200, 2026-11-28 (`gpu_probe.py clusters`)."""
+longer halves of pairs come to at most that much work; a state that is carried on must come and go by TMA. Under a
+causal mask pairs have 1.03 times the work at 4096 tokens, 1.015 at 8192, 1.008 at 16384. TFLOP/s in pairs and alone, at
+2048, 4096, 8192, 16384 and 32768 tokens:
+128: causal 538 / 562, 573 / 585, 615 / 608, 650 / 625, 668 / 638, full 577 / 606, 616 / 639, 645 / 621, 664 / 631,
+     668 / 638; with 32/8 heads 499 / 533, 579 / 587, 624 / 609, 653 / 630, 668 / 638, full 581 / 595, 615 / 589,
+     642 / 617, 659 / 627, 676 / 642
+64:  causal 312 / 373, 410 / 422, 462 / 470, 505 / 478, 520 / 499, full 412 / 455, 472 / 452, 496 / 487, 520 / 495,
+     534 / 500
+192: causal 475 / 535, 570 / 604, 635 / 646, 697 / 656, 717 / 684, full 583 / 639, 655 / 648, 708 / 661, 725 / 697,
+     751 / 707
+256: causal 500 / 576, 578 / 652, 644 / 637, 687 / 658, 708 / 661, full 614 / 630, 670 / 684, 708 / 675, 728 / 704,
+     741 / 711
+On an H200, 2026-11-29 (`gpu_probe.py clusters`). Four steps of 8192 keys made 648 in pairs and 616 alone where one call
+made 675 and 649."""
 
 _FEWER_COLUMNS = Settings(block=80, query_columns=64, reason="not measured yet; 96 columns of the queries spill")
 _TWO = Settings(reason="not measured yet; three consumers of 160 registers spill, two have the room")
