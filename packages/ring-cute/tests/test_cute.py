@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
@@ -253,3 +254,27 @@ def test_record_columns_are_those_of_tiles() -> None:
     )  # fmt: skip
     assert (WALK[8], FIRST, LAST) == ("piece", 1, 2)
     assert WALK[10:] == KEY_WALK[10:] == ("distance", "stride")
+
+
+def test_rows_that_are_not_aligned_go_by_way_of_ones_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels store 16 bytes of a row at a time. What they do not write stays, in the caller's tensor too."""
+
+    def load(kind: object) -> Callable[..., None]:
+        def kernel(*numbers: Any) -> None:
+            address, strides = numbers[3], numbers[24:27]
+            assert address % 16 == 0 and strides == (2 * 100 * 64, 2 * 64, 64)
+            first_row = (ctypes.c_uint16 * 64).from_address(address)
+            first_row[:] = [0x3F80] * 64  # ones
+
+        return kernel
+
+    monkeypatch.setattr(launch, "current_stream", lambda device: 0)
+    monkeypatch.setattr(launch, "_processors", lambda device: 132)
+    monkeypatch.setattr(launch, "_counter", lambda device, stream: 0)
+    monkeypatch.setattr(library, "load", load)
+    q, wide = torch.randn(1, 100, 2, 64).bfloat16(), torch.full((1, 100, 2, 67), 2.0).bfloat16()
+    out = wide[..., 1:65]
+    assert not launch.takes_tma(out)
+    table = on_device(causal_table(100, 100, causal=True), CPU)
+    launch.forward(q, q[None], q[None], out, torch.empty(1, 2, 100), None, table, scale=1.0)
+    assert (out[0, 0, 0] == 1).all() and (out[0, 0, 1] == 2).all() and (wide[..., 0] == 2).all()
