@@ -51,6 +51,7 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import hopper_helpers
 
+from ring_cute.hopper import ptx
 from ring_cute.hopper.backward_consumer import CONSUMERS, WARPS, BackwardConsumer
 from ring_cute.hopper.backward_producer import (
     KeyLoads,
@@ -372,7 +373,7 @@ class HopperBackward:
                     if cutlass.const_expr(self.kind.paired):
                         cute.arch.mbarrier_init(shared.number_full + i, 1)
             cute.arch.mbarrier_init_fence()
-        self.meet()
+        ptx.meet(self.cluster)
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(self.kind.settings.producer_registers)
@@ -403,12 +404,4 @@ class HopperBackward:
                 Terms(cap, slopes_b, slopes),
             )  # fmt: skip
         if cutlass.const_expr(self.kind.paired):
-            self.meet()  # what the peer sends to a CTA's memory, it sends while that lives
-
-    def meet(self) -> None:
-        """All threads of the cluster."""
-        if self.cluster == 1:
-            cute.arch.sync_threads()
-        else:
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            ptx.meet(self.cluster)  # what the peer sends to a CTA's memory, it sends while that lives

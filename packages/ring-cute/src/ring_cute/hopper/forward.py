@@ -53,6 +53,7 @@ from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.utils import hopper_helpers
 
+from ring_cute.hopper import ptx
 from ring_cute.hopper.consumer import Consumer
 from ring_cute.hopper.dsl import LayoutEnum, SmemAllocator
 from ring_cute.hopper.producer import Loads, Shared, produce
@@ -341,7 +342,7 @@ class HopperForward:
                     cute.arch.mbarrier_init(shared.record_empty + i, 4 * self.consumers * self.cluster)
                     cute.arch.mbarrier_init(shared.number_full + i, 1)
             cute.arch.mbarrier_init_fence()
-        self.meet()
+        ptx.meet(self.cluster)
 
         if warp < 4:
             cute.arch.setmaxregister_decrease(self.kind.settings.producer_registers)
@@ -364,12 +365,4 @@ class HopperForward:
             )  # fmt: skip
             self.consumer.consume(shared, walk, results, scores, sums, sinks, scale, Terms(cap, slopes_b, slopes))
         if cutlass.const_expr(self.cluster > 1):
-            self.meet()  # what others send to a CTA's memory, they send while it lives
-
-    def meet(self) -> None:
-        """All threads of the cluster."""
-        if self.cluster == 1:
-            cute.arch.sync_threads()
-        else:
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            ptx.meet(self.cluster)  # what others send to a CTA's memory, they send while it lives

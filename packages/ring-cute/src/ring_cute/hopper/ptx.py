@@ -91,6 +91,15 @@ def arrive_everywhere(barrier: Any, lane: Any, cluster: int) -> None:
         arrive_at(barrier, lane & (cluster - 1), lane < cluster)
 
 
+def meet(cluster: int) -> None:
+    """All threads of the CTA, or of its cluster."""
+    if cluster == 1:
+        cute.arch.sync_threads()
+    else:
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+
+
 @dsl_user_op
 def arrive_expecting(barrier: Any, size: Any, who: Any, *, loc: Any = None, ip: Any = None) -> None:
     """One arrival by the threads for which `who` is not zero, and so many bytes that the phase waits for."""
