@@ -160,7 +160,8 @@ def _backward() -> Any:
 
 
 def _elsewhere(x: Tensor) -> bool:
-    """Whether the tensor's GPU is not the current one, on whose stream launches are."""
+    """Whether the tensor's GPU is not the current one, on whose stream launches are. It is asked: a context that is
+    entered at every launch takes the host as long again."""
     index = x.get_device()
     return index >= 0 and index != current_device()
 

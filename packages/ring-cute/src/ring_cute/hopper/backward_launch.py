@@ -176,8 +176,10 @@ def backward(
 
     Args:
         state: of `prepare`.
-        q, dout: (B, Sq, Hq, D), fp16 or bf16. k, v: (C, B, S, Hkv, D). dk, dv: shaped as k, fp32, added to, or in q's
-            dtype, written: see `ring_core.backend.Capabilities.final_gradients`.
+        q, dout: (B, Sq, Hq, D), fp16 or bf16; dout is that of `prepare`, whose state has it as TMA reads it.
+        k, v: (C, B, S, Hkv, D).
+        dk, dv: shaped as k, fp32, added to, or in q's dtype, written: see
+            `ring_core.backend.Capabilities.final_gradients`.
         flags: arrival of the pieces; a piece's keys are read once its flag says so.
         departures: (C,) int32: the keys of each finished tile are added, for every key head and batch entry of its
             piece: see `ring_core.backend.departures_of`.

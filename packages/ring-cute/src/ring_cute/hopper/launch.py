@@ -135,15 +135,14 @@ def _launch_anew(
     settings: Settings | None,
 ) -> None:
     """Works out what is launched for such tensors."""
+    others: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "slopes": slopes, "flags": flags}
     if supports(q, k, v):
         q, k, v = q.clone(memory_format=torch.contiguous_format), dense_keys(k), dense_keys(v)
         if reason := supports(q, k, v):
             raise ValueError(f"the Hopper kernels do not take {reason}")
-        others: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "slopes": slopes, "flags": flags}
         forward(q, k, v, out, lse, state, table, scale=scale, settings=settings, **others)
         return
     if not takes_tma(out):
-        others = {"sinks": sinks, "softcap": softcap, "slopes": slopes, "flags": flags}
         dense = out.clone(memory_format=torch.contiguous_format)
         forward(q, k, v, dense, lse, state, table, scale=scale, settings=settings, **others)
         out.copy_(dense)

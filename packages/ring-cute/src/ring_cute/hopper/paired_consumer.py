@@ -10,11 +10,11 @@
     │ n - 1, columns 0-63      │    │ 128 keys: columns 64-191   │     │ 32-63      │  │ 32-63      │
     └──────────────────────────┘    └────────────────────────────┘     └────────────┘  └────────────┘
 
-All else is as in `wide_consumer`, and warpgroup 0 as in `backward`. Both CTAs walk the same blocks of 64 queries, each
-with its own loads. Of a block's dq each makes 32 rows, over the keys of both, of which it keeps K; V only of its own.
-So it sends the peer ds of the other 32 rows, 4 KiB a block, and gets as much. dq is that of the block before, so that
-nobody waits for the exchange; that of a tile's last block is made at its end, and in its first block a dq of nothing is
-made and dropped.
+All else is as in `wide_consumer`, and warpgroup 0 as in `backward`. Both CTAs walk the same blocks of 64 queries, with
+loads of their own, or of halves for both (`multicast`). Of a block's dq each makes 32 rows, over the keys of both, of
+which it keeps K; V only of its own. So it sends the peer ds of the other 32 rows, 4 KiB a block, and gets as much. dq
+is that of the block before, so that nobody waits for the exchange; that of a tile's last block is made at its end, and
+in its first block a dq of nothing is made and dropped.
 
 A tile's V, Q and dO are loaded before its K, which the tile before gives back last. Which tile is next asks the first
 CTA, and tells the other (`records.tell`). A CTA without keys, where a tile has 64 or fewer, takes part all the same:
@@ -108,12 +108,7 @@ class PairedConsumer(WideConsumer):
     @cute.jit
     def sum_values(self, shared, parts, thread, state, number, tiles, scale, terms, count):
         """dv of a tile, of so many blocks, and the first share of their dq."""
-        q_stage, q_phase, _, _, blocks = state
-        ptx.wait(shared.q_full + q_stage, q_phase)
-        s, p16 = self.block_scores(parts.scores), self.operand(parts.sums)
-        self.multiply_scores(parts, q_stage, s)
-        warpgroup.wait_group(0)
-        self.make_p(shared, s, p16, thread, q_stage, blocks, scale, terms, count)
+        p16 = self.first_p(shared, parts, thread, state, scale, terms, count)
         for n in cutlass.range(number - 1, unroll=1):
             state = self.values_block(shared, parts, p16, thread, state, scale, terms, count, n > 0, False)
         state = self.values_block(shared, parts, p16, thread, state, scale, terms, count, number > 1, True)
@@ -155,12 +150,7 @@ class PairedConsumer(WideConsumer):
     @cute.jit
     def sum_queries(self, shared, parts, thread, state, number, tiles):
         """dk of a tile, of so many blocks, and the other shares of their dq."""
-        _, _, do_stage, do_phase, _ = state
-        ptx.wait(shared.do_full + do_stage, do_phase)
-        dp = self.block_scores(parts.scores)
-        self.multiply_scores(parts, do_stage, dp)
-        ptx.wait(shared.k_full, tiles & 1)  # for dq
-        warpgroup.wait_group(0)
+        dp = self.first_dp(shared, parts, state, tiles)
         for n in cutlass.range(number - 1, unroll=1):
             state = self.queries_block(shared, parts, dp, thread, state, n > 0, False)
         state = self.queries_block(shared, parts, dp, thread, state, number > 1, True)

@@ -238,15 +238,21 @@ class WideConsumer(BackwardConsumer):
     @cute.jit
     def sum_values(self, shared, parts, thread, state, number, tiles, scale, terms, count):
         """dv of a tile, of so many blocks, and the first share of their dq."""
+        p16 = self.first_p(shared, parts, thread, state, scale, terms, count)
+        for _ in cutlass.range(number - 1, unroll=1):
+            state = self.values_block(shared, parts, p16, thread, state, scale, terms, count, False)
+        return self.values_block(shared, parts, p16, thread, state, scale, terms, count, True)
+
+    @cute.jit
+    def first_p(self, shared, parts, thread, state, scale, terms, count):
+        """P of a tile's first block, handed over, and as an operand."""
         q_stage, q_phase, _, _, blocks = state
         ptx.wait(shared.q_full + q_stage, q_phase)
         s, p16 = self.block_scores(parts.scores), self.operand(parts.sums)
         self.multiply_scores(parts, q_stage, s)
         warpgroup.wait_group(0)
         self.make_p(shared, s, p16, thread, q_stage, blocks, scale, terms, count)
-        for _ in cutlass.range(number - 1, unroll=1):
-            state = self.values_block(shared, parts, p16, thread, state, scale, terms, count, False)
-        return self.values_block(shared, parts, p16, thread, state, scale, terms, count, True)
+        return p16
 
     @cute.jit
     def values_block(self, shared, parts, p16, thread, state, scale, terms, count, last: cutlass.Constexpr):
@@ -306,15 +312,21 @@ class WideConsumer(BackwardConsumer):
     @cute.jit
     def sum_queries(self, shared, parts, thread, state, number, tiles):
         """dk of a tile, of so many blocks, and the other share of their dq."""
+        dp = self.first_dp(shared, parts, state, tiles)
+        for _ in cutlass.range(number - 1, unroll=1):
+            state = self.queries_block(shared, parts, dp, thread, state, False)
+        return self.queries_block(shared, parts, dp, thread, state, True)
+
+    @cute.jit
+    def first_dp(self, shared, parts, state, tiles):
+        """dP of a tile's first block; K is there as well then."""
         _, _, do_stage, do_phase, _ = state
         ptx.wait(shared.do_full + do_stage, do_phase)
         dp = self.block_scores(parts.scores)
         self.multiply_scores(parts, do_stage, dp)
         ptx.wait(shared.k_full, tiles & 1)  # for dq
         warpgroup.wait_group(0)
-        for _ in cutlass.range(number - 1, unroll=1):
-            state = self.queries_block(shared, parts, dp, thread, state, False)
-        return self.queries_block(shared, parts, dp, thread, state, True)
+        return dp
 
     @cute.jit
     def queries_block(self, shared, parts, dp, thread, state, last: cutlass.Constexpr):
