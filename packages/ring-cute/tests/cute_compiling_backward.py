@@ -41,7 +41,7 @@ GROUPS: dict[str, list[Any]] = {
     "backward-paired-padded": [*backwards(136, "float16")],
     "backward-variants": [
         BackwardKind("bfloat16", 192, gradients, False, False, settings)
-        for settings in (ALONE, replace(backward_settings_for(192), multicast=True))
+        for settings in (ALONE, replace(backward_settings_for(192), do_stages=1, k_columns=0))
         for gradients in ("final", "shared")
     ],
     **{f"backward-shaped-{head_dim}": [*shaped(head_dim, "bfloat16")] for head_dim in BACKWARD},

@@ -59,10 +59,10 @@ VARIANTS: dict[int, dict[str, BackwardSettings]] = {
     192: {
         "as shipped": PAIRED,
         "alone": BackwardSettings(dq_buffers=3, k_columns=128, v_columns=128),
-        "no operands in registers": replace(PAIRED, k_columns=0, v_columns=0),
-        "128 and 64 columns": replace(PAIRED, k_columns=128, v_columns=64),
-        "2+2, two buffers of dq": replace(PAIRED, do_stages=2, dq_buffers=2),
-        "each loads for itself": replace(PAIRED, multicast=False),
+        "no K in registers": replace(PAIRED, k_columns=0),
+        "2+1": replace(PAIRED, do_stages=1),
+        "3+1": replace(PAIRED, q_stages=3, do_stages=1),
+        "3+2, two buffers of dq": replace(PAIRED, q_stages=3, dq_buffers=2),
     },
     256: {
         "as shipped": backward_settings_for(256),

@@ -40,9 +40,8 @@ STRIPES = table_of([Segment(0, 100, 0, 0, 150, -100, 40, 3, 1, 4, -1, 3)])
 WINDOW = table_of([Segment(0, 200, 0, 0, 200, -60, 20, 0, 0, 1, -1, 3)])
 WIDE = causal_keys(200, 150, causal=True, offset=-50)
 PAIRED = backward_settings_for(192)
-TWO_STAGES = replace(PAIRED, do_stages=2, dq_buffers=2)
-BARE = replace(PAIRED, k_columns=0, v_columns=0)
-MULTICAST = replace(PAIRED, multicast=True)
+MORE_STAGES = replace(PAIRED, q_stages=3, dq_buffers=2)
+FEWER_STAGES = replace(PAIRED, do_stages=1, k_columns=0)
 ALONE = BackwardSettings(dq_buffers=3, k_columns=128, v_columns=128)
 STEPS = [table_of([Segment(0, 90, n, 0, 60, -90, -40 * n, 0, 60 * n, 1, -1, 3)]) for n in range(2)]
 CASES = [
@@ -79,10 +78,9 @@ CASES = [
         "D 192, tiles without a block", [causal_keys(70, 400, causal=True, offset=-100)], 70, heads=(1, 1), dim=192
     ),
     BackwardCase("D 192, few heads: several pairs add", [WIDE], 200, dim=192, heads=(6, 1)),
-    BackwardCase("D 192, two stages of dO, two buffers of dq", [WIDE], 200, dim=192, settings=TWO_STAGES),
-    BackwardCase("D 192, no operands in registers", [WIDE], 200, dim=192, settings=BARE),
-    BackwardCase("D 192, loads for both", [WIDE], 200, dim=192, settings=MULTICAST),
-    replace(random_keys(0, 192), settings=MULTICAST, name="D 192, loads for both, random"),
+    BackwardCase("D 192, three stages of Q, two buffers of dq", [WIDE], 200, dim=192, settings=MORE_STAGES),
+    BackwardCase("D 192, one stage of dO, no K in registers", [WIDE], 200, dim=192, settings=FEWER_STAGES),
+    replace(random_keys(0, 192), settings=FEWER_STAGES, name="D 192, one stage of dO, random"),
     BackwardCase("D 192, alone", [WIDE], 200, dim=192, settings=ALONE),
     BackwardCase("D 192, alone, two buffers of dq", [WIDE], 200, dim=192, settings=BackwardSettings()),
     BackwardCase("fp16, D 200", [causal_keys(130, 100, causal=True, offset=-30)], 130, dim=200, dtype=torch.float16),

@@ -25,11 +25,11 @@ the description), `do_full`/`do_empty` one a stage, `k_full`/`k_empty`, `v_full`
 buffer, `dq_full`/`dq_empty` one a consumer, `record_full`/`record_empty` one a record. "full" takes one arrival and the
 bytes of the load, or one of each warp that writes, "empty" one of each warp that has read.
 
-Order of a block: s and dp issued; exponentials; ds made, and stored for the other consumer; dv issued; dq of the block
-*before* issued; dk issued; that dq to shared memory. By then both consumers' ds of the block before have long been
-there: they do not wait for each other in every block, and fall into turns, one at its exponentials while the other has
-the tensor cores. P and ds are both made before dv reads P, so what is live at a time is dk, dv, s and dp, or dk, dv,
-dq, and P and ds in 16 bits: a block may have 80 queries (128 at head dim 64).
+Order of a block: s and dp issued, dp on top of -delta; exponentials; ds made, and stored for the other consumer; dv
+issued; dq of the block *before* issued; dk issued; that dq to shared memory. By then both consumers' ds of the block
+before have long been there: they do not wait for each other in every block, and fall into turns, one at its
+exponentials while the other has the tensor cores. P and ds are both made before dv reads P, so what is live at a time
+is dk, dv, s and dp, or dk, dv, dq, and P and ds in 16 bits: a block may have 80 queries (128 at head dim 64).
 
 A thread has keys r and r + 8 of its warp's 16, and queries 8 j + 2 (lane % 4) + {0, 1}: element c + 2 half + 4 j of s
 and dp. P and ds have the same order as operands, which is that of wgmma's first operand. ds is also stored for dq,
@@ -162,12 +162,12 @@ class HopperBackward:
         q_layout = cute.tile_to_shape(atom, (self.block, self.dim, self.q_stages), (0, 1, 2))
         do_layout = cute.tile_to_shape(atom, (self.block, self.dim, self.do_stages), (0, 1, 2))
         k_layout = cute.tile_to_shape(atom, (64, self.dim, self.consumer.key_parts), (0, 1, 2))
-        v_layout = cute.tile_to_shape(atom, (64, self.dim, self.consumer.value_parts), (0, 1, 2))
+        v_layout = cute.tile_to_shape(atom, (64, self.dim, max(self.consumer.value_parts, 1)), (0, 1, 2))
         ds_layout = cute.tile_to_shape(atom, self.consumer.ds_shape, (0, 1, 2))
         dq_layout = cute.tile_to_shape(wide, (self.dq_rows, 64, self.dq_buffers), (0, 1, 2))
         bring, one = cpasync.CopyBulkTensorTileG2SOp(), lambda layout: cute.select(layout, mode=[0, 1])
-        bring_rows = cpasync.CopyBulkTensorTileG2SMulticastOp() if self.kind.settings.multicast else bring
-        rows, keys = (self.block // self.kind.readers, self.dim), (64, self.dim)
+        bring_rows = cpasync.CopyBulkTensorTileG2SMulticastOp() if self.kind.paired else bring
+        rows, keys = (self.block // self.cluster, self.dim), (64, self.dim)
         part = cute.tile_to_shape(atom, rows, (0, 1))  # what a CTA loads of a block of Q or dO
         view = lambda x, heads, s, h: ragged_view(x, self.dtype, self.head_dim, heads, s, h)  # noqa: E731
         q_atom, q_tma = cpasync.make_tiled_tma_atom(bring_rows, view(q, num_heads, q_s, q_h), part, rows)
@@ -187,10 +187,12 @@ class HopperBackward:
         sums = self.product(OperandMajorMode.K, OperandMajorMode.MN, self.dim, warpgroup.OperandSource.RMEM)
         turned = self.product(OperandMajorMode.MN, OperandMajorMode.K, self.dq_rows)
 
+        values = self.consumer.value_parts > 0
+
         @cute.struct
         class Storage:
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(k_layout)], 1024]
-            v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(v_layout)], 1024]
+            v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(v_layout) if values else 0], 1024]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(q_layout)], 1024]
             do: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(do_layout)], 1024]
             ds: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(ds_layout)], 1024]
@@ -314,7 +316,7 @@ class HopperBackward:
             q=storage.q.get_tensor(q_layout.outer, swizzle=q_layout.inner),
             do=storage.do.get_tensor(do_layout.outer, swizzle=do_layout.inner),
             k=storage.k.get_tensor(k_layout.outer, swizzle=k_layout.inner),
-            v=storage.v.get_tensor(v_layout.outer, swizzle=v_layout.inner),
+            v=storage.v.get_tensor(v_layout.outer, swizzle=v_layout.inner) if self.consumer.value_parts else None,
             ds=storage.ds.get_tensor(ds_layout.outer, swizzle=ds_layout.inner),
             dq=storage.dq.get_tensor(dq_layout.outer, swizzle=dq_layout.inner),
             lse=storage.lse.get_tensor(stats),
@@ -349,10 +351,10 @@ class HopperBackward:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.q_stages):
                     cute.arch.mbarrier_init(shared.q_full + i, 2)
-                    cute.arch.mbarrier_init(shared.q_empty + i, WARPS * self.kind.readers)
+                    cute.arch.mbarrier_init(shared.q_empty + i, WARPS * self.cluster)
                 for i in cutlass.range_constexpr(self.do_stages):
                     cute.arch.mbarrier_init(shared.do_full + i, 1)
-                    cute.arch.mbarrier_init(shared.do_empty + i, WARPS * self.kind.readers)
+                    cute.arch.mbarrier_init(shared.do_empty + i, WARPS * self.cluster)
                 cute.arch.mbarrier_init(shared.k_full, 1)
                 cute.arch.mbarrier_init(shared.k_empty, WARPS)
                 cute.arch.mbarrier_init(shared.v_full, 1)
@@ -385,7 +387,7 @@ class HopperBackward:
                 loads = KeyLoads(q_atom, q_tma, k_atom, k_tma, v_atom, v_tma, do_atom, do_tma)
                 load(
                     work, loads, shared, flags, epoch, polls, (piece_length, q_batch_rows, do_batch_rows, k_batch_rows),
-                    self.block, self.q_stages, self.do_stages, self.kind.flags, self.cluster, self.kind.readers,
+                    self.block, self.q_stages, self.do_stages, self.kind.flags, self.cluster,
                 )  # fmt: skip
             if warp == 1:
                 terms = Terms(cap, slopes_b, slopes) if self.kind.alibi else None

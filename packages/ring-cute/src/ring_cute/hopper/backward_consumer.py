@@ -201,9 +201,10 @@ class BackwardConsumer:
         buffer = blocks & 1
         s, dp = self.block_scores(parts.scores), self.block_scores(parts.scores)
         ptx.wait(shared.q_full + q_stage, q_phase)
+        self.start_differences(shared, dp, q_stage, column)
         multiply(parts.scores, parts.keys, parts.queries[None, None, None, q_stage], s, False, self.head_dim)
         ptx.wait(shared.do_full + do_stage, do_phase)
-        multiply(parts.scores, parts.values, parts.douts[None, None, None, do_stage], dp, False, self.head_dim)
+        multiply(parts.scores, parts.values, parts.douts[None, None, None, do_stage], dp, True, self.head_dim)
         if cutlass.const_expr(not self.kind.softcap):  # there registers are short
             lse = self.of_queries(shared.lse, q_stage, column)  # on its way while scores are
         warpgroup.wait_group(1)
@@ -211,13 +212,9 @@ class BackwardConsumer:
             lse = self.of_queries(shared.lse, q_stage, column)
         p16, ds16 = self.operand(parts.sums), self.operand(parts.sums)
         self.probabilities(shared, lse, s, p16, q_stage, scale, terms, row, column, count)
-        if cutlass.const_expr(not self.kind.softcap):
-            delta = self.of_queries(shared.delta, q_stage, column)
         ptx.wait(shared.ds_empty + buffer, ((blocks >> 1) & 1) ^ 1)
         warpgroup.wait_group(0)
-        if cutlass.const_expr(self.kind.softcap):
-            delta = self.of_queries(shared.delta, q_stage, column)
-        self.make_differences(shared, parts, delta, s, dp, ds16, blocks)
+        self.make_differences(shared, parts, s, dp, ds16, blocks)
         cute.arch.sync_warp()
         ptx.arrive(shared.ds_full + buffer, leader)
         if cutlass.const_expr(not self.kind.softcap):
@@ -250,9 +247,11 @@ class BackwardConsumer:
         self.store_dq(shared, parts.dq_at, dq, cid, block, leader)
 
     @cute.jit
-    def make_differences(self, shared, parts, delta, s, dp, ds16, blocks):
-        """ds from P and dP, in registers and in shared memory."""
-        self.differences(delta, s, dp)
+    def make_differences(self, shared, parts, s, dp, ds16, blocks):
+        """ds from P and dP - delta, in registers and in shared memory."""
+        for j in cutlass.range_constexpr(cute.size(dp) // 4):
+            for e in cutlass.range_constexpr(4):
+                dp[4 * j + e] = s[4 * j + e] * dp[4 * j + e]
         to_operand(dp, ds16)
         self.store_ds(shared, ds16, parts.ds_at, blocks & 1)
         cute.arch.fence_proxy("async.shared", space="cta")
@@ -305,13 +304,13 @@ class BackwardConsumer:
                         s[e] = cutlass.select_((first <= here) & (last >= here), s[e], Float32(value))
 
     @cute.jit
-    def differences(self, delta, s, dp):
-        """dp becomes s (dp - delta)."""
-        for j in cutlass.range_constexpr(cute.size(s) // 4):
+    def start_differences(self, shared, dp, stage, column):
+        """-delta, to which dP is added; all of it is there before products are issued, or ptxas waits for these."""
+        for j in cutlass.range_constexpr(cute.size(dp) // 4):
             for c in cutlass.range_constexpr(2):
+                x = shared.delta[8 * j + column + c, stage]
                 for half in cutlass.range_constexpr(2):
-                    e = 4 * j + 2 * half + c
-                    dp[e] = s[e] * (dp[e] - delta[2 * j + c])
+                    dp[4 * j + 2 * half + c] = ptx.late(x)
 
     @cute.jit
     def store_ds(self, shared, ds16, at, buffer):

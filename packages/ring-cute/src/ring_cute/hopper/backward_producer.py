@@ -69,11 +69,11 @@ class KeyShared:
     q: Any  # (BLOCK, D, Q_STAGES)
     do: Any  # (BLOCK, D, DO_STAGES)
     k: Any  # (64, D, 2), or (64, D, 1) where it is wide, and so on: see there
-    v: Any  # (64, D, 2)
+    v: Any  # (64, D, 2); None where V comes through dO's stages
     ds: Any  # (BLOCK, 128, 2)
     dq: Any  # (rows, 64, 2) fp32
     lse: Any  # (BLOCK, Q_STAGES) fp32
-    delta: Any  # (BLOCK, Q_STAGES) fp32
+    delta: Any  # (BLOCK, Q_STAGES) fp32, negated: where dP starts from
     bounds: Any  # (4, Q_STAGES) int32
     records: Any  # (16, RECORDS) int32
     q_full: Any
@@ -114,16 +114,16 @@ def _copy(atom, tensor, x, head, end, buffer, barrier, ranks: cutlass.Constexpr 
 
 
 @cute.jit
-def _load_rows(atom, tensor, x, head, end, buffer, full, readers: cutlass.Constexpr):
-    """A block of Q or dO from x on; for several CTAs that read it this one's part, to all of them."""
+def _load_rows(atom, tensor, x, head, end, buffer, full, cluster: cutlass.Constexpr):
+    """A block of Q or dO from x on; in a cluster this CTA's part of it, to all of them."""
     _expect(full, buffer, 1)
-    if cutlass.const_expr(readers == 1):
+    if cutlass.const_expr(cluster == 1):
         _copy(atom, tensor, x, head, end, buffer, full)
     else:
-        box = cute.size(buffer, mode=[0]) // readers, cute.size(buffer, mode=[1])
+        box = cute.size(buffer, mode=[0]) // cluster, cute.size(buffer, mode=[1])
         part = cute.arch.block_idx_in_cluster()
         target = cute.local_tile(buffer, box, (part, 0))
-        _copy(atom, tensor, x + part * box[0], head, end, target, full, (1 << readers) - 1)
+        _copy(atom, tensor, x + part * box[0], head, end, target, full, (1 << cluster) - 1)
 
 
 @cute.jit
@@ -168,10 +168,9 @@ def load(
     do_stages: cutlass.Constexpr,
     flagged: cutlass.Constexpr,
     cluster: cutlass.Constexpr,
-    readers: cutlass.Constexpr,
 ):
     """Brings each tile's keys and values, its blocks of Q and dO. sizes: piece length, batch rows of q, dO, k. Of a
-    cluster each CTA's own keys are the first part of what it loads of the tile's."""
+    cluster each CTA's own keys are the first part of what it loads of the tile's; V only of these."""
     piece_length, q_batch_rows, do_batch_rows, k_batch_rows = sizes
     lane = cute.arch.lane_idx()
     grid, _, _ = cute.arch.grid_dim()
@@ -204,32 +203,35 @@ def load(
                 q_len = walk[entry + Q_LEN]
                 end = walk[entry + Q_START] + q_len
                 x = FAR - q_len + walk[entry + I_LO] + b * block
-                if n == 0:
-                    if cutlass.const_expr(cluster == 1):
+                if cutlass.const_expr(cluster == 1):  # noqa: SIM102  # a constant, and a value
+                    if n == 0:
                         _load_keys(
                             loads.k_atom, loads.k, FAR - count, head, k_end, shared.k, shared.k_full, shared.k_empty,
-                            tiles, own,
-                        )  # fmt: skip
-                    else:  # what the tile before gives back first comes first
-                        _load_keys(
-                            loads.v_atom, loads.v, FAR - count, head, k_end, shared.v, shared.v_full, shared.v_empty,
                             tiles, own,
                         )  # fmt: skip
                 ptx.wait(shared.q_empty + q_stage, q_phase ^ 1)
                 _load_rows(
                     loads.q_atom, loads.q, x, q_head, batch * q_batch_rows + end, shared.q[None, None, q_stage],
-                    shared.q_full + q_stage, readers,
+                    shared.q_full + q_stage, cluster,
                 )  # fmt: skip
-                if cutlass.const_expr(cluster == 1):  # noqa: SIM102  # a constant, and a value
-                    if n == 0:
+                if n == 0:
+                    if cutlass.const_expr(cluster == 1):
                         _load_keys(
                             loads.v_atom, loads.v, FAR - count, head, k_end, shared.v, shared.v_full, shared.v_empty,
                             tiles, own,
                         )  # fmt: skip
+                    else:  # through dO's stages
+                        ptx.wait(shared.do_empty + do_stage, do_phase ^ 1)
+                        _expect(shared.do_full + do_stage, shared.do[None, None, do_stage], 1)
+                        _copy(
+                            loads.v_atom, loads.v, FAR - count + 64 * own, head, k_end, shared.do[None, None, do_stage],
+                            shared.do_full + do_stage,
+                        )  # fmt: skip
+                        do_stage, do_phase = next_stage(do_stage, do_phase, do_stages)
                 ptx.wait(shared.do_empty + do_stage, do_phase ^ 1)
                 _load_rows(
                     loads.do_atom, loads.do, x, q_head, batch * do_batch_rows + end, shared.do[None, None, do_stage],
-                    shared.do_full + do_stage, readers,
+                    shared.do_full + do_stage, cluster,
                 )  # fmt: skip
                 if cutlass.const_expr(cluster > 1):  # noqa: SIM102  # a constant, and a value
                     if n == 0:
@@ -252,7 +254,7 @@ def describe(
     work, shared, lse, delta, num_heads, q_len_all, terms, block: cutlass.Constexpr, q_stages: cutlass.Constexpr,
     cluster: cutlass.Constexpr,
 ):  # fmt: skip
-    """Brings what is known of each block's rows: lse, delta, and which pairs take part; with ALiBi's terms also the
+    """Brings what is known of each block's rows: lse, -delta, and which pairs take part; with ALiBi's terms also the
     head's slope, and how far pairs are apart. Rows beyond the segment get an lse of +inf: their P is 0."""
     lane = cute.arch.lane_idx()
     records, walk = shared.records, work.walk
@@ -295,7 +297,7 @@ def describe(
                 row = lane + 32 * t
                 if row < block:
                     shared.lse[row, stage] = values[2 * t]
-                    shared.delta[row, stage] = values[2 * t + 1]
+                    shared.delta[row, stage] = -values[2 * t + 1]
             if lane < 4:
                 shared.bounds[lane, stage] = value
             if cutlass.const_expr(terms is not None):

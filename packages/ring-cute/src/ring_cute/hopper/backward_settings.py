@@ -27,8 +27,6 @@ class BackwardSettings:
     scores, or dP, read less of shared memory."""
     cluster: int = 1
     """Beyond a head dim of 128: CTAs that own a tile together, two at most (`paired_consumer`)."""
-    multicast: bool = False
-    """These load half of each block of Q and dO, for both."""
     consumer_registers: int = 240
     producer_registers: int = 24
     """Per thread, after they are moved: a CTA starts with 168 each, so 2 x consumers' + producer's are at most 504."""
@@ -52,20 +50,20 @@ BACKWARD: dict[int, BackwardSettings] = {
     ),
     # `wide_consumer`: dv or dk (64 x D), scores or dP (64 x block) and 64 columns of dq live in the registers of one
     # warpgroup each; K, V, the stages, ds twice, P in fp32 and buffers of dq in 227 KiB. `paired_consumer`: the peer's
-    # K as well, half as much of ds and dq; a second stage of dO fits where dq has two buffers. The load warp has more
-    # to keep there: with 24 registers it spills
+    # K instead of V, half as much of ds and dq; V in registers beside dk and a single share of dq, of which 112 columns
+    # of K leave no room for more beside dv and two (ptxas then waits for each product by itself). The load warp has
+    # more to keep: with 24 registers it spills
     192: BackwardSettings(
-        do_stages=1,
         dq_buffers=3,
-        k_columns=176,
-        v_columns=96,
+        k_columns=112,
+        v_columns=192,
         cluster=2,
-        multicast=True,
         consumer_registers=232,
         producer_registers=40,
-        reason="each loading for itself 464, 480, 502, 499; with 128 and 64 columns 451, 471, 503, 503, and loads for "
-        "both 450, 486, 511, 508, none 449, 466, 489, 488, two stages of dO and two buffers of dq 432, 463, 480, 484; "
-        "one CTA a tile, two stages of both, 128 columns 442, 436, 456, 457",
+        reason="the whole backward 450, 492, 535, 543; one stage of dO 438, 490, 535, 540, and three of Q 428, 476, "
+        "521, 528; three, two and two buffers of dq 423, 466, 503, 509; half of V in registers, and one share of dq "
+        "with dv, 433, 464, 508, 511 where with all of V, and two shares, it was 432, 472, 518, 522; one CTA a tile, "
+        "two stages of both, 128 columns, the main kernel 442, 436, 456, 457",
     ),
     256: BackwardSettings(
         do_stages=1,
@@ -152,16 +150,11 @@ class BackwardKind:
         return self.settings.cluster > 1
 
     @property
-    def readers(self) -> int:
-        """CTAs that a block of Q or dO is loaded for."""
-        return self.settings.cluster if self.settings.multicast else 1
-
-    @property
     def shared_bytes(self) -> int:
         """Of buffers: K, V, stages of Q and dO, ds twice, dq; where it is wide, P."""
         s = self.settings
         if self.paired:  # K of both; ds of its keys, and of the peer's for half of the queries, of which dq is
-            keys_and_stages = self.padded * (3 * WIDE_TILE_KEYS + (s.q_stages + s.do_stages) * s.block)
+            keys_and_stages = self.padded * (2 * WIDE_TILE_KEYS + (s.q_stages + s.do_stages) * s.block)
             p_ds_dq = s.block * (4 * WIDE_TILE_KEYS + 2 * 3 * WIDE_TILE_KEYS + 2 * 64 * s.dq_buffers)
             return 2 * keys_and_stages + p_ds_dq + 8 * s.block * s.q_stages
         keys = 2 * tile_keys_of(self.head_dim, s)

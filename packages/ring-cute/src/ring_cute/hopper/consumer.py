@@ -200,7 +200,7 @@ class Consumer(TileEnd):
     def multiply_keys(self, of, at, stage):
         """A block's scores: issued, one group."""
         query, keys = of.queries[None, None, None, at], of.keys[None, None, None, stage]
-        multiply_kept(of.scores, of.by_held, of.held, query, keys, of.s, self.head_dim)
+        multiply_kept(of.scores, of.by_held, of.held, query, keys, of.s, False, self.head_dim)
 
     @cute.jit
     def attend(

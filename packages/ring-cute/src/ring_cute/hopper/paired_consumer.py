@@ -7,22 +7,23 @@
     │                          │    │ ds of queries 32-63 ───────┼────►│    CTA 0   │  │    CTA 0   │
     │                          │    │    ┌───────────────────────┼─────┤ ds of 0-31 │  │            │
     │ dqᵀ = Kᵀ ds of block     │◄───┼────┴► of queries 0-31, all │     │ dq of      │  │ dq of      │
-    │ n - 1, columns 0-63      │    │ 128 keys: columns 64-191   │     │ 32-63      │  │ 32-63      │
+    │ n - 1, columns 0-127     │    │ 128 keys: columns 128-191  │     │ 32-63      │  │ 32-63      │
     └──────────────────────────┘    └────────────────────────────┘     └────────────┘  └────────────┘
 
-All else is as in `wide_consumer`, and warpgroup 0 as in `backward`. Both CTAs walk the same blocks of 64 queries, with
-loads of their own, or of halves for both (`multicast`). Of a block's dq each makes 32 rows, over the keys of both, of
-which it keeps K; V only of its own. So it sends the peer ds of the other 32 rows, 4 KiB a block, and gets as much. dq
-is that of the block before, so that nobody waits for the exchange; that of a tile's last block is made at its end, and
-in its first block a dq of nothing is made and dropped.
+All else is as in `wide_consumer`, and warpgroup 0 as in `backward`. Both CTAs walk the same blocks of 64 queries, and
+each loads half of a block for both. Of a block's dq each makes 32 rows, over the keys of both, of which it keeps K; V
+only of its own. So it sends the peer ds of the other 32 rows, 4 KiB a block, and gets as much. dq is that of the block
+before, so that nobody waits for the exchange; that of a tile's last block is made at its end, and in its first block a
+dq of nothing is made and dropped.
 
-A tile's V, Q and dO are loaded before its K, which the tile before gives back last. Which tile is next asks the first
-CTA, and tells the other (`records.tell`). A CTA without keys, where a tile has 64 or fewer, takes part all the same:
-its K and V are zeros, its pairs hidden.
+V stays in registers of the consumer of dk, all of it, which has one share of dq for that: it comes through dO's stages,
+as a block before the tile's first, that the consumer of dv only passes on. A tile's Q, V and dO are loaded before its
+K, which the tile before gives back last. Which tile is next asks the first CTA, and tells the other (`records.tell`). A
+CTA without keys, where a tile has 64 or fewer, takes part all the same: its K and V are zeros, its pairs hidden.
 
-Shared memory: as in `wide_consumer`, but `k` (64, D) twice, its own keys and the peer's; `ds` (32 queries, 64 keys)
-three times a buffer: queries 0-31 and 32-63 of its own keys, of which it reads those that its dq is of and sends the
-others, and what the peer sends; `dq` (32 queries, 64 columns) in fp32; `numbers`, of tiles, as in `forward`.
+Shared memory: as in `wide_consumer`, but no `v`; `k` (64, D) twice, its own keys and the peer's; `ds` (32 queries, 64
+keys) three times a buffer: queries 0-31 and 32-63 of its own keys, of which it reads those that its dq is of and sends
+the others, and what the peer sends; `dq` (32 queries, 64 columns) in fp32; `numbers`, of tiles, as in `forward`.
 
 Barriers, count and who arrives; all others are those of `wide_consumer`:
 
@@ -33,8 +34,8 @@ Barriers, count and who arrives; all others are those of `wide_consumer`:
     record_empty         22  the 8 consumer warps, describe and two add_queries, of both CTAs, at both
     number_full           1  the second CTA's load warp, which expects the number; its four bytes
 
-With `multicast` each CTA loads half of a block of Q or dO, for both: `q_full` and `do_full` expect the peer's half as
-well, `q_empty` and `do_empty` count the 16 warps of both, each at both CTAs' barriers, as `ds_empty` does.
+`q_full` and `do_full` expect the peer's half of a block as well; `q_empty` and `do_empty` count the 16 warps of both,
+each at both CTAs' barriers, as `ds_empty` does. `v_full` and `v_empty` are not used.
 
 Why two CTAs' counts cannot be mixed up. Use u + 1 of a buffer of ds, whose bytes the peer sends and whose readers
 arrive here, begins on both sides only when `ds_empty` there has seen all 16 warps read use u, for which each has waited
@@ -68,7 +69,7 @@ from cutlass.cute.nvgpu import warpgroup
 from ring_cute.hopper import ptx
 from ring_cute.hopper.backward_producer import next_stage
 from ring_cute.hopper.backward_settings import BackwardKind
-from ring_cute.hopper.softmax import multiply, to_operand
+from ring_cute.hopper.softmax import keep, multiply, to_operand
 from ring_cute.hopper.wide_consumer import QUERIES, VALUES, WideConsumer
 
 EXCHANGE_BARRIER = 2
@@ -87,21 +88,33 @@ class PairedConsumer(WideConsumer):
         super().__init__(kind)
         assert self.cluster == 2, "each has half of a block's queries"
         assert self.q_stages > 1, "scores are a block ahead of dk"
-        self.key_parts, self.value_parts = 2, 1
+        assert kind.settings.v_columns == self.dim, "V has no place but registers"
+        self.key_parts, self.value_parts = 2, 0
         self.dq_rows = self.block // 2
         self.ds_shape = (self.dq_rows, 64, 2 * PARTS)
         self.part_bytes = 2 * self.dq_rows * 64
         self.ds_bytes = PARTS * self.part_bytes
-
-    def columns_of_values(self, columns: int) -> int:
-        """The smaller half: this consumer has the exponentials."""
-        return columns // 2
 
     def first_key(self) -> Any:
         return cute.arch.block_idx_in_cluster() * 64
 
     def own_keys(self, count: Any) -> Any:
         return cute.math.max(cute.math.min(count - self.first_key(), 64), 0)
+
+    @cute.jit
+    def take_keys(self, shared, by_kept, kept, tiles, do_stage, do_phase, lane, role: cutlass.Constexpr):
+        """V comes as if it were a block of dO, and stays in registers of the consumer of dk, all of it."""
+        ptx.wait(shared.do_full + do_stage, do_phase)
+        if cutlass.const_expr(role == QUERIES):
+            keep(by_kept, kept, shared.do[None, None, do_stage], cute.arch.thread_idx()[0] & 127)
+            cute.arch.sync_warp()
+        ptx.arrive_everywhere(shared.do_empty + do_stage, lane, self.cluster)
+        do_stage, do_phase = next_stage(do_stage, do_phase, self.do_stages)
+        if cutlass.const_expr(role == VALUES):
+            ptx.wait(shared.k_full, tiles & 1)
+            if cutlass.const_expr(kept is not None):
+                keep(by_kept, kept, shared.k[None, None, OWN], cute.arch.thread_idx()[0] & 127)
+        return do_stage, do_phase
 
     # the consumer that has dv
 
@@ -129,7 +142,7 @@ class PairedConsumer(WideConsumer):
         multiply(parts.sums, p16, parts.factors[None, None, None, do_stage], parts.total, True)
         shares = self.multiply_shares(shared, parts, VALUES, blocks - 1, follows)
         warpgroup.wait_group(len(shares))
-        ptx.arrive_everywhere(shared.do_empty + do_stage, lane, self.kind.readers)
+        ptx.arrive_everywhere(shared.do_empty + do_stage, lane, self.cluster)
         s = self.block_scores(parts.scores)
         if cutlass.const_expr(not last):
             ptx.wait(shared.q_full + next_q, next_q_phase)
@@ -150,7 +163,7 @@ class PairedConsumer(WideConsumer):
     @cute.jit
     def sum_queries(self, shared, parts, thread, state, number, tiles):
         """dk of a tile, of so many blocks, and the other shares of their dq."""
-        dp = self.first_dp(shared, parts, state, tiles)
+        dp = self.first_dp(shared, parts, thread, state, tiles)
         for n in cutlass.range(number - 1, unroll=1):
             state = self.queries_block(shared, parts, dp, thread, state, n > 0, False)
         state = self.queries_block(shared, parts, dp, thread, state, number > 1, True)
@@ -166,14 +179,11 @@ class PairedConsumer(WideConsumer):
         q_stage, q_phase, do_stage, do_phase, blocks = state
         next_q, next_q_phase = next_stage(q_stage, q_phase, self.q_stages)
         next_do, next_do_phase = next_stage(do_stage, do_phase, self.do_stages)
-        ptx.arrive_everywhere(shared.do_empty + do_stage, lane, self.kind.readers)
-        if cutlass.const_expr(last):
-            ptx.arrive(shared.v_empty, leader)
+        ptx.arrive_everywhere(shared.do_empty + do_stage, lane, self.cluster)
         shares = self.multiply_shares(shared, parts, QUERIES, blocks - 1, follows)
         ds16 = self.operand(parts.sums)
-        ptx.wait(shared.q_full + q_stage, q_phase)  # Q, and delta
         ptx.wait(shared.p_full + warp, blocks & 1)
-        self.take_differences(shared, dp, warp * 32 + lane, column, q_stage)
+        self.take_p(shared, dp, warp * 32 + lane)
         cute.arch.sync_warp()
         ptx.arrive(shared.p_empty + warp, leader)
         to_operand(dp, ds16)
@@ -183,27 +193,17 @@ class PairedConsumer(WideConsumer):
         if follows:
             self.leave_shares(shared, parts, QUERIES, shares, blocks - 1, lane)
         warpgroup.wait_group(0)
-        ptx.arrive_everywhere(shared.q_empty + q_stage, lane, self.kind.readers)
+        ptx.arrive_everywhere(shared.q_empty + q_stage, lane, self.cluster)
         if cutlass.const_expr(not last):
             next_dp = self.block_scores(parts.scores)
+            ptx.wait(shared.q_full + next_q, next_q_phase)  # delta comes with it
+            self.start_differences(shared, next_dp, next_q, column)
             ptx.wait(shared.do_full + next_do, next_do_phase)
-            self.multiply_scores(parts, next_do, next_dp)
+            self.multiply_scores(parts, next_do, next_dp, True)
             warpgroup.wait_group(0)
             for e in cutlass.range_constexpr(cute.size(dp)):
                 dp[e] = next_dp[e]
         return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
-
-    @cute.jit
-    def take_differences(self, shared, dp, thread, column, stage):
-        """dp becomes P (dp - delta): four numbers at a time, since registers are short."""
-        four = cute.make_rmem_tensor(4, Float32)
-        for j in cutlass.range_constexpr(cute.size(dp) // 4):
-            cute.autovec_copy(shared.p[None, thread, j], four)
-            for c in cutlass.range_constexpr(2):
-                delta = shared.delta[8 * j + column + c, stage]
-                for half in cutlass.range_constexpr(2):
-                    e = 2 * half + c
-                    dp[4 * j + e] = four[e] * (dp[4 * j + e] - delta)
 
     @cute.jit
     def share_ds(self, shared, parts, ds16, warp, leader, blocks):

@@ -48,18 +48,19 @@ def keep(by_kept, kept, rows, thread):
 
 
 @cute.jit
-def multiply_kept(product, by_kept, kept, a, b, c, depth: cutlass.Constexpr):
-    """c = a b over so many numbers, of which the first factors of a are in registers, if any: issued, one group."""
+def multiply_kept(product, by_kept, kept, a, b, c, add: cutlass.Constexpr, depth: cutlass.Constexpr):
+    """c = a b, or c += a b, over so many numbers, of which the first factors of a are in registers, if any: issued,
+    one group."""
     columns = 0 if cutlass.const_expr(kept is None) else min(cute.size(kept, mode=[2]), -(-depth // 16))
     atom = cute.make_mma_atom(product.op)
     warpgroup.fence()
     if cutlass.const_expr(columns > 0):
         first = cute.make_mma_atom(by_kept.op)
         for n in cutlass.range_constexpr(columns):
-            first.set(warpgroup.Field.ACCUMULATE, n > 0)
+            first.set(warpgroup.Field.ACCUMULATE, add or n > 0)
             cute.gemm(first, c, kept[None, None, n], b[None, None, n], c)
     for n in cutlass.range_constexpr(columns, -(-depth // 16)):
-        atom.set(warpgroup.Field.ACCUMULATE, n > 0)
+        atom.set(warpgroup.Field.ACCUMULATE, add or n > 0)
         cute.gemm(atom, c, a[None, None, n], b[None, None, n], c)
     warpgroup.commit_group()
 

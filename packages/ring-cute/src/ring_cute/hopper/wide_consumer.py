@@ -76,7 +76,7 @@ class WideParts:
     scores: Any
     sums: Any
     turned: Any
-    first: Any  # K, or V: (64, D)
+    first: Any  # K, or V: (64, D); None where all of it is in registers
     kept: Any  # the first columns of them, in registers
     by_kept: Any  # scores, of these
     second: Any  # Q, or dO, of each stage: with the first it makes scores, or dP
@@ -157,7 +157,9 @@ class WideConsumer(BackwardConsumer):
         stationary = shared.k if cutlass.const_expr(role == VALUES) else shared.v
         moving = shared.q if cutlass.const_expr(role == VALUES) else shared.do
         other = shared.do if cutlass.const_expr(role == VALUES) else shared.q
-        first = scores.make_fragment_A(one.partition_A(stationary))[None, None, None, 0]
+        first = None
+        if cutlass.const_expr(stationary is not None):
+            first = scores.make_fragment_A(one.partition_A(stationary))[None, None, None, 0]
         by_kept, kept = kept_operand(self.dtype, self.block, self.columns_kept[role])
         second = scores.make_fragment_B(one.partition_B(moving))
         factors = sums.make_fragment_B(sums.get_slice(0).partition_B(flip(other)))  # (D, BLOCK, stages)
@@ -182,9 +184,7 @@ class WideConsumer(BackwardConsumer):
             number, count = records[BLOCKS, slot], records[KEYS, slot]
             if number > 0:
                 total.fill(0.0)
-                ptx.wait(shared.k_full if cutlass.const_expr(role == VALUES) else shared.v_full, tiles & 1)
-                if cutlass.const_expr(kept is not None):
-                    keep(by_kept, kept, stationary[None, None, 0], cute.arch.thread_idx()[0] & 127)
+                do_stage, do_phase = self.take_keys(shared, by_kept, kept, tiles, do_stage, do_phase, lane, role)
                 parts = WideParts(
                     scores,
                     sums,
@@ -232,6 +232,15 @@ class WideConsumer(BackwardConsumer):
             slot = turn & (RECORDS - 1)
             ptx.wait(shared.record_full + slot, (turn >> RECORD_BITS) & 1)
             going = records[EXISTS, slot] != 0
+
+    @cute.jit
+    def take_keys(self, shared, by_kept, kept, tiles, do_stage, do_phase, lane, role: cutlass.Constexpr):
+        """A tile's K, or V, is there; some columns of it in registers."""
+        ptx.wait(shared.k_full if cutlass.const_expr(role == VALUES) else shared.v_full, tiles & 1)
+        if cutlass.const_expr(kept is not None):
+            rows = (shared.k if cutlass.const_expr(role == VALUES) else shared.v)[None, None, 0]
+            keep(by_kept, kept, rows, cute.arch.thread_idx()[0] & 127)
+        return do_stage, do_phase
 
     # the consumer that has dv
 
@@ -300,7 +309,7 @@ class WideConsumer(BackwardConsumer):
             cute.autovec_copy(four, shared.p[None, warp * 32 + lane, j])
         cute.arch.sync_warp()
         ptx.arrive(shared.p_full + warp, lane == 0)
-        ptx.arrive_everywhere(shared.q_empty + stage, lane, self.kind.readers)
+        ptx.arrive_everywhere(shared.q_empty + stage, lane, self.cluster)
         if cutlass.const_expr(not self.kind.softcap):
             to_operand(s, p16)
 
@@ -312,18 +321,20 @@ class WideConsumer(BackwardConsumer):
     @cute.jit
     def sum_queries(self, shared, parts, thread, state, number, tiles):
         """dk of a tile, of so many blocks, and the other share of their dq."""
-        dp = self.first_dp(shared, parts, state, tiles)
+        dp = self.first_dp(shared, parts, thread, state, tiles)
         for _ in cutlass.range(number - 1, unroll=1):
             state = self.queries_block(shared, parts, dp, thread, state, False)
         return self.queries_block(shared, parts, dp, thread, state, True)
 
     @cute.jit
-    def first_dp(self, shared, parts, state, tiles):
-        """dP of a tile's first block; K is there as well then."""
-        _, _, do_stage, do_phase, _ = state
-        ptx.wait(shared.do_full + do_stage, do_phase)
+    def first_dp(self, shared, parts, thread, state, tiles):
+        """dP - delta of a tile's first block; K is there as well then."""
+        q_stage, q_phase, do_stage, do_phase, _ = state
         dp = self.block_scores(parts.scores)
-        self.multiply_scores(parts, do_stage, dp)
+        ptx.wait(shared.q_full + q_stage, q_phase)  # delta comes with it
+        self.start_differences(shared, dp, q_stage, thread[3])
+        ptx.wait(shared.do_full + do_stage, do_phase)
+        self.multiply_scores(parts, do_stage, dp, True)
         ptx.wait(shared.k_full, tiles & 1)  # for dq
         warpgroup.wait_group(0)
         return dp
@@ -339,15 +350,9 @@ class WideConsumer(BackwardConsumer):
         ptx.arrive(shared.do_empty + do_stage, leader)
         if cutlass.const_expr(last):
             ptx.arrive(shared.v_empty, leader)
-        p, ds16 = self.block_scores(parts.scores), self.operand(parts.sums)
-        ptx.wait(shared.q_full + q_stage, q_phase)  # Q, and delta
+        ds16 = self.operand(parts.sums)
         ptx.wait(shared.p_full + warp, blocks & 1)
-        four = cute.make_rmem_tensor(4, Float32)
-        for j in cutlass.range_constexpr(cute.size(p) // 4):
-            cute.autovec_copy(shared.p[None, warp * 32 + lane, j], four)
-            for e in cutlass.range_constexpr(4):
-                p[4 * j + e] = four[e]
-        self.differences(self.of_queries(shared.delta, q_stage, column), p, dp)
+        self.take_p(shared, dp, warp * 32 + lane)
         to_operand(dp, ds16)
         ptx.wait(shared.ds_empty + (blocks & 1), ((blocks >> 1) & 1) ^ 1)
         self.store_ds(shared, ds16, parts.ds_at, blocks & 1)
@@ -359,11 +364,14 @@ class WideConsumer(BackwardConsumer):
         next_dp = self.block_scores(parts.scores)
         shares = self.shares[QUERIES]
         for n in cutlass.range_constexpr(len(shares)):
-            dq = self.multiply_share(parts, n, blocks & 1)
             ahead = n == len(shares) - 1 and not last
             if cutlass.const_expr(ahead):
+                ptx.wait(shared.q_full + next_q, next_q_phase)  # delta comes with it
+                self.start_differences(shared, next_dp, next_q, column)
+            dq = self.multiply_share(parts, n, blocks & 1)
+            if cutlass.const_expr(ahead):
                 ptx.wait(shared.do_full + next_do, next_do_phase)
-                self.multiply_scores(parts, next_do, next_dp)
+                self.multiply_scores(parts, next_do, next_dp, True)
             warpgroup.wait_group(1 if cutlass.const_expr(ahead) else 0)
             if cutlass.const_expr(n == 0):
                 ptx.arrive(shared.q_empty + q_stage, leader)
@@ -378,13 +386,22 @@ class WideConsumer(BackwardConsumer):
                 dp[e] = next_dp[e]
         return next_q, next_q_phase, next_do, next_do_phase, blocks + 1
 
+    @cute.jit
+    def take_p(self, shared, dp, thread):
+        """dP - delta becomes ds."""
+        four = cute.make_rmem_tensor(4, Float32)
+        for j in cutlass.range_constexpr(cute.size(dp) // 4):
+            cute.autovec_copy(shared.p[None, thread, j], four)
+            for e in cutlass.range_constexpr(4):
+                dp[4 * j + e] = four[e] * dp[4 * j + e]
+
     # both
 
     @cute.jit
-    def multiply_scores(self, parts, stage, s):
-        """Scores, or dP, of a block: issued, one group."""
+    def multiply_scores(self, parts, stage, s, add: cutlass.Constexpr = False):
+        """Scores of a block, or dP, added to what is there: issued, one group."""
         second = parts.second[None, None, None, stage]
-        multiply_kept(parts.scores, parts.by_kept, parts.kept, parts.first, second, s, self.head_dim)
+        multiply_kept(parts.scores, parts.by_kept, parts.kept, parts.first, second, s, add, self.head_dim)
 
     @cute.jit
     def multiply_share(self, parts, n: cutlass.Constexpr, buffer):
