@@ -102,19 +102,14 @@ class PairedConsumer(WideConsumer):
         return cute.math.max(cute.math.min(count - self.first_key(), 64), 0)
 
     @cute.jit
-    def take_keys(self, shared, by_kept, kept, tiles, do_stage, do_phase, lane, role: cutlass.Constexpr):
-        """V comes as if it were a block of dO, and stays in registers of the consumer of dk, all of it."""
+    def take_values(self, shared, by_kept, kept, tiles, do_stage, do_phase, lane, role: cutlass.Constexpr):
+        """V, which comes as if it were a block of dO, to registers of the consumer of dk, all of it."""
         ptx.wait(shared.do_full + do_stage, do_phase)
         if cutlass.const_expr(role == QUERIES):
             keep(by_kept, kept, shared.do[None, None, do_stage], cute.arch.thread_idx()[0] & 127)
             cute.arch.sync_warp()
         ptx.arrive_everywhere(shared.do_empty + do_stage, lane, self.cluster)
-        do_stage, do_phase = next_stage(do_stage, do_phase, self.do_stages)
-        if cutlass.const_expr(role == VALUES):
-            ptx.wait(shared.k_full, tiles & 1)
-            if cutlass.const_expr(kept is not None):
-                keep(by_kept, kept, shared.k[None, None, OWN], cute.arch.thread_idx()[0] & 127)
-        return do_stage, do_phase
+        return next_stage(do_stage, do_phase, self.do_stages)
 
     # the consumer that has dv
 

@@ -14,12 +14,8 @@ from ring_cute.hopper import ptx
 def multiply(product, a, b, c, add: cutlass.Constexpr, depth: cutlass.Constexpr = None):
     """c = a b, or c += a b: issued, one group. depth: of the numbers that are multiplied and summed only so many; the
     others are zeros, where tiles are made for a larger head dim."""
-    atom = cute.make_mma_atom(product.op)  # an own one: what is set on an argument would escape from loops
-    warpgroup.fence()
-    for part in cutlass.range_constexpr(cute.size(b, mode=[2]) if depth is None else -(-depth // 16)):
-        atom.set(warpgroup.Field.ACCUMULATE, add or part > 0)
-        cute.gemm(atom, c, a[None, None, part], b[None, None, part], c)
-    warpgroup.commit_group()
+    whole = 16 * cute.size(b, mode=[2])
+    multiply_kept(product, None, None, a, b, c, add, whole if cutlass.const_expr(depth is None) else depth)
 
 
 def kept_operand(dtype, block: int, columns: int):
@@ -52,7 +48,7 @@ def multiply_kept(product, by_kept, kept, a, b, c, add: cutlass.Constexpr, depth
     """c = a b, or c += a b, over so many numbers, of which the first factors of a are in registers, if any: issued,
     one group."""
     columns = 0 if cutlass.const_expr(kept is None) else min(cute.size(kept, mode=[2]), -(-depth // 16))
-    atom = cute.make_mma_atom(product.op)
+    atom = cute.make_mma_atom(product.op)  # an own one: what is set on an argument would escape from loops
     warpgroup.fence()
     if cutlass.const_expr(columns > 0):
         first = cute.make_mma_atom(by_kept.op)

@@ -99,7 +99,7 @@ class WideConsumer(BackwardConsumer):
         self.dq_rows, self.dq_buffers, self.v_readers = self.block, kind.settings.dq_buffers, WARPS // CONSUMERS
         assert self.dq_buffers in (CONSUMERS, self.dim // 64), "one for each consumer, or for each share"
         columns = range(self.dim // 64)
-        first = self.columns_of_values(len(columns))
+        first = -(-len(columns) // 2)
         self.shares = [[], []]  # each consumer's, by a warp of their own
         for role, own in ((VALUES, columns[:first]), (QUERIES, columns[first:])):
             for nth, c in enumerate(own):
@@ -107,10 +107,6 @@ class WideConsumer(BackwardConsumer):
                 self.shares[role].append(Share(c, c, 0) if alone else Share(role, c, 0, nth, len(own)))
         # With one share this consumer frees Q behind the next dP, whose dO comes behind the next Q.
         assert self.q_stages > 1 or len(self.shares[QUERIES]) > 1, "the next Q has a stage of its own"
-
-    def columns_of_values(self, columns: int) -> int:
-        """How many of the shares of dq, of 64 columns each, are made by the consumer that has dv."""
-        return -(-columns // 2)
 
     def first_key(self) -> Any:
         """Of the tile's keys the first one of this CTA."""
@@ -184,7 +180,11 @@ class WideConsumer(BackwardConsumer):
             number, count = records[BLOCKS, slot], records[KEYS, slot]
             if number > 0:
                 total.fill(0.0)
-                do_stage, do_phase = self.take_keys(shared, by_kept, kept, tiles, do_stage, do_phase, lane, role)
+                do_stage, do_phase = self.take_values(shared, by_kept, kept, tiles, do_stage, do_phase, lane, role)
+                if cutlass.const_expr(role == VALUES):
+                    ptx.wait(shared.k_full, tiles & 1)
+                    if cutlass.const_expr(kept is not None):
+                        keep(by_kept, kept, shared.k[None, None, 0], cute.arch.thread_idx()[0] & 127)
                 parts = WideParts(
                     scores,
                     sums,
@@ -234,12 +234,12 @@ class WideConsumer(BackwardConsumer):
             going = records[EXISTS, slot] != 0
 
     @cute.jit
-    def take_keys(self, shared, by_kept, kept, tiles, do_stage, do_phase, lane, role: cutlass.Constexpr):
-        """A tile's K, or V, is there; some columns of it in registers."""
-        ptx.wait(shared.k_full if cutlass.const_expr(role == VALUES) else shared.v_full, tiles & 1)
-        if cutlass.const_expr(kept is not None):
-            rows = (shared.k if cutlass.const_expr(role == VALUES) else shared.v)[None, None, 0]
-            keep(by_kept, kept, rows, cute.arch.thread_idx()[0] & 127)
+    def take_values(self, shared, by_kept, kept, tiles, do_stage, do_phase, lane, role: cutlass.Constexpr):
+        """Until a tile's V is there, for the consumer that reads it; some columns of it to registers."""
+        if cutlass.const_expr(role == QUERIES):
+            ptx.wait(shared.v_full, tiles & 1)
+            if cutlass.const_expr(kept is not None):
+                keep(by_kept, kept, shared.v[None, None, 0], cute.arch.thread_idx()[0] & 127)
         return do_stage, do_phase
 
     # the consumer that has dv
