@@ -53,7 +53,7 @@ TRIED: dict[int, list[dict[str, Any]]] = {
         {"cluster": 2, "overlap": True},
         {"cluster": 2, "block": 176},
     ],
-    64: [{}, {"lazy": False}, {"overlap": True}, {"block": 112}, {"cluster": 2}],
+    64: [{}, {"turns": False}, {"lazy": False}, {"overlap": True}, {"block": 112}, {"cluster": 2}],
     192: [{}, {"overlap": True}, {"block": 96}, {"cluster": 2}],
     256: [{}, {"overlap": True}, {"block": 64}, {"cluster": 2}],
 }

@@ -33,6 +33,9 @@ class Settings:
     computed. All of them: their buffer is free again at once."""
     cluster: int = 1
     """CTAs that share each load of keys: a tile has the rows of all of them."""
+    turns: bool = False
+    """Consumers issue a block's products in turn: so they are at different places of a block, one at its products while
+    others are at their exponentials, into which they fall by themselves only now and then."""
     cache_hints: bool = False
     """L2 is told to keep keys and values rather than queries."""
     reason: str = field(default="", compare=False)
@@ -64,13 +67,16 @@ FORWARD: dict[int, Settings] = {
     64: Settings(
         consumers=3,
         consumer_registers=160,
-        reason="482 / 486 TFLOP/s causal / full at 16384, two consumers 440 / 441, not lazy 452 / 450, blocks of 192 "
-        "445 / 447; of eight exponentials one by polynomial 460 / 463: the fewer bytes of keys per product, the better",
+        turns=True,
+        reason="TFLOP/s causal, full at 4096, 16384 and 32768: 449, 494, 515, 537, 534, 541; not in turn 410, 440, "
+        "470, 479, 487, 489; in pairs 407, 465, 495, 521, 514, 529, these in turn 431, 480, 509, 534, 524, 541 "
+        "(2026-11-29). Before there were turns two consumers made 440 / 441 at 16384, three 482 / 486, not lazy "
+        "452 / 450, blocks of 192 445 / 447, one of eight exponentials by polynomial 460 / 463",
     ),
     128: Settings(
         reason="618 / 616 TFLOP/s causal / full at 16384, where a matrix product has 674 at the same 690 W; not lazy "
-        "617 / 621, overlap 1 627 / 634, queries in registers 627 / 612, blocks of 160 609 / 623, of 176 641 / 615: "
-        "within the noise of one another. Exponentials by polynomial 606 / 611",
+        "617 / 621, in turn as fast, overlap 1 627 / 634, queries in registers 627 / 612, blocks of 160 609 / 623, of "
+        "176 641 / 615: within the noise of one another. Exponentials by polynomial 606 / 611",
     ),
     192: Settings(
         block=112, reason="669 / 700 TFLOP/s causal / full at 16384, overlap 650 / 701, blocks of 96 667 / 710"
@@ -89,13 +95,11 @@ FORWARD: dict[int, Settings] = {
 PAIRED: dict[int, float] = {8192: 1.1, 4096: 1.01}
 """Two CTAs share keys (`cluster=2`), half as many bytes of L2 a product, where a query sees so many on average, and the
 longer halves of pairs come to at most that much work; a state that is carried on must come and go by TMA. Under a
-causal mask pairs have 1.03 times the work at 4096 tokens, 1.015 at 8192, 1.008 at 16384. TFLOP/s in pairs and alone, at
-2048, 4096, 8192, 16384 and 32768 tokens:
+causal mask pairs have 1.03 times the work at 4096 tokens, 1.015 at 8192, 1.008 at 16384. Consumers that take turns, at
+head dim 64, are as fast alone (`FORWARD`). TFLOP/s in pairs and alone, at 2048, 4096, 8192, 16384 and 32768 tokens:
 128: causal 538 / 562, 573 / 585, 615 / 608, 650 / 625, 668 / 638, full 577 / 606, 616 / 639, 645 / 621, 664 / 631,
      668 / 638; with 32/8 heads 499 / 533, 579 / 587, 624 / 609, 653 / 630, 668 / 638, full 581 / 595, 615 / 589,
      642 / 617, 659 / 627, 676 / 642
-64:  causal 312 / 373, 410 / 422, 462 / 470, 505 / 478, 520 / 499, full 412 / 455, 472 / 452, 496 / 487, 520 / 495,
-     534 / 500
 192: causal 475 / 535, 570 / 604, 635 / 646, 697 / 656, 717 / 684, full 583 / 639, 655 / 648, 708 / 661, 725 / 697,
      751 / 707
 256: causal 500 / 576, 578 / 652, 644 / 637, 687 / 658, 708 / 661, full 614 / 630, 670 / 684, 708 / 675, 728 / 704,

@@ -32,7 +32,11 @@ from ring_cute.hopper.records import (
 )
 from ring_cute.hopper.scores import Place, add_slopes, cap_scores, slope_of
 from ring_cute.hopper.softmax import keep, kept_operand, mask, multiply, multiply_kept, rescale, softmax, to_operand
-from ring_cute.hopper.tile_end import Sums, TileEnd
+from ring_cute.hopper.tile_end import OUT_BARRIER, Sums, TileEnd
+
+MOST_CONSUMERS = 3
+TURN_BARRIER = OUT_BARRIER + MOST_CONSUMERS
+"""Named barriers: TURN_BARRIER + consumer, where they take turns."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,9 @@ class Consumer(TileEnd):
         of = Operands(scores, sums, queries, by_held, held, keys, values, s, p)
 
         blocks, tiles, turn = Int32(0), Int32(0), Int32(0)
+        if cutlass.const_expr(self.settings.turns):  # noqa: SIM102  # a constant, and a value
+            if cid == self.settings.consumers - 1:
+                self.end_turn(cid)  # the first consumer begins
         ptx.wait(shared.record_full, 0)
         going = records[EXISTS, 0] != 0
         self.begin(shared, of, Int32(0), cid, leader, tiles, blocks)
@@ -210,9 +217,13 @@ class Consumer(TileEnd):
         """Scores of this block, then the sum over the values of the block before, whose P is at hand."""
         stage, before = blocks & (self.stages - 1), (blocks - 1) & (self.stages - 1)
         ptx.wait(shared.k_full + stage, (blocks >> self.stage_bits) & 1)
+        if cutlass.const_expr(self.settings.turns):
+            cute.arch.barrier(barrier_id=TURN_BARRIER + cid, number_of_threads=2 * 128)
         self.multiply_keys(of, cid * self.queries + (tiles & (self.queries - 1)), stage)
         ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
         multiply(of.sums, of.p, of.values[None, None, None, before], kept.o, True)
+        if cutlass.const_expr(self.settings.turns):
+            self.end_turn(cid)
         warpgroup.wait_group(1)
         self.release(shared.k_empty + stage, lane)
         factor = self.shape(of.s, scale, terms, place, row, column, j)
@@ -230,6 +241,14 @@ class Consumer(TileEnd):
         else:
             rescale(kept.o, kept.decay)
         to_operand(of.s, of.p)
+
+    @cute.jit
+    def end_turn(self, cid):
+        """This consumer's products of a block are issued: the next one may issue its own."""
+        following = cid + 1
+        if following == self.settings.consumers:
+            following = Int32(0)
+        cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + following, number_of_threads=2 * 128)
 
     def slope(self, records, slot, terms):
         """That of a tile's head."""

@@ -30,6 +30,9 @@ tile's output leaves by TMA through the one that its queries were in, which is g
 block; where there is an `o`, through that. TMA stores boxes of 64 rows: what has fewer leaves from registers, as all
 rows do where there is one buffer of queries: the next tile's come there once all scores are computed.
 
+With `Settings.turns` consumers issue a block's products one after the other, each behind a named barrier that the one
+before it arrives at: one has the tensor cores while the others are at their exponentials.
+
 With `Settings.cluster` > 1 a tile has the rows of several CTAs, each of which loads a part of every block for all of
 them: "empty" barriers of K, V and records then count the warps of all, and the number of the next tile, which the first
 CTA asks for, goes to the others' `numbers`, announced at `number_full`.

@@ -213,8 +213,10 @@ def _launch_anew(
 
 
 def _in_pairs(chosen: Settings, q: Tensor, table: DeviceTable, piece_length: int) -> Settings:
-    """The settings with two CTAs a tile, which share its keys, where that pays: tiles are long and many, and few pairs
-    of rows have less to do than the longer of them."""
+    """The settings with two CTAs a tile, which share its keys, where that pays: tiles are long and many, few pairs of
+    rows have less to do than the longer of them, and consumers do not take turns."""
+    if chosen.turns:
+        return chosen
     host, paired = table.host, replace(chosen, cluster=2)
     rows = int(host.rows[host.groups[:-1], COLUMNS.index("q_len")].sum(dtype=np.int64))
     most = next((work for keys, work in PAIRED.items() if host.pairs >= keys * rows), 0.0)
