@@ -32,9 +32,10 @@ def test_turns_count_the_blocks_before(name: str, block: int, tile_keys: int) ->
     added: dict[tuple[int, int], int] = defaultdict(int)
     for values in items.tolist():
         item = dict(zip(ITEM, values, strict=True))
-        w, b = item["walk_start"], 0
+        w, b = item["walk_start"], -1
         for n in range(item["blocks"]):
             row = dict(zip(WALK, schedule.walk[w].tolist(), strict=True))
+            b = row["blocks"] - 1 if b < 0 else b
             i = row["i_lo"] + b * block
             rows = range(row["q_start"] + i, row["q_start"] + min(i + block, row["q_len"]))
             touched = sorted({r // block for r in rows})
@@ -44,6 +45,6 @@ def test_turns_count_the_blocks_before(name: str, block: int, tile_keys: int) ->
             assert touched[0] == (row["q_start"] + i) // block, "where the kernel looks"
             for stretch in touched:
                 added[item["batch"], stretch] += 1
-            b += 1
-            if b == row["blocks"]:
-                w, b = row["next"], 0
+            b -= 1
+            if b < 0:
+                w = row["next"]

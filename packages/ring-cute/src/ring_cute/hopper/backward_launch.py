@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ring_core.backend import DeviceTable, Flags, Params
-from ring_core.key_tiles import make_schedule
+from ring_core.key_tiles import ITEM, make_schedule
 from ring_cute import library
 from ring_cute.hopper.backward_order import stretches_of, turns_of
 from ring_cute.hopper.backward_settings import (
@@ -39,6 +39,11 @@ from ring_cute.hopper.launch import (
 )
 from ring_cute.launches import Given, Launches, current_stream, function_of
 
+SECTION_BYTES = 10 * L2_BYTES
+"""Rows of Q, dO and dq that a section's longest tiles walk, as far as parts of groups can keep to it. With eight query
+heads a key head a causal mask's sections walked 537 MB; in two parts, 268, the whole backward was 2 to 6 % faster from
+4096 to 32768 tokens, in four 4 to 7 %; with four heads, 268 MB undivided, it was 2 to 3 % slower in parts, and so it
+was with full masks of 4096 tokens. H200, 2026-11-29."""
 ROWS = 0x7FFF0000
 """Rows of dq that 32-bit coordinates reach."""
 
@@ -84,6 +89,7 @@ class PreparedKeys:
     walk: Tensor  # (M, 12) int32
     repeats: int  # batch entries that all items are about
     keys: int  # in tiles that some query sees, of all batch entries
+    longest: int  # rows that a tile walks, of each query head
     section: Callable[[int, int, int], int]  # `Schedule.section`
     turns: Tensor | None  # (V, 2) int32: `backward_order.turns_of`
 
@@ -207,7 +213,7 @@ def _where_final(
     q: Tensor, dk: Tensor, dv: Tensor, table: DeviceTable, settings: BackwardSettings | None, ordered: bool
 ) -> tuple[Tensor, Tensor]:
     """What the kernel is given for final dk and dv: these, zeroed first where it does not write all of them; or zeros
-    in fp32, where several CTAs have a part of each, which are calls too small for the GPU."""
+    in fp32, where several CTAs have a part of each."""
     key = ("cute final", q.get_device(), q.shape, dk.shape, settings, ordered)
     known: tuple[bool, bool] | None = table.host.cache.get(key)
     if known is None:
@@ -216,7 +222,7 @@ def _where_final(
             chosen = settings or backward_settings_for(q.shape[-1])
             tile_keys = tile_keys_of(q.shape[-1], chosen)
             prepared = schedule_for(table, q.shape[0], tile_keys, chosen.block, False, ordered)
-            dealt_out = _parts(prepared, q, dk.shape[3], chosen.cluster, whole=ordered) > 1
+            dealt_out = _dealt_out(prepared, q, dk.shape[3], chosen.cluster, whole=ordered).parts > 1
             written = prepared.keys == math.prod(dk.shape[:3])
         known = table.host.cache[key] = dealt_out, written
     dealt_out, written = known
@@ -303,15 +309,13 @@ def _launch_anew(
     by_piece = flags is not None or departures is not None
     ordered = params.deterministic
     prepared = schedule_for(table, batch, tile_keys_of(head_dim, chosen), chosen.block, by_piece, ordered)
-    group = num_heads // num_kv_heads
-    split = _parts(prepared, q, num_kv_heads, chosen.cluster, whole=ordered or departures is not None)
-    head_batches = prepared.repeats * num_kv_heads * split
+    dealing = _dealt_out(prepared, q, num_kv_heads, chosen.cluster, whole=ordered or departures is not None)
+    head_batches = prepared.repeats * num_kv_heads * dealing.parts
     total = prepared.count * head_batches
     if not total:
         return
-    members = group // split
     workers = _processors(q.device) // chosen.cluster
-    gradients = "final" if dk.dtype != torch.float32 else "shared" if split > 1 else "added"
+    gradients = "final" if dk.dtype != torch.float32 else "shared" if dealing.parts > 1 else "added"
     kind = BackwardKind(
         DTYPES[q.dtype], head_dim, gradients, flags is not None, departures is not None, chosen, ordered,
         bool(params.softcap), params.alibi_slopes is not None,
@@ -339,11 +343,11 @@ def _launch_anew(
         *dk.stride()[:4],
         *dv.stride()[:4],
         prepared.count,
-        prepared.section(head_batches, max(1, L2_BYTES // (members * length * head_dim * 8)), workers),
+        dealing.section,
         head_batches,
         total,
-        split,
-        members,
+        dealing.parts,
+        dealing.members,
         k.shape[2],
         *(x.stride(-4) // x.stride(-3) if batch > 1 else 0 for x in (q, dout, k)),
         POLLS,
@@ -400,6 +404,7 @@ def schedule_for(
             torch.from_numpy(walk).to(table.device),
             batch if schedule.every_batch else 1,
             schedule.seen_keys(batch),
+            block * int(schedule.items[:, ITEM.index("blocks")].max(initial=0)),
             schedule.section,
             turns,
         )
@@ -407,11 +412,29 @@ def schedule_for(
     return prepared
 
 
-def _parts(prepared: PreparedKeys, q: Tensor, num_kv_heads: int, cluster: int, *, whole: bool) -> int:
-    """How many clusters share a tile of keys of a key head, so that there are two CTAs for each processor; whole: it is
-    one."""
-    group = q.shape[2] // num_kv_heads
-    if whole or group == 1:
-        return 1
-    tiles, wanted = prepared.count * prepared.repeats * num_kv_heads * cluster, 2 * _processors(q.device)
-    return next((n for n in range(1, group) if group % n == 0 and tiles * n >= wanted), group)
+@dataclass(frozen=True, slots=True)
+class Dealing:
+    """How the query heads of a group are dealt out over clusters that share a tile of keys."""
+
+    parts: int  # of a group
+    members: int  # query heads of a part
+    section: int  # parts, of all groups and batch entries, whose tiles come before those of the next
+
+
+def _dealt_out(prepared: PreparedKeys, q: Tensor, num_kv_heads: int, cluster: int, *, whole: bool) -> Dealing:
+    """In so many parts that there are two CTAs for each processor, and that rows of a section are few; whole: in one,
+    as where they are added to dk and dv in a fixed order, or counted."""
+    _, length, num_heads, head_dim = q.shape
+    group, workers = num_heads // num_kv_heads, _processors(q.device) // cluster
+    tiles, row_bytes = prepared.count * prepared.repeats * num_kv_heads, 8 * head_dim  # of Q, dO and dq
+    for parts in range(1, group + 1):
+        members = group // parts
+        section = prepared.section(
+            prepared.repeats * num_kv_heads * parts, max(1, L2_BYTES // (members * length * row_bytes)), workers
+        )
+        dealing = Dealing(parts, members, section)
+        few_rows = section * members * min(length, prepared.longest) * row_bytes <= SECTION_BYTES
+        enough = tiles * parts >= 2 * workers and few_rows
+        if group % parts == 0 and (whole or enough or parts == group):
+            return dealing
+    raise AssertionError("a group has a head")

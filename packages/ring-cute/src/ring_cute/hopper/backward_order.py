@@ -1,8 +1,8 @@
 """The order in which blocks add to dq, where it is to be the same every time.
 
 Rows of q are counted in stretches as long as a block. A block of queries touches one of them, or two; it adds its dq
-when all blocks that come before it, in the order of tiles and within a tile of its blocks, have added theirs to these
-stretches. CTAs take tiles in this order, so that whoever waits, waits for tiles that others have begun.
+when all blocks that come before it, in the order of tiles and within a tile as it walks them, have added theirs to
+these stretches. CTAs take tiles in this order, so that whoever waits, waits for tiles that others have begun.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def turns_of(
     items: NDArray[np.int32], walk: NDArray[np.int32], block: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Items (`ring_core.key_tiles.ITEM`), the second column of each its first row of turns; and turns, int32 (V, 2):
-    for each block of each item, how many blocks add to the stretch of its first row before it, and to the next stretch;
-    -1 where it has no row there."""
+    for each block of each item, as it walks them, how many add to the stretch of its first row before it, and to the
+    next stretch; -1 where it has no row there."""
     items = items.copy()
     column = {name: n for n, name in enumerate(ITEM)}
     q_start, q_len, i_lo, blocks = (walk[:, WALK.index(name)].astype(np.int64) for name in WALK[:4])
@@ -41,7 +41,7 @@ def turns_of(
             stop += 1
         rows = np.arange(start, stop + 1)
         row = np.repeat(rows, blocks[rows])
-        nth = np.arange(len(row)) - np.repeat(np.cumsum(blocks[rows]) - blocks[rows], blocks[rows])
+        nth = np.repeat(np.cumsum(blocks[rows]), blocks[rows]) - 1 - np.arange(len(row))  # a row's last one first
         i = i_lo[row] + nth * block
         first.append(q_start[row] + i)
         last.append(q_start[row] + np.minimum(i + block, q_len[row]) - 1)

@@ -20,12 +20,10 @@ from ring_cute.hopper.backward_records import (
     KEYS,
     LOWER,
     PIECE,
-    Q_HEAD,
     Q_LEN,
     Q_START,
     RECORD_BITS,
     RECORDS,
-    START,
     STRIDE,
     TOKEN,
     TURNS,
@@ -33,6 +31,7 @@ from ring_cute.hopper.backward_records import (
     WALK_COLUMNS,
     WHOLE_FROM,
     WHOLE_TO,
+    begin,
     following,
     publish,
 )
@@ -186,18 +185,13 @@ def load(
     going = first_tile < work.total
     while going:
         slot = turn & (RECORDS - 1)
-        total, batch, head, q_head = (
-            records[BLOCKS, slot],
-            records[BATCH, slot],
-            records[HEAD, slot],
-            records[Q_HEAD, slot],
-        )
+        total, batch, head = records[BLOCKS, slot], records[BATCH, slot], records[HEAD, slot]
         if total > 0:
             piece, count = records[PIECE, slot], records[KEYS, slot]
             if cutlass.const_expr(flagged):
                 await_piece(flags, epoch, piece, polls)
             k_end = batch * k_batch_rows + piece * piece_length + records[TOKEN, slot] + count
-            w, b = records[START, slot], Int32(0)
+            w, b, q_head = begin(walk, records, slot)
             for n in cutlass.range(total, unroll=1):
                 entry = w * WALK_COLUMNS
                 q_len = walk[entry + Q_LEN]
@@ -266,8 +260,8 @@ def describe(
     going = records[EXISTS, 0] != 0
     while going:
         slot = turn & (RECORDS - 1)
-        batch, q_head = records[BATCH, slot], records[Q_HEAD, slot]
-        w, b = records[START, slot], Int32(0)
+        batch = records[BATCH, slot]
+        w, b, q_head = begin(walk, records, slot)
         for _ in cutlass.range(records[BLOCKS, slot], unroll=1):
             entry = w * WALK_COLUMNS
             q_len, i = walk[entry + Q_LEN], walk[entry + I_LO] + b * block
@@ -357,8 +351,8 @@ def add_queries(
     going = records[EXISTS, 0] != 0
     while going:
         slot = turn & (RECORDS - 1)
-        batch, q_head = records[BATCH, slot], records[Q_HEAD, slot]
-        w, b = records[START, slot], Int32(0)
+        batch = records[BATCH, slot]
+        w, b, q_head = begin(walk, records, slot)
         nth = Int32(0)  # of a query head's blocks
         stretches = cute.ceil_div(q_len_all, block)
         for _ in cutlass.range(records[BLOCKS, slot], unroll=1):

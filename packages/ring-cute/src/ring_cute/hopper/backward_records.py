@@ -3,6 +3,10 @@
 A record is sixteen numbers: the first eight columns of `ring_core.key_tiles.ITEM`, batch entry and blocks (of all query
 heads that the CTA walks) filled in, in the second the first of its rows of `backward_order.turns_of` where blocks take
 turns; then the key head, the first query head, and "there is such a tile".
+
+A row's blocks are walked from the last to the first. Under a causal mask tiles see queries up to the last one, from
+different first ones on: so CTAs that begin at a time read the same rows at a time, and where dq is added in a fixed
+order (`backward_order`) one need not wait until the one before has come to where it begins.
 """
 
 from __future__ import annotations
@@ -76,13 +80,23 @@ def publish(number: Int32, turn: Int32, lane: Int32, work, records, full, empty)
 
 
 @cute.jit
+def begin(walk, records, slot):
+    """A tile's first block: its row of the walk, its number in that row, and its query head."""
+    w, block = records[START, slot], Int32(0)
+    if records[BLOCKS, slot] > 0:
+        block = walk[w * WALK_COLUMNS + NUMBER] - 1
+    return w, block, records[Q_HEAD, slot]
+
+
+@cute.jit
 def following(walk, w, block, q_head):
-    """The next block: of this row of the walk, of the next row, or of the next query head's first row."""
-    block += 1
-    if block == walk[w * WALK_COLUMNS + NUMBER]:
-        block = Int32(0)
+    """The next block: the one before in this row of the walk, the last one of the next row, or of the next query head's
+    first row."""
+    block -= 1
+    if block < 0:
         then = walk[w * WALK_COLUMNS + NEXT]
         if then <= w:
             q_head += 1
         w = then
+        block = walk[w * WALK_COLUMNS + NUMBER] - 1
     return w, block, q_head
