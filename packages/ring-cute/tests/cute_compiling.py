@@ -131,7 +131,7 @@ GROUPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "64": [(64, {}), (64, {"state": True}), (64, {"state": True, "flags": True, "sinks": True})],
     "wide": [(192, {}), (256, {}), (192, {"state": True}), (256, {"state": True, "dtype": "float16"})],
     "padded": [(40, {}), (96, {"state": True})],
-    "pairs": [(n, {"cluster": 2, "state": state}) for n in (64, 128) for state in (False, True)]
+    "pairs": [(128, {"cluster": 2, "state": state}) for state in (False, True)]
     + [(192, {"cluster": 2}), (256, {"cluster": 2})],
     "fp16": [(64, {"dtype": "float16"}), (128, {"dtype": "float16"})],
     **{

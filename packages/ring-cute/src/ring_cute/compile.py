@@ -21,7 +21,15 @@ from typing import Any
 from ring_cute import library
 from ring_cute.backend import HEAD_DIMS
 from ring_cute.hopper.backward_settings import BackwardKind, EndsKind, backward_settings_for
-from ring_cute.settings import FORWARD, ForwardKind, kind_for, settings_for, state_fits
+from ring_cute.settings import (
+    FORWARD,
+    PAIRED_HEAD_DIMS,
+    ForwardKind,
+    kind_for,
+    padded_head_dim,
+    settings_for,
+    state_fits,
+)
 
 DTYPES = ("bfloat16", "float16")
 MOST_JOBS = 8
@@ -31,7 +39,8 @@ def forwards(head_dim: int, dtype: str) -> Iterator[ForwardKind]:
     """What calls on contiguous tensors ask for: all of a call at once, keys that are still arriving, sinks, for long
     sequences too; a ring's steps, and those with sinks."""
     alone = settings_for(head_dim)
-    for settings in (alone, replace(alone, cluster=2)):
+    pairs = [replace(alone, cluster=2)] if padded_head_dim(head_dim) in PAIRED_HEAD_DIMS else []
+    for settings in (alone, *pairs):
         for sinks, flags in ((False, False), (False, True), (True, False)):
             yield kind_for(dtype, head_dim, settings, sinks=sinks, flags=flags)
         if settings == alone or state_fits(head_dim, settings):

@@ -75,18 +75,22 @@ FORWARD: dict[int, Settings] = {
     ),
     128: Settings(
         reason="618 / 616 TFLOP/s causal / full at 16384, where a matrix product has 674 at the same 690 W; not lazy "
-        "617 / 621, in turn as fast, overlap 1 627 / 634, queries in registers 627 / 612, blocks of 160 609 / 623, of "
-        "176 641 / 615: within the noise of one another. Exponentials by polynomial 606 / 611",
+        "617 / 621, overlap 1 627 / 634, queries in registers 627 / 612, blocks of 160 609 / 623, of "
+        "176 641 / 615, in turn: within the noise of one another. Exponentials by polynomial 606 / 611",
     ),
     192: Settings(
-        block=112, reason="669 / 700 TFLOP/s causal / full at 16384, overlap 650 / 701, blocks of 96 667 / 710"
+        block=112,
+        turns=True,
+        reason="TFLOP/s causal, full at 4096, then at 16384 in pairs: 592, 655, 699, 727; not in turn 583, 641, 694, "
+        "719 (each by itself for a second, 2026-11-29). Before there were turns 669 / 700 at 16384, overlap 650 / 701, "
+        "blocks of 96 667 / 710",
     ),
     256: Settings(
         block=80,
         query_columns=96,
         reason="causal, full at 4096, then at 16384, alone 639, 683, 691, 727, in pairs 592, 697, 715, 743; no column "
         "of the queries in registers 633, 672, 693, 726 and 595, 671, 712, 738; blocks of 64, 128 columns 633, 684, "
-        "703, 738 (2026-11-29). Of 80 keys scores read 115 of 128 bytes a clock",
+        "703, 738; in turn no difference (2026-11-29). Of 80 keys scores read 115 of 128 bytes a clock",
     ),
 }
 """By head dim, rounded up to the next key. Measured on an H200 that its power limits, DSL 4.8.1, 2026-11-22
@@ -95,8 +99,8 @@ FORWARD: dict[int, Settings] = {
 PAIRED: dict[int, float] = {8192: 1.1, 4096: 1.01}
 """Two CTAs share keys (`cluster=2`), half as many bytes of L2 a product, where a query sees so many on average, and the
 longer halves of pairs come to at most that much work; a state that is carried on must come and go by TMA. Under a
-causal mask pairs have 1.03 times the work at 4096 tokens, 1.015 at 8192, 1.008 at 16384. Consumers that take turns, at
-head dim 64, are as fast alone (`FORWARD`). TFLOP/s in pairs and alone, at 2048, 4096, 8192, 16384 and 32768 tokens:
+causal mask pairs have 1.03 times the work at 4096 tokens, 1.015 at 8192, 1.008 at 16384. TFLOP/s in pairs and alone, at
+2048, 4096, 8192, 16384 and 32768 tokens:
 128: causal 538 / 562, 573 / 585, 615 / 608, 650 / 625, 668 / 638, full 577 / 606, 616 / 639, 645 / 621, 664 / 631,
      668 / 638; with 32/8 heads 499 / 533, 579 / 587, 624 / 609, 653 / 630, 668 / 638, full 581 / 595, 615 / 589,
      642 / 617, 659 / 627, 676 / 642
@@ -104,8 +108,13 @@ head dim 64, are as fast alone (`FORWARD`). TFLOP/s in pairs and alone, at 2048,
      751 / 707
 256: causal 500 / 576, 578 / 652, 644 / 637, 687 / 658, 708 / 661, full 614 / 630, 670 / 684, 708 / 675, 728 / 704,
      741 / 711
-On an H200, 2026-11-29 (`gpu_probe.py clusters`). Four steps of 8192 keys made 648 in pairs and 616 alone where one call
+On an H200, 2026-11-29 (`gpu_probe.py clusters`). What pairs save is power: where each runs by itself for a second they
+are 3 to 7 % faster at 16384 tokens, in turn with others, at a clock that all of them have made, 3 % slower to 4 %
+faster. Four steps of 8192 keys made 648 in pairs and 616 alone where one call
 made 675 and 649."""
+PAIRED_HEAD_DIMS = (128, 192, 256)
+"""Padded. At head dim 64, where three consumers share keys and take turns, pairs are 1 % faster at 16384 tokens where
+each runs by itself, and in turn with others 0 to 7 % slower from 4096 to 32768 (`FORWARD`)."""
 
 _FEWER_COLUMNS = Settings(block=80, query_columns=64, reason="not measured yet; 96 columns of the queries spill")
 _TWO = Settings(

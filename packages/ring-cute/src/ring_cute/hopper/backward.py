@@ -12,9 +12,9 @@ divide the work otherwise (`wide_consumer`), to 192 between two CTAs (`paired_co
     └──────────────────────────────────┘              └───────────────────────────────────────────┘
 
 A CTA computes one tile of 128 keys of one key head after the other (which one is next says a counter; longest first),
-and walks the queries that see it, of every query head of the group, or of a part of the group. dk and dv never leave
-the registers before a tile's end. dq is summed in fp32 in global memory by every CTA that has a part of it: rows of D
-numbers, so that a block may begin at any row.
+and walks the queries that see it, from the last one, of every query head of the group or of a part of it. dk and dv
+never leave the registers before a tile's end. dq is summed in fp32 in global memory by every CTA that has a part of it:
+rows of D numbers, so that a block may begin at any row.
 
 Shared memory: `k`, `v` (64, D) for each consumer; `q` (BLOCK, D) Q_STAGES, with `lse`, `delta`, `bounds` and, for
 ALiBi, `slopes`; `do` (BLOCK, D) DO_STAGES; `ds` (BLOCK, 128 keys) twice; `dq` in fp32 for each consumer: its 64 columns

@@ -41,9 +41,10 @@ from ring_cute.launches import Given, Launches, current_stream, function_of
 
 SECTION_BYTES = 10 * L2_BYTES
 """Rows of Q, dO and dq that a section's longest tiles walk, as far as parts of groups can keep to it. With eight query
-heads a key head a causal mask's sections walked 537 MB; in two parts, 268, the whole backward was 2 to 6 % faster from
-4096 to 32768 tokens, in four 4 to 7 %; with four heads, 268 MB undivided, it was 2 to 3 % slower in parts, and so it
-was with full masks of 4096 tokens. H200, 2026-11-29."""
+heads a key head a causal mask's sections walk 537 MB, of which the L2 holds too little: at 16384 tokens 17.5 GB are
+read from memory, in two parts 5.4, in four 2.9 (ncu). The whole backward was 2 to 6 % faster in two parts, 4 to 7 in
+four, from 4096 to 32768 tokens. With four heads, 268 MB undivided, it was 2 to 3 % slower in parts, and so it was with
+full masks of 4096 tokens. H200, 2026-11-29."""
 ROWS = 0x7FFF0000
 """Rows of dq that 32-bit coordinates reach."""
 

@@ -18,7 +18,15 @@ from ring_core.segment import COLUMNS, FIRST, LAST
 from ring_core.tiles import ITEM, make_schedule, with_first_walk
 from ring_cute import library
 from ring_cute.launches import Given, Launches, current_stream
-from ring_cute.settings import PAIRED, Settings, kind_for, settings_for, state_fits
+from ring_cute.settings import (
+    PAIRED,
+    PAIRED_HEAD_DIMS,
+    Settings,
+    kind_for,
+    padded_head_dim,
+    settings_for,
+    state_fits,
+)
 
 L2_BYTES = 32 << 20
 """Keys and values that concurrent tiles should share in L2 (50 MB on an H100 or H200, also used by everything else)."""
@@ -213,14 +221,12 @@ def _launch_anew(
 
 
 def _in_pairs(chosen: Settings, q: Tensor, table: DeviceTable, piece_length: int) -> Settings:
-    """The settings with two CTAs a tile, which share its keys, where that pays: tiles are long and many, few pairs of
-    rows have less to do than the longer of them, and consumers do not take turns."""
-    if chosen.turns:
-        return chosen
+    """The settings with two CTAs a tile, which share its keys, where that pays: tiles are long and many, and few pairs
+    of rows have less to do than the longer of them."""
     host, paired = table.host, replace(chosen, cluster=2)
     rows = int(host.rows[host.groups[:-1], COLUMNS.index("q_len")].sum(dtype=np.int64))
     most = next((work for keys, work in PAIRED.items() if host.pairs >= keys * rows), 0.0)
-    if not most:
+    if not most or padded_head_dim(q.shape[3]) not in PAIRED_HEAD_DIMS:
         return chosen
     alone, together = (
         prepare(table, q.shape[0], piece_length, settings.block, settings.tile_rows) for settings in (chosen, paired)
