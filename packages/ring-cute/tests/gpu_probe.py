@@ -194,10 +194,13 @@ def clusters() -> None:
 
 
 def shaped() -> None:
-    """A softcap, ALiBi and both beside plain scores, and what ring-triton takes for them where it is installed too."""
+    """A softcap, ALiBi and both beside plain scores, and what ring-triton takes for them where it is installed too; of
+    one head dim: only=D64."""
     heat()
     names = [name for name in ("cute", "triton") if name in backend_names()]
     for dim, heads in SHAPED.items():
+        if PROBE.only not in f"D{dim}":
+            continue
         sizes = ((1, 16384, n, dim) for n in (heads[0], heads[1], heads[1]))
         inputs = [torch.randn(size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for size in sizes]
         dout = torch.randn_like(inputs[0]).detach()
