@@ -70,6 +70,7 @@ CASES = [
         batch=2,
         dtype=torch.float16,
     ),
+    case("D 96, four steps", causal_steps(200, (3, 2, 1, 0)), 200, dim=96),
     case("D 200, four steps", causal_steps(200, (3, 2, 1, 0)), 200, dim=200),
     case(
         "clusters, two steps",

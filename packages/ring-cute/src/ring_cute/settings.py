@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 SHARED_BYTES = 226 << 10
 """Of buffers in shared memory; a kilobyte is left for barriers and records."""
@@ -137,15 +138,22 @@ SHAPED: dict[tuple[int, bool, bool], Settings] = {
 (`gpu_probe.py shaped`), others not yet."""
 
 
+NARROWER: dict[int, dict[str, Any]] = {128: {"consumer_registers": 232, "producer_registers": 40}}
+"""What differs where a tile, of that width, is wider than the head dim. 128: the producer of a ring's steps spills with
+24 registers (head dims 72 to 104); consumers, which sum fewer columns, need fewer than 232."""
+
+
 def padded_head_dim(head_dim: int) -> int:
-    """The head dim that is computed with; columns beyond the true one are zeros that TMA fills in."""
+    """The columns of a tile in shared memory; those beyond the head dim are zeros that TMA fills in, and nothing is
+    computed of them."""
     return next(width for width in FORWARD if head_dim <= width)
 
 
 def settings_for(head_dim: int, *, softcap: bool = False, alibi: bool = False) -> Settings:
     """The settings for a head dim and scores."""
     width = padded_head_dim(head_dim)
-    return SHAPED.get((width, softcap, alibi), FORWARD[width])
+    chosen = SHAPED.get((width, softcap, alibi), FORWARD[width])
+    return replace(chosen, **NARROWER.get(width, {})) if head_dim < width else chosen
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from ring_cute.hopper.backward_records import (
 )
 from ring_cute.hopper.backward_settings import TILE_KEYS, BackwardKind, tile_keys_of
 from ring_cute.hopper.scores import HIDDEN, Place, below, capped_probabilities, sloped_probabilities
-from ring_cute.hopper.softmax import multiply, to_operand
+from ring_cute.hopper.softmax import multiply, sums_product, to_operand
 
 CONSUMERS = 2
 WARPS = 4 * CONSUMERS
@@ -121,8 +121,9 @@ class BackwardConsumer:
         )
         ds_read = turned.make_fragment_B(one.partition_B(mine))
 
-        dk = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), Float32)
-        dv = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), Float32)
+        narrow = sums_product(self.dtype, self.head_dim)
+        dk = cute.make_rmem_tensor(narrow.partition_shape_C((64, self.head_dim)), Float32)
+        dv = cute.make_rmem_tensor(narrow.partition_shape_C((64, self.head_dim)), Float32)
 
         # where a thread writes: ds (its row of a matrix of stmatrix), dq (the first number); both in bytes
         query = lane & 7
@@ -144,7 +145,7 @@ class BackwardConsumer:
                 dv.fill(0.0)
                 ptx.wait(shared.k_full, tiles & 1)
                 parts = Parts(
-                    scores, sums, turned, keys, values, queries, douts, queries_turned, douts_turned, keys_turned,
+                    scores, narrow, turned, keys, values, queries, douts, queries_turned, douts_turned, keys_turned,
                     ds_read, dk, dv, ds_at, dq_at,
                 )  # fmt: skip
                 thread = (cid, leader, cid * 64 + row, column)

@@ -87,7 +87,7 @@ SHAPED: dict[tuple[int, bool, bool], BackwardSettings] = {
 
 
 def backward_head_dim(head_dim: int) -> int:
-    """The head dim that is computed with; columns beyond the true one are zeros that TMA fills in."""
+    """The columns of a tile in shared memory; those beyond the head dim are zeros that TMA fills in."""
     return next(width for width in BACKWARD if head_dim <= width)
 
 

@@ -31,7 +31,17 @@ from ring_cute.hopper.records import (
     WALK_COLUMNS,
 )
 from ring_cute.hopper.scores import Place, add_slopes, cap_scores, slope_of
-from ring_cute.hopper.softmax import keep, kept_operand, mask, multiply, multiply_kept, rescale, softmax, to_operand
+from ring_cute.hopper.softmax import (
+    keep,
+    kept_operand,
+    mask,
+    multiply,
+    multiply_kept,
+    rescale,
+    softmax,
+    sums_product,
+    to_operand,
+)
 from ring_cute.hopper.tile_end import OUT_BARRIER, Sums, TileEnd
 
 MOST_CONSUMERS = 3
@@ -77,13 +87,14 @@ class Consumer(TileEnd):
         values = sums.make_fragment_B(sums.get_slice(0).partition_B(turned))
         s = cute.make_rmem_tensor(scores.partition_shape_C((64, self.block)), Float32)
         p = cute.make_rmem_tensor(sums.partition_shape_A((64, self.block)), self.dtype)
-        o = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), Float32)
+        narrow = sums_product(self.dtype, self.head_dim)
+        o = cute.make_rmem_tensor(narrow.partition_shape_C((64, self.head_dim)), Float32)
         m = cute.make_rmem_tensor(2, Float32)
         norm = cute.make_rmem_tensor(2, Float32)
         decay = cute.make_rmem_tensor(2, Float32)
         earlier = cute.make_rmem_tensor(2, Float32)
         kept = Sums(o, m, norm, decay, earlier)
-        of = Operands(scores, sums, queries, by_held, held, keys, values, s, p)
+        of = Operands(scores, narrow, queries, by_held, held, keys, values, s, p)
 
         blocks, tiles, turn = Int32(0), Int32(0), Int32(0)
         if cutlass.const_expr(self.settings.turns):  # noqa: SIM102  # a constant, and a value
@@ -162,7 +173,7 @@ class Consumer(TileEnd):
                     ptx.arrive(shared.q_empty + cid, leader)  # all scores are computed
                 before = (blocks - 1) & (self.stages - 1)
                 ptx.wait(shared.v_full + before, ((blocks - 1) >> self.stage_bits) & 1)
-                multiply(sums, p, values[None, None, None, before], o, True)
+                multiply(narrow, p, values[None, None, None, before], o, True)
                 tiles += 1
             next_slot = (turn + 1) & (RECORDS - 1)
             ptx.wait(shared.record_full + next_slot, ((turn + 1) >> RECORD_BITS) & 1)

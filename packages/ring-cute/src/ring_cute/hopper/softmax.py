@@ -18,6 +18,14 @@ def multiply(product, a, b, c, add: cutlass.Constexpr, depth: cutlass.Constexpr 
     multiply_kept(product, None, None, a, b, c, add, whole if cutlass.const_expr(depth is None) else depth)
 
 
+def sums_product(dtype, columns: int):
+    """The product of 64 rows in registers by so many columns: nothing is computed of those of a tile's padding."""
+    return hopper_helpers.make_trivial_tiled_mma(
+        dtype, dtype, OperandMajorMode.K, OperandMajorMode.MN, Float32, (1, 1, 1), (64, columns),
+        warpgroup.OperandSource.RMEM,
+    )  # fmt: skip
+
+
 def kept_operand(dtype, block: int, columns: int):
     """The product of 64 rows by a block, whose first operand is in registers, and registers for so many columns of it;
     None and None for no column."""
@@ -135,9 +143,9 @@ def rescale(o, factor):
 @cute.jit
 def to_operand(s, p):
     """fp32 to the inputs' dtype, two numbers a register."""
-    words = cute.recast_tensor(p, Int32)
-    for e in cutlass.range_constexpr(0, cute.size(words), 4):
-        for c in cutlass.range_constexpr(e, e + 4):
+    words, count = cute.recast_tensor(p, Int32), cute.size(s) // 2
+    for e in cutlass.range_constexpr(0, count, 4):
+        for c in cutlass.range_constexpr(e, min(e + 4, count)):
             words[c] = ptx.pack(s[2 * c], s[2 * c + 1], p.element_type)
 
 

@@ -166,7 +166,10 @@ class TileEnd:
             if count >= self.top(cid) + 64:
                 from_registers = False
                 buffer = shared.o[None, None, cid]
-                cute.autovec_copy(o, self.rows_of(buffer, sums))
+                there = self.rows_of(buffer, sums)
+                for n in cutlass.range_constexpr(cute.size(o) // 4):
+                    for half in cutlass.range_constexpr(2):
+                        cute.autovec_copy(o[(None, half, n), 0, 0], there[(None, half, n), 0, 0])
                 self.send(results.state_atom, results.state_tma[None, None, head, batch], q_row, cid, buffer)
         if from_registers:
             state_at = self.row_in(results.state_b, results.state_s, results.state_h, records, slot, cid, column)
@@ -183,6 +186,7 @@ class TileEnd:
         """A tile's final rows, by TMA where all 64 are inside, else from registers."""
         records = shared.records
         q_row, count, batch, head = records[Q_ROW, slot], records[ROWS, slot], records[BATCH, slot], records[HEAD, slot]
+        # a tile's padding is whatever it is: TMA knows where rows end
         rounded = cute.make_rmem_tensor(sums.partition_shape_C((64, self.dim)), self.dtype)
         to_operand(o, rounded)
         from_registers = count > self.top(cid)
