@@ -166,10 +166,12 @@ class TileEnd:
             if count >= self.top(cid) + 64:
                 from_registers = False
                 buffer = shared.o[None, None, cid]
-                there = self.rows_of(buffer, sums)
+                there, pair = self.rows_of(buffer, sums), cute.make_rmem_tensor(2, Float32)
                 for n in cutlass.range_constexpr(cute.size(o) // 4):
                     for half in cutlass.range_constexpr(2):
-                        cute.autovec_copy(o[(None, half, n), 0, 0], there[(None, half, n), 0, 0])
+                        for c in cutlass.range_constexpr(2):
+                            pair[c] = o[4 * n + 2 * half + c]
+                        cute.autovec_copy(pair, there[(None, half, n), 0, 0])
                 self.send(results.state_atom, results.state_tma[None, None, head, batch], q_row, cid, buffer)
         if from_registers:
             state_at = self.row_in(results.state_b, results.state_s, results.state_h, records, slot, cid, column)
