@@ -110,9 +110,8 @@ causal mask pairs have 1.03 times the work at 4096 tokens, 1.015 at 8192, 1.008 
 256: causal 500 / 576, 578 / 652, 644 / 637, 687 / 658, 708 / 661, full 614 / 630, 670 / 684, 708 / 675, 728 / 704,
      741 / 711
 On an H200, 2026-11-29 (`gpu_probe.py clusters`). What pairs save is power: where each runs by itself for a second they
-are 3 to 7 % faster at 16384 tokens, in turn with others, at a clock that all of them have made, 3 % slower to 4 %
-faster. Four steps of 8192 keys made 648 in pairs and 616 alone where one call
-made 675 and 649."""
+are 2 to 7 % faster at 16384 tokens; among others, at a clock that all of them have made, from 5 % slower (head dim
+256) to 4 % faster (128). Four steps of 8192 keys made 648 in pairs and 616 alone where one call made 675 and 649."""
 PAIRED_HEAD_DIMS = (128, 192, 256)
 """Padded. At head dim 64, where three consumers share keys and take turns, pairs are 1 % faster at 16384 tokens where
 each runs by itself, and in turn with others 0 to 7 % slower from 4096 to 32768 (`FORWARD`)."""

@@ -428,7 +428,7 @@ def _dealt_out(prepared: PreparedKeys, q: Tensor, num_kv_heads: int, cluster: in
     _, length, num_heads, head_dim = q.shape
     group, workers = num_heads // num_kv_heads, _processors(q.device) // cluster
     tiles, row_bytes = prepared.count * prepared.repeats * num_kv_heads, 8 * head_dim  # of Q, dO and dq
-    for parts in range(1, group + 1):
+    for parts in (n for n in range(1, group + 1) if group % n == 0):
         members = group // parts
         section = prepared.section(
             prepared.repeats * num_kv_heads * parts, max(1, L2_BYTES // (members * length * row_bytes)), workers
@@ -436,6 +436,6 @@ def _dealt_out(prepared: PreparedKeys, q: Tensor, num_kv_heads: int, cluster: in
         dealing = Dealing(parts, members, section)
         few_rows = section * members * min(length, prepared.longest) * row_bytes <= SECTION_BYTES
         enough = tiles * parts >= 2 * workers and few_rows
-        if group % parts == 0 and (whole or enough or parts == group):
+        if whole or enough or parts == group:
             return dealing
     raise AssertionError("a group has a head")
