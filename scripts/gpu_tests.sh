@@ -3,7 +3,8 @@
 #
 #   scripts/gpu_tests.sh [PACKAGE…] [-- PYTEST ARGUMENT…]      e.g. scripts/gpu_tests.sh ring-core -- -k gather -x
 #
-# Tests that need more GPUs than there are skip themselves. Packages may be installed, or be found through PYTHONPATH.
+# Tests that need more GPUs than there are skip themselves; with RING_TEST_SHARE_GPUS=1 their ranks share what there is.
+# Packages may be installed, or be found through PYTHONPATH.
 # PYTHON names the interpreter (default: python3). Exit code: 0 if every package's tests passed, 1 if some failed or none
 # ran (a package all of whose tests are skipped counts as not run), 2 for wrong usage.
 set -u

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import multiprocessing
@@ -549,6 +550,17 @@ def test_the_plugin(tmp_path: Path) -> None:
     assert "RankError: rank 0 raised ValueError: from a rank" in done.stdout
     assert "rerun this test with RING_TEST_SEED=42" in done.stdout
     assert "multi_gpu needs the number of devices" in done.stdout
+
+
+def test_ranks_may_share_a_gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    from ring_core.testing import plugin
+
+    request.applymarker(pytest.mark.multi_gpu(4))
+    for present, share, runs in ((4, "", True), (1, "", False), (1, "0", False), (1, "1", True), (0, "1", False)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda present=present: present)
+        monkeypatch.setenv("RING_TEST_SHARE_GPUS", share)
+        with contextlib.nullcontext() if runs else pytest.raises(pytest.skip.Exception, match=f"machine has {present}"):
+            plugin.pytest_runtest_setup(request.node)
 
 
 def test_seeds_are_fresh_without_the_variable(

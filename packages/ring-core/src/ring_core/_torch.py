@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -87,6 +88,11 @@ def symmetric_buffer(nbytes: int, device: torch.device) -> Tensor:
     """uint8 (nbytes,): memory of one GPU that the other ranks of a group can map, once `symmetric_rendezvous` has been
     called on it."""
     return _symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def ranks_may_share_gpus() -> bool:
+    """Whether torch lets ranks of one GPU meet in symmetric memory: for tests, see `ring_core.testing.plugin`."""
+    return os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
 
 
 def symmetric_rendezvous(own: Tensor, group: ProcessGroup) -> list[Tensor]:

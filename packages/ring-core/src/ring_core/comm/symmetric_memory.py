@@ -24,7 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ring_core._torch import current_stream_handle, lasting, symmetric_buffer, symmetric_rendezvous
+from ring_core._torch import (
+    current_stream_handle,
+    lasting,
+    ranks_may_share_gpus,
+    symmetric_buffer,
+    symmetric_rendezvous,
+)
 from ring_core.backend import POISON, Flags
 from ring_core.comm.channel import RingCommError, timeout
 from ring_core.comm.lane import Lane, mark_on
@@ -283,6 +289,8 @@ def _can_read_each_other(group: ProcessGroup, device: torch.device) -> bool:
     places: list[tuple[str, int, int]] = [mine] * dist.get_world_size(group)
     dist.all_gather_object(places, mine, group=group)
     hosts, devices, counts = zip(*places, strict=True)
-    if not hosts[0] or len(set(hosts)) > 1 or len(set(devices)) < len(devices) or max(devices) >= min(counts):
+    if not hosts[0] or len(set(hosts)) > 1 or max(devices) >= min(counts):
         return False
-    return all(torch.cuda.can_device_access_peer(a, b) for a, b in combinations(devices, 2))
+    if len(set(devices)) < len(devices) and not ranks_may_share_gpus():
+        return False
+    return all(torch.cuda.can_device_access_peer(a, b) for a, b in combinations(sorted(set(devices)), 2))

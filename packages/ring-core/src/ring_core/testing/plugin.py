@@ -2,7 +2,8 @@
 
 `ranks(world_size, function, *args, **kwargs)` runs a module-level function on every rank of a cached pool.
 `seed` is a fresh number for each test, printed if the test fails; RING_TEST_SEED=<number> brings it back.
-Markers: `gpu` needs a CUDA device, `multi_gpu(n)` needs n; without them a test is skipped, and says why.
+Markers: `gpu` needs a CUDA device, `multi_gpu(n)` needs n; without them a test is skipped, and says why. With
+RING_TEST_SHARE_GPUS=1 one device is enough: its ranks share it, slowly, but through the same kernels and transports.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from ring_core.testing.pool import RankError, close_pools, get_pool
 
 SEED_VARIABLE = "RING_TEST_SEED"
+SHARE_VARIABLE = "RING_TEST_SHARE_GPUS"
 
 RunRanks = Callable[..., list[Any]]
 
@@ -93,5 +95,5 @@ def _gpus_needed(item: pytest.Item) -> int:
 
 def _skip_without_gpus(needed: int) -> None:
     present = torch.cuda.device_count()  # does not initialise CUDA in this process
-    if present < needed:
+    if present < (1 if os.environ.get(SHARE_VARIABLE) == "1" else needed):
         pytest.skip(f"needs {needed} CUDA device(s), this machine has {present}")

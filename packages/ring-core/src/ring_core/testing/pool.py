@@ -218,7 +218,8 @@ class _Workers:
 class WorkerPool:
     """`world_size` persistent workers in one process group.
 
-    device: "cpu" (gloo) or "cuda" (rank = CUDA device; the default group is "cpu:gloo,cuda:nccl").
+    device: "cpu" (gloo) or "cuda" (rank = CUDA device, where there are fewer they are shared in turn; the default group
+        is "cpu:gloo,cuda:nccl").
     timeout: seconds a run may take unless it says otherwise. start_timeout: the same for starting the workers, which
         happens at the first run, and at the first after a failure.
     environment: variables that the workers start with, over the caller's own (CUDA and NCCL read theirs only then).

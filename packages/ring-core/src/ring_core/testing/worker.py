@@ -175,12 +175,28 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
+def _of_shared_gpus(rank: int) -> dict[str, str]:
+    """Variables under which ranks of one GPU work together. NCCL refuses two ranks of one host and GPU: each is said to
+    have a host of its own, and sockets lie between them. Multicast needs GPUs of their own."""
+    return {
+        "NCCL_HOSTID": f"ring-core-rank{rank}",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_IB_DISABLE": "1",
+        "NCCL_NVLS_ENABLE": "0",
+        "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    }
+
+
 def _join(spec: WorkerSpec) -> Any:
     """Enter the process group and connect; returns the store, which must outlive it."""
     if "GLOO_SOCKET_IFNAME" not in os.environ and "lo" in (name for _, name in socket.if_nameindex()):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # all ranks are here, and a host name may not resolve
     if spec.device == "cuda":
-        torch.cuda.set_device(spec.rank)
+        count = torch.cuda.device_count()
+        if spec.world_size > count:
+            os.environ.update(_of_shared_gpus(spec.rank))
+        torch.cuda.set_device(spec.rank % count)
         backend = "cpu:gloo,cuda:nccl"
     else:
         torch.set_num_threads(1)
