@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
 
 
 def forget() -> None:
-    for cached in (backend._registered, backend.load_backend, backend.check_supported, backend.choose_backend):
-        cached.cache_clear()
+    backend._registered.cache_clear()
+    backend.forget_backends()
 
 
 @pytest.fixture(autouse=True)

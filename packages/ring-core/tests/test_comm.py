@@ -255,7 +255,8 @@ def persistent_buffers() -> bool:
     def slots() -> dict[tuple[str, str], int]:
         return {
             (kind, name): slot.data_ptr()
-            for (_, _, kind), link in channels._channels.items()
+            for links in channels._channels.values()
+            for (_, kind), link in links.items()
             for name, slot in link._slots.items()
         }
 

@@ -122,6 +122,7 @@ def test_tensors(tensors: tuple[Any, Any, Any], error: type[Exception], message:
         ring_attention(*tensors)
 
 
+SINKS = "sinks must be (4,), floating point, on cpu, got "
 WINDOW = "window_size must be (left, right), two ints, each >= 0 or -1 for unbounded, got "
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "layout": (
@@ -130,6 +131,8 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "schedule": ({"schedule": "star"}, "unknown schedule 'star'; there are 'auto', 'ring', 'gather'"),
     "backend": ({"backend": "cuda"}, "there is no backend 'cuda' here; installed: "),
+    "backend by number": ({"backend": 3}, "backend must be the name of a backend or None, got int"),
+    "backend without options": ({"backend": "reference[fast]"}, "backend 'reference' has no options, got 'fast'"),
     "window of one": ({"window_size": (3,)}, WINDOW + "(3,)"),
     "negative window": ({"window_size": (-2, 0)}, WINDOW + "(-2, 0)"),
     "window as a number": ({"window_size": 128}, WINDOW + "128"),
@@ -140,19 +143,23 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "total negative": ({"total_length": (8, -1)}, "total_length says -1 keys, but the ranks hold 8 together"),
     "total of three": ({"total_length": (8, 8, 8)}, "total_length must be"),
+    "total not whole": ({"total_length": 7.5}, "total_length must be one int or a pair (of q, of k), got 7.5"),
     "softcap": ({"softcap": -1.0}, "softcap must be >= 0 (0 is none), got -1.0"),
     "softcap nan": ({"softcap": float("nan")}, "softcap must be >= 0 (0 is none), got nan"),
     "alibi shape": ({"alibi_slopes": torch.ones(3)}, "alibi_slopes must be (4,) or (2, 4), got (3,)"),
+    "alibi list": ({"alibi_slopes": [0.5] * 4}, "alibi_slopes must be a tensor, got list"),
     "alibi dtype": (
         {"alibi_slopes": torch.ones(4, dtype=torch.int32)},
-        "alibi_slopes must be fp32 on cpu, got torch.int32 on cpu",
+        "alibi_slopes must be fp32 or fp64 on cpu, got torch.int32 on cpu",
     ),
     "alibi device": (
         {"alibi_slopes": torch.ones(4, device="meta")},
-        "alibi_slopes must be fp32 on cpu, got torch.float32 on meta",
+        "alibi_slopes must be fp32 or fp64 on cpu, got torch.float32 on meta",
     ),
-    "sinks shape": ({"sinks": torch.ones(2)}, "sinks must be (4,) on cpu, got (2,) on cpu"),
-    "sinks device": ({"sinks": torch.ones(4, device="meta")}, "sinks must be (4,) on cpu, got (4,) on meta"),
+    "sinks list": ({"sinks": [0.5] * 4}, "sinks must be a tensor, got list"),
+    "sinks shape": ({"sinks": torch.ones(2)}, SINKS + "(2,), torch.float32, on cpu"),
+    "sinks dtype": ({"sinks": torch.ones(4, dtype=torch.int64)}, SINKS + "(4,), torch.int64, on cpu"),
+    "sinks device": ({"sinks": torch.ones(4, device="meta")}, SINKS + "(4,), torch.float32, on meta"),
     "dropout 1": ({"dropout_p": 1.0}, "dropout_p must be in [0, 1), got 1.0"),
     "dropout negative": ({"dropout_p": -0.1}, "dropout_p must be in [0, 1), got -0.1"),
     "dropout nan": ({"dropout_p": float("nan")}, "dropout_p must be in [0, 1), got nan"),

@@ -100,6 +100,8 @@ def test_plans_are_values() -> None:
         ({"layout": "stripe"}, ValueError, "unknown layout 'stripe' of packed documents"),
         ({"rank": 0}, ValueError, "give both rank and world_size, or neither"),
         ({"window_size": (-2, 0)}, ValueError, r"window_size must be \(left, right\)"),
+        ({"window_size": (0.5, 2)}, TypeError, r"window_size must be \(left, right\), two ints, .* got \(0.5, 2\)"),
+        ({"window_size": 5}, TypeError, r"window_size must be \(left, right\), .* got 5"),
     ],
 )
 def test_wrong_plans_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:

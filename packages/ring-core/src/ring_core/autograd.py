@@ -35,6 +35,7 @@ from ring_core.backend import (
     check_supported,
     choose_backend,
     load_backend,
+    of_backends,
 )
 from ring_core.comm import transport
 from ring_core.packed import PackedPlan
@@ -164,16 +165,19 @@ class _Attention(torch.autograd.Function):
             saved = q, k, v, out, lse, alibi_slopes, sinks, seed
             dq, dk, dv, dsinks = _backward(dout, dlse, *saved, ctx.call, gathered)
         if torch.is_grad_enabled():  # create_graph=True
-            dq, dk, dv = _Once.apply(dq, dk, dv, q, k, v, dout)  # type: ignore[no-untyped-call]
+            sources = (q, k, v, dout, *(x for x in (dlse, sinks) if x is not None))
+            dq, dk, dv, dsinks = _Once.apply(dq, dk, dv, dsinks, *sources)  # type: ignore[no-untyped-call]
         return dq, dk, dv, None, dsinks, None, None
 
 
 class _Once(torch.autograd.Function):
-    """Gradients that depend on q, k, v and dout, but refuse to be differentiated."""
+    """Gradients that depend on what follows them, but refuse to be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
-        return dq.view_as(dq), dk.view_as(dk), dv.view_as(dv)
+    def forward(
+        ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dsinks: Tensor | None, *sources: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return dq.view_as(dq), dk.view_as(dk), dv.view_as(dv), None if dsinks is None else dsinks.view_as(dsinks)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -297,7 +301,8 @@ def _forward(
         q, k, v, out, lse = [x.unsqueeze(0) for x in (q, k, v, out, lse)]
     group = _group(call)
     if group is not None and agreement.wanted():
-        agreement.check_agreement(group, _description(q, k, call))
+        with _device_of(q):
+            agreement.check_agreement(group, _description(q, k, call))
     way = _prepare(q, k, call, group, alibi=alibi_slopes is not None, sinks=sinks is not None)
     if seed is not None and group is not None and not call.shared_seed:
         seed = seed.clone()
@@ -421,6 +426,7 @@ def _prepare(
     return _way(q.shape, k.shape, q.dtype, q.device, alibi, sinks, lse_grad, *place, call)
 
 
+@of_backends
 @lru_cache(maxsize=256)
 def _way(
     q_shape: torch.Size,

@@ -5,11 +5,13 @@ A backend computes blocks of attention; it knows no ranks, layouts or masks, onl
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.metadata import entry_points
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -354,34 +356,52 @@ def _registered() -> dict[str, Any]:
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
+class _Cached(Protocol):
+    def cache_clear(self) -> None: ...
+
+
+C = TypeVar("C", bound=_Cached)
+_of_backends: list[_Cached] = []
+
+
+def of_backends(cached: C) -> C:
+    """A decorator for what is remembered only as long as a name means the same backend."""
+    _of_backends.append(cached)
+    return cached
+
+
 def backend_names() -> tuple[str, ...]:
     """Names of the installed backends, none imported."""
     return tuple(sorted({"reference", *_registered()}))
 
 
+@of_backends
 @cache
 def load_backend(name: str) -> Backend:
     """The backend of that name, imported now. "native[cudnn]" is the backend "native" made with the option "cudnn".
 
     Raises:
-        ValueError: no installed package registers it, or it does not know the option.
+        ValueError: no installed package registers it, or it does not know the option or has none.
         ImportError: from its package, where something that needs is missing.
     """
     base, _, option = name.removesuffix("]").partition("[")
     if base not in backend_names() or (option and not name.endswith("]")):
         raise ValueError(
-            f"there is no backend {name!r} here; installed: {', '.join(backend_names())}. "
-            f"Backends come with packages of their own: pip install ring-{base}"
+            f"there is no backend {name!r} here; installed: {', '.join(backend_names())}. Backends come with "
+            f"packages of their own: pip install ring-native, ring-triton or ring-cute. Kernels of others are "
+            f'options of the first: "native[flash-attn]"'
         )
-    if option:
-        made: Backend = _registered()[base].load()(option)
-        return made
-    if name not in _registered():  # run from a source tree that was never installed
-        from ring_core.reference import ReferenceBackend
+    make: Callable[..., Backend] = _registered()[base].load() if base in _registered() else _reference()
+    if option and not inspect.signature(make).parameters:
+        raise ValueError(f"backend {base!r} has no options, got {option!r}")
+    return make(option) if option else make()
 
-        return ReferenceBackend()
-    backend: Backend = _registered()[name].load()()
-    return backend
+
+def _reference() -> type[Backend]:
+    """For a source tree that was never installed, which has no entry points."""
+    from ring_core.reference import ReferenceBackend
+
+    return ReferenceBackend
 
 
 def register_backend(name: str, backend: Backend) -> None:
@@ -393,14 +413,20 @@ def register_backend(name: str, backend: Backend) -> None:
             return lambda: backend
 
     _registered()[name] = Point()
-    for known in (load_backend, check_supported, choose_backend):
-        known.cache_clear()
+    forget_backends()
+
+
+def forget_backends() -> None:
+    """Nothing is remembered any more of what a name meant."""
+    for remembered in _of_backends:
+        remembered.cache_clear()
 
 
 AUTOMATIC = ("cute", "triton", "native", "reference")
 """What `backend=None` tries on CUDA, fastest first; other devices take the reference backend."""
 
 
+@of_backends
 @cache
 def check_supported(
     name: str,
@@ -424,6 +450,7 @@ def check_supported(
     raise UnsupportedError(f"backend {name!r} cannot do this call: {'; '.join(problems)}; {alternatives}")
 
 
+@of_backends
 @cache
 def choose_backend(
     device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str], gradients: bool = False

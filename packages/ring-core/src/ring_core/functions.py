@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
 
+from ring_core.checks import BATCHED
 from ring_core.group import Group
-from ring_core.interface import BATCHED, ScheduleName, attend
+from ring_core.interface import ScheduleName, attend
 from ring_core.layout import LayoutName
 from ring_core.varlen import Result, VarlenFunction, unpack, varlen_functions, with_tail
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from ring_core import autograd
+from ring_core.checks import (
+    BATCHED,
+    check_backend,
+    check_schedule,
+    check_scores,
+    check_tensors,
+    check_window,
+    form_of,
+    scale_of,
+    seed_of,
+)
 from ring_core.group import Group, process_group
 from ring_core.layout import LAYOUTS, LayoutName, multiple
-from ring_core.plan import SCHEDULES
 
 ScheduleName = Literal["auto", "ring", "gather"]
 
@@ -99,8 +107,8 @@ def ring_attention(
         softmax_scale: of q·k; 1 / sqrt(D) by default.
         layout: how the sequence was dealt out, see `shard_sequence`: "contiguous", "zigzag" or "stripe" (the last two
             give all ranks equal work under a causal mask).
-        schedule: "ring" (neighbour to neighbour, two chunks in memory), "gather" (every rank takes all it will see, one
-            launch) or "auto" (gather while all keys and values take at most 2 GiB).
+        schedule: "ring" (neighbour to neighbour, two chunks in memory), "gather" (every rank takes all it will see,
+            some heads at a time) or "auto" (gather while all keys and values take at most 2 GiB).
         backend: name of an installed backend; None: the fastest that can do the call on CUDA, the reference elsewhere.
         group: a process group or a mesh of one axis; None: the default group if one is initialised, else this process
             alone.
@@ -108,9 +116,9 @@ def ring_attention(
         total_length: true global length of a padded sequence (see `pad_sequence`), or (of q, of k) where they differ:
             later keys are seen by nobody, later rows are 0.
         softcap: > 0: scores s become softcap * tanh(s / softcap).
-        alibi_slopes: (Hq,) or (B, Hq) fp32: subtracts slope * |distance in positions| from the scores. Not
+        alibi_slopes: (Hq,) or (B, Hq), fp32 or fp64: subtracts slope * |distance in positions| from the scores. Not
             differentiable.
-        sinks: (Hq,): one more logit a head, in the denominator only (attention sinks as in gpt-oss).
+        sinks: (Hq,), floating point: one more logit a head, in the denominator only (attention sinks as in gpt-oss).
         dropout_p: in [0, 1): probability of dropping an attention weight. The mask depends on the seed and on global
             positions only, not on layout, schedule or number of ranks.
         dropout_seed: an int or an int64 tensor (1,) on the device, the same on all ranks; None: drawn from the first
@@ -119,7 +127,8 @@ def ring_attention(
 
     Returns:
         out (B, Sq, Hq, D) in q's dtype; with `return_lse` also lse (B, Hq, Sq), natural logarithm, fp32 (fp64 for
-        fp64), which is differentiable. Rows that see nothing: out 0, lse -inf.
+        fp64), which is differentiable. Rows that see nothing: out 0, lse -inf (with `sinks` that of the sink alone;
+        padding -inf).
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says what was given and what is needed.
@@ -190,56 +199,12 @@ def attend(
         heads_at_once=heads_at_once,
         layout=layout,
         schedule=schedule,
-        backend="" if backend is None else backend,
+        backend=check_backend(backend),
         group_name=autograd.NO_GROUP if members is None else members.group_name,
         gradients=autograd.needs_gradients(q, k, v, sinks),
     )
     seed = seed_of(q, dropout_p, dropout_seed)
     return autograd.attention(q, k, v, alibi_slopes, sinks, seed, call)
-
-
-BATCHED = "(batch, sequence, heads, head_dim)"
-
-
-class Form(NamedTuple):
-    """What checks look at."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
-def form_of(name: str, x: Tensor) -> Form:
-    """Raises TypeError unless it is a tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    return Form(x.shape, x.dtype, x.device)
-
-
-def check_tensors(q: Form, k: Form, v: Form, form: str) -> None:
-    """Raises TypeError or ValueError unless q, k and v fit together and have the dimensions that `form` names."""
-    dims = form.count(",") + 1
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if len(x.shape) != dims:
-            raise ValueError(f"{name} must be {form}, got shape {tuple(x.shape)}")
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"q, k, v must be floating point, got {q.dtype}")
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        raise TypeError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}: cast them with .to(dtype)")
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(
-            f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}: move them with .to(device)"
-        )
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if (dims == 4 and q.shape[0] != k.shape[0]) or q.shape[-1] != k.shape[-1]:
-        agree = "batch and head_dim" if dims == 4 else "head_dim"
-        raise ValueError(f"q and k must agree in {agree}, got shapes {tuple(q.shape)} and {tuple(k.shape)} {form}")
-    if not k.shape[-2] or q.shape[-2] % k.shape[-2]:
-        raise ValueError(
-            f"the number of query heads must be a multiple of the number of key heads, got {q.shape[-2]} and "
-            f"{k.shape[-2]}"
-        )
 
 
 def _check_layout(q: Tensor, k: Tensor, layout: str, schedule: str, world_size: int) -> None:
@@ -254,27 +219,6 @@ def _check_layout(q: Tensor, k: Tensor, layout: str, schedule: str, world_size: 
                 f"{x.shape[1]}, which is odd: pad the whole sequence with ring_core.pad_sequence before sharding it, "
                 f"and pass its true length as total_length"
             )
-
-
-def check_schedule(schedule: str) -> None:
-    """Raises ValueError unless there is such a schedule."""
-    if schedule != "auto" and schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; there are 'auto', {', '.join(map(repr, SCHEDULES))}")
-
-
-def check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
-    """Left and right, -1 for unbounded, with the causal mask in `right`. Raises TypeError or ValueError."""
-    message = f"window_size must be (left, right), two ints, each >= 0 or -1 for unbounded, got {window_size!r}"
-    if not isinstance(window_size, (tuple, list)):
-        raise TypeError(message)
-    if len(window_size) != 2:
-        raise ValueError(message)
-    left, right = window_size
-    if not isinstance(left, int) or not isinstance(right, int):
-        raise TypeError(message)
-    if left < -1 or right < -1:
-        raise ValueError(message)
-    return left, 0 if causal else right
 
 
 def _check_total(total_length: int | tuple[int, int] | None, q_length: int, k_length: int) -> tuple[int, int]:
@@ -292,56 +236,11 @@ def _check_total(total_length: int | tuple[int, int] | None, q_length: int, k_le
     else:
         q_total = k_total = total_length
     for name, total, length in (("queries", q_total, q_length), ("keys", k_total, k_length)):
+        if not isinstance(total, int):
+            raise TypeError(f"total_length must be one int or a pair (of q, of k), got {total_length!r}")
         if not 0 <= total <= length:
             raise ValueError(
                 f"total_length says {total} {name}, but the ranks hold {length} together: it is the true global "
                 f"length, at most the padded one"
             )
     return q_total, k_total
-
-
-def check_scores(q: Tensor, softcap: float, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
-    """Raises ValueError unless what changes the scores of q (B, Sq, Hq, D), or without B, has the right shapes."""
-    if not softcap >= 0:
-        raise ValueError(f"softcap must be >= 0 (0 is none), got {softcap}")
-    batch, num_heads = q.shape[0] if q.dim() == 4 else 1, q.shape[-2]
-    if alibi_slopes is not None:
-        if alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
-            raise ValueError(
-                f"alibi_slopes must be ({num_heads},) or ({batch}, {num_heads}), got {tuple(alibi_slopes.shape)}"
-            )
-        if alibi_slopes.dtype not in (torch.float32, torch.float64) or alibi_slopes.device != q.device:
-            raise ValueError(
-                f"alibi_slopes must be fp32 on {q.device}, got {alibi_slopes.dtype} on {alibi_slopes.device}"
-            )
-    if sinks is not None and (sinks.shape != (num_heads,) or sinks.device != q.device):
-        raise ValueError(f"sinks must be ({num_heads},) on {q.device}, got {tuple(sinks.shape)} on {sinks.device}")
-
-
-def scale_of(q: Tensor | Form, softmax_scale: float | None) -> float:
-    """The scale of q·k: 1 / sqrt(head_dim) where none is given."""
-    if softmax_scale is None:
-        return 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
-    return float(softmax_scale)
-
-
-def seed_of(q: Tensor, dropout_p: float, dropout_seed: int | Tensor | None) -> Tensor | None:
-    """int64 (1,) on q's device, without waiting for it."""
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if dropout_p == 0.0:
-        return None
-    if dropout_seed is None:
-        return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
-    if isinstance(dropout_seed, Tensor):
-        if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1 or dropout_seed.device != q.device:
-            raise ValueError(
-                f"dropout_seed must be an int or one int64 on {q.device}, got {dropout_seed.numel()} "
-                f"{dropout_seed.dtype} on {dropout_seed.device}"
-            )
-        return dropout_seed.reshape(1)
-    if not isinstance(dropout_seed, int):
-        raise TypeError(f"dropout_seed must be an int or one int64 on {q.device}, got {type(dropout_seed).__name__}")
-    if not -(2**63) <= dropout_seed < 2**63:
-        raise ValueError(f"dropout_seed must be an int that fits into 64 bits, with its sign, got {dropout_seed}")
-    return torch.full((1,), dropout_seed, dtype=torch.int64, device=q.device)

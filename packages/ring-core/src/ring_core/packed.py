@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ring_core._torch import constant_in_graphs
+from ring_core._torch import constant_in_graphs, lasting
+from ring_core.checks import check_window
 from ring_core.group import Group
 from ring_core.layout import gather_uneven, place_of
 from ring_core.plan.dealing import Cells, PackedLayoutName
@@ -48,7 +49,8 @@ class PackedPlan:
             max(np.diff(cu).max(initial=0) for cu in (problem.documents.cu_q, problem.documents.cu_k))
         )
         self._hash = hash((problem, rank))
-        self.code = torch.frombuffer(bytearray(problem.code), dtype=torch.int64)
+        with lasting():
+            self.code = torch.frombuffer(bytearray(problem.code), dtype=torch.int64)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PackedPlan) and (self.problem, self.rank) == (other.problem, other.rank)
@@ -171,16 +173,17 @@ def plan_packed(
         causal, window_size: as in `ring_core.ring_attention`, inside each document.
         group, rank, world_size: whose place; by default this process's in `group` (the default group).
 
+    Returns:
+        A hashable plan of this rank, for all layers, which also shards tensors and joins them again.
+
     Raises:
         TypeError, ValueError: an argument is wrong; the message says what was given and what is needed.
     """
     where, size = place_of(rank, world_size, group)
-    left, right = window_size
+    left, right = check_window(window_size, causal)
     ends = _on_host("cu_seqlens", cu_seqlens)
     ends_k = None if cu_seqlens_k is None else _on_host("cu_seqlens_k", cu_seqlens_k)
-    if min(left, right) < -1:
-        raise ValueError(f"window_size must be (left, right), each >= 0 or -1 for unbounded, got {window_size}")
-    bounds = None if left < 0 else left, 0 if causal else None if right < 0 else right
+    bounds = None if left < 0 else left, None if right < 0 else right
     plan: PackedPlan = _plan(ends, ends_k, *bounds, layout, size, where, group)
     return plan
 

@@ -8,10 +8,9 @@ from typing import Literal, cast, overload
 from torch import Tensor
 
 from ring_core import autograd
-from ring_core.group import Group, process_group
-from ring_core.interface import (
+from ring_core.checks import (
     Form,
-    ScheduleName,
+    check_backend,
     check_schedule,
     check_scores,
     check_tensors,
@@ -20,6 +19,8 @@ from ring_core.interface import (
     scale_of,
     seed_of,
 )
+from ring_core.group import Group, process_group
+from ring_core.interface import ScheduleName
 from ring_core.packed import CuSeqlens, PackedPlan, plan_packed
 from ring_core.plan import PackedLayoutName, PackedProblem
 
@@ -109,13 +110,13 @@ def ring_attention_packed(
         cu_seqlens_k: of the keys' stream, where it is another one; not with a plan.
         causal, window_size, layout: as in `plan_packed`. With a plan: nothing, or what the plan says.
         group: as in `ring_core.ring_attention`; with a plan, by default the plan's.
-        alibi_slopes: (Hq,) fp32: distances are those inside a document.
+        alibi_slopes: (Hq,), fp32 or fp64: distances are those inside a document.
         dropout_p, dropout_seed: as in `ring_core.ring_attention`; the mask depends on positions in the packed stream.
         softmax_scale, schedule, backend, return_lse, softcap, sinks, deterministic: as in `ring_core.ring_attention`.
 
     Returns:
         out (T_local, Hq, D) in q's dtype; with `return_lse` also lse (Hq, T_local), natural logarithm, fp32 (fp64 for
-        fp64), which is differentiable. Rows that see nothing: out 0, lse -inf.
+        fp64), which is differentiable. Rows that see nothing: out 0, lse -inf (with `sinks` that of the sink alone).
 
     Raises:
         TypeError, ValueError: an argument is wrong, or contradicts the plan; the message says what is needed.
@@ -215,7 +216,7 @@ def attend_packed(
         plan.window_size,
         None if softmax_scale is None else float(softmax_scale),
         schedule,
-        backend,
+        check_backend(backend),
         autograd.NO_GROUP if members is None else members.group_name,
         float(softcap),
         float(dropout_p),
@@ -237,7 +238,7 @@ def _make_call(
     window_size: tuple[int, int],
     softmax_scale: float | None,
     schedule: str,
-    backend: str | None,
+    backend: str,
     group_name: str,
     softcap: float,
     dropout_p: float,
@@ -263,7 +264,7 @@ def _make_call(
         heads_at_once=heads_at_once,
         layout=layout,
         schedule=schedule,
-        backend="" if backend is None else backend,
+        backend=backend,
         group_name=group_name,
         packed=problem,
         gradients=gradients,

@@ -221,17 +221,25 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     """(B, rows, Hq, D), (B, k_len, Hkv, D) -> (B, Hq, rows, k_len): rows against keys, or output gradients against
     values."""
     grouped = a.to(b.dtype).unflatten(2, (b.shape[2], -1))
-    return torch.einsum("bihgd,bjhd->bhgij", grouped, b).flatten(1, 2)
+    return _sums("bihgd,bjhd->bhgij", grouped, b).flatten(1, 2)
 
 
 def _weigh(p: Tensor, b: Tensor) -> Tensor:
     """(B, Hq, rows, k_len), (B, k_len, Hkv, D) -> (B, rows, Hq, D): sums over keys."""
-    return torch.einsum("bhgij,bjhd->bihgd", p.unflatten(1, (b.shape[2], -1)), b).flatten(2, 3)
+    return _sums("bhgij,bjhd->bihgd", p.unflatten(1, (b.shape[2], -1)), b).flatten(2, 3)
 
 
 def _over_rows(p: Tensor, a: Tensor, num_kv_heads: int) -> Tensor:
     """(B, Hq, rows, k_len), (B, rows, Hq, D) -> (B, k_len, Hkv, D): sums over rows and the query heads of a group."""
-    return torch.einsum("bhgij,bihgd->bjhd", p.unflatten(1, (num_kv_heads, -1)), a.unflatten(2, (num_kv_heads, -1)))
+    return _sums("bhgij,bihgd->bjhd", p.unflatten(1, (num_kv_heads, -1)), a.unflatten(2, (num_kv_heads, -1)))
+
+
+def _sums(equation: str, a: Tensor, b: Tensor) -> Tensor:
+    """`torch.einsum`, but under autocast as well in the tensors' own dtype."""
+    if not torch.is_autocast_enabled(a.device.type):
+        return torch.einsum(equation, a, b)
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.einsum(equation, a, b)
 
 
 def _by_row(x: Tensor) -> Tensor:

@@ -301,6 +301,6 @@ def llama3_flash_attn_prepare_cu_seqlens(
     prepared = _Prepared(np.diff(cu_q).max(initial=0))
     prepared.cu_seqlens = tuple(ends.tolist())
     prepared.causal, prepared.rank, prepared.world_size = bool(causal), rank, world_size
-    like = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.empty(0, dtype=torch.int32)
+    like = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.empty(0, dtype=torch.int32, device="cpu")
     q_ends, k_ends = (torch.from_numpy(cu).to(like) for cu in (cu_q, cu_k))
     return q_ends, k_ends, prepared, int(np.diff(cu_k).max(initial=0)), slice(first, last)

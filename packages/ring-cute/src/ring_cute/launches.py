@@ -24,6 +24,8 @@ from torch import Tensor
 AGAIN_SYMBOL = "ring_cute_again"
 LATEST = 8
 """Launches that are remembered of one kind."""
+KINDS = 64
+"""Kinds that are remembered."""
 _RANK = 5  # dims that tensors may have
 _LAYOUT = 4 + 2 * _RANK  # words for a tensor's layout
 _ARGUMENTS = 64  # of a kernel, at most
@@ -157,6 +159,16 @@ class Launches:
         self._known = [known, *(other for other in self._known if other is not known)][:LATEST]
 
 
+class LaunchesByKind(dict[Any, Launches]):
+    """Those of every kind; of which there may be ever new ones, where a scale changes from call to call."""
+
+    def __missing__(self, kind: Any) -> Launches:
+        if len(self) >= KINDS:
+            self.clear()
+        found = self[kind] = Launches()
+        return found
+
+
 def _linked(kernel: Any, numbers: Sequence[float | None]) -> _Known:
     """By the function that is linked with the kernel. What it remembers: whether it has seen a launch, how many places
     and numbers, for each place its number and the layout of what was given there, each number's type and value."""
@@ -167,7 +179,7 @@ def _linked(kernel: Any, numbers: Sequence[float | None]) -> _Known:
         words += [place, *[0] * _LAYOUT]
     typed = [(_FLOAT if isinstance(number, float) else _INT, number or 0) for number in numbers]
     packed = struct.pack("".join("qd" if kind == _FLOAT else "qq" for kind, _ in typed), *chain(*typed))
-    remembered = torch.tensor([*words, *struct.unpack(f"{2 * len(numbers)}q", packed)], dtype=torch.int64)
+    remembered = torch.tensor([*words, *struct.unpack(f"{2 * len(numbers)}q", packed)], dtype=torch.int64, device="cpu")
     return partial(kernel.again, remembered.data_ptr()), remembered
 
 

@@ -12,6 +12,7 @@ from ring_core.testing.conformance import (
     KernelCase,
     PackedCase,
     RingCase,
+    check_capture,
     check_kernel_case,
     check_packed_case,
     check_ring_case,
@@ -52,6 +53,11 @@ def test_shaped_scores(case: KernelCase, seed: int) -> None:
 @pytest.mark.parametrize("case", cases.wide(), ids=str)
 def test_wide_heads(case: KernelCase, seed: int) -> None:
     check_kernel_case(case, load_backend("cute"), "cuda", seed=seed)
+
+
+@pytest.mark.gpu
+def test_captured(seed: int) -> None:
+    check_capture("cute", seed=seed)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ class Sequences:
         """cu_seqlens of queries and keys: int32 (n + 1,) each."""
         if device not in self._tensors:
             # Tensors of their own, aligned, by copies that wait: another stream may be the next to read them.
-            cu_q, cu_k = (torch.tensor(edges, dtype=torch.int32).to(device) for edges in (self.q_edges, self.k_edges))
+            on_host = [torch.tensor(x, dtype=torch.int32, device="cpu") for x in (self.q_edges, self.k_edges)]
+            cu_q, cu_k = (edges.to(device) for edges in on_host)
             self._tensors[device] = cu_q, cu_k
         return self._tensors[device]
 

@@ -28,6 +28,7 @@ from ring_core.testing.conformance import (
     KernelCase,
     PackedCase,
     RingCase,
+    check_capture,
     check_kernel_case,
     check_packed_case,
     check_ring_case,
@@ -83,6 +84,13 @@ def test_kernel_of_few_tokens(name: str, case: KernelCase, seed: int) -> None:
     """Blocks smaller than any tile, of one row, of one key."""
     capabilities(name)
     check_kernel_case(case, load_backend(f"native[{name}]"), "cuda", seed=seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_captured(name: str, seed: int) -> None:
+    capabilities(name)
+    check_capture(f"native[{name}]", seed=seed)
 
 
 def by_world_size(cases: Sequence[RingCase | PackedCase]) -> list[Any]:

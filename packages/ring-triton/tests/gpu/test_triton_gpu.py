@@ -13,6 +13,7 @@ from ring_core.testing.conformance import (
     KernelCase,
     PackedCase,
     RingCase,
+    check_capture,
     check_kernel_case,
     check_packed_case,
     check_ring_case,
@@ -70,6 +71,12 @@ def rings() -> list[object]:
             name = str(dtype).removeprefix("torch.")
             found.append(pytest.param(replace(case, dtype=dtype), marks=marks, id=f"{case}-in-{name}"))
     return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_captured(name: str, seed: int) -> None:
+    check_capture(name, seed=seed)
 
 
 @pytest.mark.parametrize("case", rings())

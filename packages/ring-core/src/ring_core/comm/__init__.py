@@ -16,7 +16,7 @@ from ring_core.comm.collectives import CollectiveCourier
 from ring_core.comm.gather import Courier, GatherTransport
 from ring_core.comm.heads import Direction, head_groups
 from ring_core.comm.keeping import keeps
-from ring_core.comm.lane import Lane, Turns, compute_after
+from ring_core.comm.lane import Lane, Turns, compute_after, follow_calls
 from ring_core.comm.peer import PeerCourier
 from ring_core.comm.ring import RingTransport
 from ring_core.comm.shared_memory import shared_memory
@@ -90,6 +90,7 @@ def transport(
     """
     if group is None or not plan.problem.travels:
         return LocalTransport(final_gradients and has_wider_sums(k.dtype))
+    follow_calls(group, k.device)
     if isinstance(plan, RingPlan):
         return RingTransport(plan, group)
     courier = _courier(plan, group, k)

@@ -11,6 +11,7 @@ another, so that a gradient waiting to be summed never holds up the next keys.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -82,21 +83,28 @@ class Channel:
     """One of a group's queues of messages on one device."""
 
     def __init__(self, group: ProcessGroup, device: torch.device, kind: str) -> None:
-        self.group = group
+        self._group = weakref.ref(group)  # whose end is this channel's
         self.device = device
         self.kind = kind
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.stream: torch.cuda.Stream | None = None
         self._ranks = dist.get_process_group_ranks(group)
-        self._members = group
+        self._own: ProcessGroup | None = None
         self._slots: dict[str, Tensor] = {}
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)
             if kind != KINDS[0]:  # NCCL runs one group's messages in one queue, whatever their tag
-                self._members = dist.new_group(self._ranks, use_local_synchronization=True)
+                self._own = dist.new_group(self._ranks, use_local_synchronization=True)
             # NCCL wants all ranks in a communicator's first call; an exchange may concern only some of them.
             dist.all_reduce(torch.zeros(1, device=device), group=self._members)
+
+    @property
+    def _members(self) -> ProcessGroup:
+        """The group that messages go through."""
+        found = self._own or self._group()
+        assert found is not None, "whoever posts holds the group"
+        return found
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Work enqueued inside runs on the channel's stream."""
@@ -141,14 +149,27 @@ class Channel:
         return Pending(self, [(*name, work) for name, work in zip(names, started, strict=True)], [*sends, *receives])
 
 
-_channels: dict[tuple[str, str, str], Channel] = {}
+_channels: weakref.WeakKeyDictionary[ProcessGroup, dict[tuple[torch.device, str], Channel]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def channel(group: ProcessGroup, device: torch.device, kind: str) -> Channel:
     """The group's channel for "keys" or "gradients" on this device. Made at the first call, which all ranks must
-    reach."""
-    key = (group.group_name, str(device), kind)
-    known = _channels.get(key)
-    if known is None or known.group is not group:  # a later group may bear the name of one that was destroyed
-        known = _channels[key] = Channel(group, device, kind)
-    return known
+    reach.
+
+    Raises:
+        RingCommError: it would be made while a CUDA graph is captured, when no communicator can be.
+    """
+    known = _channels.get(group)
+    if known is None:
+        known = _channels[group] = {}
+    if (device, kind) not in known:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RingCommError(
+                "this group has not been called through torch.distributed yet, and while a CUDA graph is captured no "
+                "communicator can be made: make a call like this one before, within "
+                'ring_core.comm.gather_through("collectives") where the schedule is "gather" or "auto"'
+            )
+        known[device, kind] = Channel(group, device, kind)
+    return known[device, kind]

@@ -7,10 +7,12 @@ to by `torch.Stream`, whose methods are C: those of `torch.cuda.Stream` do the s
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
+from torch.distributed import ProcessGroup
 
 from ring_core._torch import OnStream, current_stream
 
@@ -59,6 +61,24 @@ def compute_after(mark: torch.Event | None) -> None:
 def mark_on(device_index: int) -> torch.Event:
     """A mark behind everything a GPU's current stream holds now."""
     return torch.Stream.record_event(current_stream(device_index))
+
+
+_latest: weakref.WeakKeyDictionary[ProcessGroup, torch.cuda.Stream] = weakref.WeakKeyDictionary()
+
+
+def follow_calls(group: ProcessGroup, device: torch.device) -> None:
+    """Calls of a group share buffers, lanes and channels, so one after the other runs, also where a later one is made
+    on another stream. In a CUDA graph what was enqueued before it cannot be waited for: its replays are then ordered by
+    whoever starts them."""
+    if device.type != "cuda":
+        return
+    here = current_stream(device.index)
+    before = _latest.get(group)
+    if before is here or torch.cuda.is_current_stream_capturing():
+        return
+    if before is not None and before.device == here.device:
+        torch.Stream.wait_stream(here, before)
+    _latest[group] = here
 
 
 URGENT = 2

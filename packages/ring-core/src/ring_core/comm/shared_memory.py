@@ -45,7 +45,7 @@ class SharedMemory:
         self._poison = COUNTERS * self.world_size
         self._header = -(-8 * (self._poison + 1) // _ALIGNMENT) * _ALIGNMENT
         with lasting():
-            self._arrivals = torch.zeros(MOST_PIECES * self.world_size, dtype=torch.int32)
+            self._arrivals = torch.zeros(MOST_PIECES * self.world_size, dtype=torch.int32, device="cpu")
         self.reserve(1)
 
     def reserve(self, nbytes: int) -> None:
@@ -107,7 +107,7 @@ class SharedMemory:
         self.wait(counter, epoch, ranks)
 
     def flags(self, pieces: int, epoch: int) -> Flags:
-        return Flags(self._arrivals[:pieces], torch.tensor([epoch], dtype=torch.int32))
+        return Flags(self._arrivals[:pieces], torch.tensor([epoch], dtype=torch.int32, device="cpu"))
 
     def arrive(self, pieces: tuple[int, ...], epoch: int) -> None:
         self._arrivals[list(pieces)] = epoch

@@ -15,6 +15,7 @@ import numpy as np
 
 _WAIT, _WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32, …_WRITE_VALUE_32
 _GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ: (int32)(word - value) >= 0
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _MOST = 256  # operations a batch
 
 
@@ -97,6 +98,13 @@ def copy_all(stream: int, target: int, copies: Iterable[tuple[int, int, int]]) -
         code = copy(target + place, source, nbytes, stream)
         if code:
             _checked("cuMemcpyDtoDAsync", code)
+
+
+def tolerate_captures() -> None:
+    """From now on this thread may ask events and copy while another one captures a CUDA graph, which by default would
+    break that capture, and fail here."""
+    mode = ctypes.c_int(_RELAXED)
+    _checked("cuThreadExchangeStreamCaptureMode", _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)))
 
 
 def _checked(name: str, code: int) -> None:

@@ -35,7 +35,7 @@ from ring_core.backend import POISON, Flags
 from ring_core.comm.channel import RingCommError, timeout
 from ring_core.comm.lane import Lane, mark_on
 from ring_core.comm.peer import COUNTERS, GENERATIONS, MOST_PIECES, PUBLISHED, READ, Leg, Pull, View
-from ring_core.comm.stream_memory import Signals, Wait, Write, copy_all, enqueue
+from ring_core.comm.stream_memory import Signals, Wait, Write, copy_all, enqueue, tolerate_captures
 
 _ALIGNMENT = 512  # bytes; slots begin at multiples of it
 _PATIENCE = 600.0  # seconds, without RING_TIMEOUT
@@ -56,7 +56,7 @@ class SymmetricMemory:
     def __init__(self, group: ProcessGroup, device: torch.device, name: str) -> None:
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
-        self._group = group
+        self._group = weakref.ref(group)  # whose end is this memory's
         self._device = device
         self._name = name
         self._epoch = 0
@@ -86,18 +86,20 @@ class SymmetricMemory:
 
     @lasting()
     def _grow(self, nbytes: int) -> None:
+        group = self._group()
+        assert group is not None, "whoever calls holds the group"
         torch.cuda.synchronize(self._device)  # the slots of the last epochs are still being read,
-        dist.barrier(group=self._group)  # until every rank has come here
+        dist.barrier(group=group)  # until every rank has come here
         self._arenas = []
         own = symmetric_buffer(self._header + GENERATIONS * nbytes, self._device)
         own[: self._header].view(torch.int32).fill_(self._epoch)
-        self._arenas = symmetric_rendezvous(own, self._group)
+        self._arenas = symmetric_rendezvous(own, group)
         self._addresses = [arena.data_ptr() for arena in self._arenas]
         self._flags, self._departures, self._made, self._copies = {}, {}, {}, {}
         self.views.clear()
         self._size = nbytes
         torch.cuda.synchronize(self._device)
-        dist.barrier(group=self._group)  # nobody signals before all have set their counters
+        dist.barrier(group=group)  # nobody signals before all have set their counters
 
     def slot(self, rank: int, generation: int) -> Tensor:
         start = self._header + generation * self._size
@@ -174,11 +176,11 @@ class SymmetricMemory:
                 f"({self._name}, epoch {epoch}), and what was computed since is void. RING_TIMEOUT sets how many "
                 f"seconds to wait."
             )
-            released = torch.full(words.shape, _RELEASE, dtype=torch.int32)
+            released = torch.full(words.shape, _RELEASE, dtype=torch.int32, device="cpu")
             released[self._signals :] = POISON - (1 << 32)  # as int32: kernels read these words
             words.copy_(released.pin_memory(), non_blocking=True)
             for departures in self._departures.values():
-                full = torch.full(departures.shape, _RELEASE, dtype=torch.int32)
+                full = torch.full(departures.shape, _RELEASE, dtype=torch.int32, device="cpu")
                 departures.copy_(full.pin_memory(), non_blocking=True)
             torch.cuda.current_stream().synchronize()
 
@@ -230,6 +232,7 @@ class _Watchdog:
         self._waits.append(wait)
 
     def _run(self) -> None:
+        tolerate_captures()
         while True:
             time.sleep(0.2)
             late = []
@@ -265,21 +268,22 @@ class Peers:
         return sum(memory.nbytes for memory in self._memories.values())
 
 
-_peers: weakref.WeakKeyDictionary[ProcessGroup, Peers | None] = weakref.WeakKeyDictionary()
+_peers: weakref.WeakKeyDictionary[ProcessGroup, dict[torch.device, Peers | None]] = weakref.WeakKeyDictionary()
 
 
 def peers(group: ProcessGroup, device: torch.device) -> Peers | None:
     """The group's peer memory; None where its ranks cannot read each other's. The first call is collective."""
-    try:
-        return _peers[group]
-    except KeyError:
-        found = _peers[group] = Peers(group, device) if _can_read_each_other(group, device) else None
-        return found
+    found = _peers.get(group)
+    if found is None:
+        found = _peers[group] = {}
+    if device not in found:
+        found[device] = Peers(group, device) if _can_read_each_other(group, device) else None
+    return found[device]
 
 
 def arena_bytes() -> int:
     """Bytes of this process's GPUs in peer arenas, which torch's allocator does not count."""
-    return sum(found.nbytes for found in _peers.values() if found is not None)
+    return sum(peers.nbytes for found in _peers.values() for peers in found.values() if peers is not None)
 
 
 def _can_read_each_other(group: ProcessGroup, device: torch.device) -> bool:

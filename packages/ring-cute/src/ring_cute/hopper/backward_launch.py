@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,7 +36,7 @@ from ring_cute.hopper.launch import (
     score_scale,
     terms_of,
 )
-from ring_cute.launches import Given, Launches, current_stream, function_of
+from ring_cute.launches import Given, Launches, LaunchesByKind, current_stream, function_of
 
 SECTION_BYTES = 10 * L2_BYTES
 """Rows of Q, dO and dq that a section's longest tiles walk, as far as parts of groups can keep to it. With eight query
@@ -269,7 +268,7 @@ def _launch(
         given = *given, slopes
     known = table.host.cache.get("cute backward")
     if known is None:
-        known = table.host.cache["cute backward"] = defaultdict(Launches)
+        known = table.host.cache["cute backward"] = LaunchesByKind()
     kind = (
         device, params.scale, params.softcap, slopes is None, params.deterministic, flags is None, departures is None,
         settings,

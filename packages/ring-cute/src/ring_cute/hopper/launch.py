@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,7 +16,7 @@ from ring_core.backend import DeviceTable, Flags
 from ring_core.segment import COLUMNS, FIRST, LAST
 from ring_core.tiles import ITEM, make_schedule, with_first_walk
 from ring_cute import library
-from ring_cute.launches import Given, Launches, current_stream
+from ring_cute.launches import Given, Launches, LaunchesByKind, current_stream
 from ring_cute.settings import (
     PAIRED,
     PAIRED_HEAD_DIMS,
@@ -52,8 +51,9 @@ class Prepared:
 
 
 def takes_tma(x: Tensor) -> bool:
-    """Whether TMA can address x (B, S, H, D) by rows."""
-    return not (x.stride(-1) != 1 or x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in x.stride()[:-1]))
+    """Whether TMA can address x (…, B, S, H, D) by rows."""
+    *strides, last = x.stride()[-4:]
+    return last == 1 and not x.data_ptr() % 16 and all(s and not s * x.element_size() % 16 for s in strides)
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -118,7 +118,7 @@ def forward(
         given = *given, slopes
     known = table.host.cache.get("cute forward")
     if known is None:
-        known = table.host.cache["cute forward"] = defaultdict(Launches)
+        known = table.host.cache["cute forward"] = LaunchesByKind()
     launches: Launches = known[device, scale, softcap, slopes is None, flags is None, settings]
     if not launches(*given):
         others: dict[str, Any] = {"sinks": sinks, "softcap": softcap, "slopes": slopes, "flags": flags}
@@ -288,8 +288,11 @@ def _processors(device: torch.device) -> int:
 _counters: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
 
-def _counter(device: int, stream: int) -> int:
-    """The address of a zero that kernels of one stream of a GPU share (each leaves it zero)."""
+def _counter(device: int, stream: int) -> Tensor | int:
+    """A zero that a kernel leaves zero: the address of one that all of a GPU's stream share. In a CUDA graph, which may
+    be replayed on any stream, each has its own."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))
     found = _counters.get((device, stream))
     if found is None:
         zero = torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", device))

@@ -82,10 +82,11 @@ def _mask(q: Tensor, k: Tensor, mask: Mask) -> tuple[bool, Tensor | None]:
         return False, None
     if mask.left < 0 and mask.right + distance == 0:
         return True, None
-    offset = torch.arange(k_len) - torch.arange(q_len)[:, None] - distance
-    hidden = torch.zeros(q_len, k_len, dtype=torch.bool)
+    rows, keys = (torch.arange(length, device=q.device) for length in (q_len, k_len))
+    offset = keys - rows[:, None] - distance
+    hidden = torch.zeros(q_len, k_len, dtype=torch.bool, device=q.device)
     if mask.left >= 0:
         hidden |= offset < -mask.left
     if mask.right >= 0:
         hidden |= offset > mask.right
-    return False, torch.zeros(q_len, k_len, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+    return False, torch.zeros(q_len, k_len, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)

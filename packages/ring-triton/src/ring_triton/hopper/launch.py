@@ -53,8 +53,9 @@ def query_buffers(head_dim: int, settings: Settings, ahead: bool) -> int:
 
 
 def takes_tma(x: Tensor) -> bool:
-    """Whether TMA can address x (B, S, H, D) by rows."""
-    return not (x.stride(-1) != 1 or x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in x.stride()[:-1]))
+    """Whether TMA can address x (…, B, S, H, D) by rows."""
+    *strides, last = x.stride()[-4:]
+    return last == 1 and not x.data_ptr() % 16 and all(s and not s * x.element_size() % 16 for s in strides)
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -131,7 +132,7 @@ def forward(
         _forward(q, k, v, out, lse, state, table, scale, sinks, flags, settings, key)
         return
     stream = current_stream()(device)
-    counter = _counter(q, stream)[1]
+    _zero, counter = _counter(q, stream)  # the former is held until the launch
     flags_at, epoch_at = (0, 0) if flags is None else (flags.values.data_ptr(), flags.epoch.data_ptr())
     known(
         stream,
@@ -330,7 +331,11 @@ _counters: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
 
 def _counter(q: Tensor, stream: int) -> tuple[Tensor, int]:
-    """A zero that kernels of one stream of q's GPU share (each leaves it zero), and its address."""
+    """A zero that a kernel leaves zero, and its address: one that those of a stream of q's GPU share. In a CUDA graph,
+    which may be replayed on any stream, each has its own."""
+    if torch.cuda.is_current_stream_capturing():
+        zero = torch.zeros(1, dtype=torch.int32, device=q.device)
+        return zero, zero.data_ptr()
     key = q.get_device(), stream
     found = _counters.get(key)
     if found is None:

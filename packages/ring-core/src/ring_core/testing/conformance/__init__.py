@@ -27,9 +27,10 @@ torch's own attention makes in the same dtype. A case that the backend's Capabil
 must then refuse it by name, and that is what is checked. *Random*: `random_kernel_cases`, a strategy of hypothesis.
 *Staged*, on GPUs: pieces come late
 (`check_late_arrivals`), never (`check_poison`) and leave early (`check_departures`), for backends whose kernels watch
-them.
+them. *Captured*, on GPUs: CUDA graphs give what the calls in them give (`check_capture`).
 """
 
+from ring_core.testing.conformance.capture import check_capture
 from ring_core.testing.conformance.case import AttentionCase, check_refused
 from ring_core.testing.conformance.kernel import KernelCase, check_kernel_case, check_late_piece
 from ring_core.testing.conformance.kernel_cases import kernel_cases
@@ -49,6 +50,7 @@ __all__ = [
     "PackedCase",
     "RingCase",
     "StagedCase",
+    "check_capture",
     "check_departures",
     "check_kernel_case",
     "check_late_arrivals",

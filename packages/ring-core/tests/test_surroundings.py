@@ -1,0 +1,131 @@
+"""What surrounds a call does not change it: default devices, autocast, inference mode, other backends, ended groups."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ring_core import (
+    llama3_flash_attn_prepare_cu_seqlens,
+    plan_packed,
+    ring_attention,
+    ring_attention_packed,
+)
+from ring_core.backend import register_backend
+from ring_core.comm import channel, gather_through
+from ring_core.reference import ReferenceBackend
+from ring_core.testing.plugin import RunRanks
+
+
+def inputs(seed: int, length: int = 12) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, length, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+
+
+def everything(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> list[Tensor]:
+    out, lse = ring_attention(q, k, v, causal=True, return_lse=True, **options)
+    return [out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))]
+
+
+def among_meta_tensors(seed: int) -> bool:
+    """With a transport that has words of its own on the host."""
+    x = inputs(seed)
+    with gather_through("shared_memory"):
+        want = everything(*x, schedule="gather")
+        with torch.device("meta"):
+            got = everything(*x, schedule="gather")
+    return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_default_device_is_for_users(ranks: RunRanks, seed: int) -> None:
+    assert ranks(2, among_meta_tensors, seed) == [True, True]
+    with torch.device("meta"):
+        prepared = llama3_flash_attn_prepare_cu_seqlens([0, 5, 12], True, 0, 1)
+    assert prepared[0].tolist() == [0, 5, 12]
+
+
+def test_autocast_is_for_other_operators(seed: int) -> None:
+    x = inputs(seed)
+    want = everything(*x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = everything(*x)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_plan_made_under_inference_mode_serves_training(seed: int) -> None:
+    with torch.inference_mode():
+        plan = plan_packed([0, 5, 12], causal=True)
+    q, k, v = (x.detach()[0].requires_grad_() for x in inputs(seed))
+    layer = torch.compile(ring_attention_packed, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(layer(q, k, v, plan).square().sum(), q)
+    (want,) = torch.autograd.grad(ring_attention_packed(q, k, v, plan).square().sum(), q)
+    assert torch.equal(got, want)
+
+
+def test_windows_may_vary_in_one_graph(seed: int) -> None:
+    q, k, v = inputs(seed)
+    layer = torch.compile(
+        lambda left: ring_attention(q, k, v, window_size=(left, 0)), fullgraph=True, backend="aot_eager"
+    )
+    for left in (3, 4, 5):
+        assert torch.equal(layer(left), ring_attention(q, k, v, window_size=(left, 0)))
+
+
+class Counting(ReferenceBackend):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def forward(self, *arguments: Any, **options: Any) -> None:
+        self.calls += 1
+        super().forward(*arguments, **options)
+
+
+def test_a_name_means_the_backend_registered_last(seed: int) -> None:
+    q, k, v = inputs(seed)
+    first, second = Counting(), Counting()
+    for counting in (first, second):
+        register_backend("counting", counting)
+        ring_attention(q, k, v, backend="counting")
+    assert (first.calls, second.calls) == (1, 1)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_no_gradient_of_a_gradient_is_taken_for_a_constant(which: int, seed: int) -> None:
+    sinks = torch.zeros(4, requires_grad=True)
+    x = [*inputs(seed), sinks]
+    out = ring_attention(*x[:3], sinks=sinks, causal=True)
+    (gradient,) = torch.autograd.grad(out.square().sum(), x[which], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+
+
+def test_no_heads_are_refused() -> None:
+    none, some = torch.zeros(1, 4, 0, 8), torch.zeros(1, 4, 1, 8)
+    with pytest.raises(ValueError, match="must be a positive multiple of the number of key heads, got 0 and 1"):
+        ring_attention(none, some, some)
+
+
+def of_an_ended_group(seed: int) -> tuple[int, int, int]:
+    """Channels of groups: before, with one more, and after its end."""
+
+    def channels() -> int:
+        gc.collect()
+        return sum(map(len, channel._channels.values()))
+
+    before = channels()
+    group = dist.new_group([0, 1])
+    everything(*inputs(seed), schedule="ring", group=group)
+    during = channels()
+    dist.destroy_process_group(group)
+    del group
+    return before, during, channels()
+
+
+def test_channels_end_with_their_group(ranks: RunRanks, seed: int) -> None:
+    for before, during, after in ranks(2, of_an_ended_group, seed):
+        assert during == before + 2 and after == before
