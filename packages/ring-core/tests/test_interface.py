@@ -106,12 +106,12 @@ BAD_TENSORS: dict[str, tuple[tuple[Any, Any, Any], type[Exception], str]] = {
     "heads": (
         (X[:, :, :3], KV, KV),
         ValueError,
-        "the number of query heads must be a multiple of the number of key heads, got 3 and 2",
+        "the number of query heads must be a positive multiple of the number of key heads, got 3 and 2",
     ),
     "no key heads": (
         (X, KV[:, :, :0], KV[:, :, :0]),
         ValueError,
-        "the number of query heads must be a multiple of the number of key heads, got 4 and 0",
+        "the number of query heads must be a positive multiple of the number of key heads, got 4 and 0",
     ),
 }
 

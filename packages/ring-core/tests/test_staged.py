@@ -298,14 +298,12 @@ def streams_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_symmetric_memory_stages(layout: str, seed: int) -> None:
     """Three calls, of growing size, whose arenas grow and whose slots are reused: what one rank alone computes."""
-    meeting, buffers = threading.Barrier(WORLD), dict[tuple[int, int], Tensor]()
-    groups: list[Any] = [Rank(rank, meeting, buffers) for rank in range(WORLD)]
-    cpu = torch.device("cpu")
-    memories = [{name: SymmetricMemory(group, cpu, name) for name in ("keys", "gradients")} for group in groups]
+    meeting, cpu = threading.Barrier(WORLD), torch.device("cpu")
     buffers_of = {name: dict[tuple[int, int], Tensor]() for name in ("keys", "gradients")}
-    for group, named in zip(groups, memories, strict=True):
-        for name, memory in named.items():
-            memory._group = Rank(group.rank, meeting, buffers_of[name])  # type: ignore[assignment]
+    groups: list[dict[str, Any]] = [
+        {name: Rank(rank, meeting, buffers) for name, buffers in buffers_of.items()} for rank in range(WORLD)
+    ]
+    memories = [{name: SymmetricMemory(group, cpu, name) for name, group in named.items()} for named in groups]
     generator = torch.Generator().manual_seed(seed)
     params, here = Params(0.3), Lane(None)
     for length in (12, 24, 24):

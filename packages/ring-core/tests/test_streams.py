@@ -11,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -184,7 +185,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         (symmetric_memory, "current_stream_handle", lambda device: made.current.stream_id),
         (symmetric_memory, "Signals", Signals),
         (symmetric_memory, "copy_all", made.copy_all),
-        (symmetric_memory.dist, "get_rank", lambda group: group),
+        (symmetric_memory.dist, "get_rank", lambda group: group.rank),
         (symmetric_memory.dist, "get_world_size", lambda group: WORLD),
         (SymmetricMemory, "watch", lambda self, epoch: None),
         (SymmetricMemory, "pull", pull),
@@ -197,11 +198,18 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return made
 
 
+@dataclass(eq=False)
+class Member:
+    """As much of a process group as is asked for."""
+
+    rank: int
+
+
 def memories() -> list[dict[str, SymmetricMemory]]:
     """Of all ranks, large enough for all calls."""
     found: list[dict[str, SymmetricMemory]] = [{} for _ in range(WORLD)]
     for name in ("keys", "gradients"):
-        made = [SymmetricMemory(rank, torch.device("cpu"), name) for rank in range(WORLD)]  # type: ignore[arg-type]
+        made = [SymmetricMemory(Member(rank), torch.device("cpu"), name) for rank in range(WORLD)]  # type: ignore[arg-type]
         arenas = [torch.zeros(memory._header + 2 * ARENA, dtype=torch.uint8) for memory in made]
         for rank, memory in enumerate(made):
             memory._arenas, memory._addresses, memory._size = arenas, [x.data_ptr() for x in arenas], ARENA

@@ -108,6 +108,7 @@ def prepared() -> Iterator[tuple[dict[str, Callable[[], object]], Runtime]]:
         for module in (launch, backward_launch):
             patches.enter_context(patch.object(module, "current_stream", lambda device: 0))
             patches.enter_context(patch.object(module, "_processors", lambda device: 132))
+        patches.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
         zero = torch.zeros(1, dtype=torch.int32)
         patches.enter_context(patch.dict(launch._counters, {(-1, 0): (zero.data_ptr(), zero)}))
         for known in (backward_launch._prepared, backward_launch._finished):
