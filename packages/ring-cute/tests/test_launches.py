@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ring_cute.launches import AGAIN_SYMBOL, LATEST, Kernel, Launches, again_source
+from ring_cute.launches import AGAIN_SYMBOL, KINDS, LATEST, Kernel, Launches, LaunchesByKind, again_source
 
 NOTES = """
 /* In the place of a kernel: keeps its numbers, as they are. */
@@ -140,3 +140,19 @@ def test_a_launch_that_fails(linked: tuple[Kernel, Callable[[], list[Any]]]) -> 
     launches.add(linked[0], NUMBERS, (1, 2, 3, 4))
     with pytest.raises(RuntimeError, match="unlucky number"):
         launches(13, 2, 3, 4)
+
+
+def test_what_is_remembered_is_on_the_host(linked: tuple[Kernel, Callable[[], list[Any]]]) -> None:
+    """C reads it there, whatever the default device is."""
+    kernel, noted = linked
+    launches, given = Launches(), (torch.zeros(3), 5, None, 6)
+    with torch.device("meta"):
+        launches.add(kernel, NUMBERS, given)
+    assert noted()[:2] == [given[0].data_ptr(), 5]
+
+
+def test_ever_new_kinds_are_forgotten() -> None:
+    """Of a scale that changes in every step, say."""
+    known = LaunchesByKind()
+    for scale in range(3 * KINDS):
+        assert known[scale] is known[scale] and len(known) <= KINDS

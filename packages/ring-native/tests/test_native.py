@@ -331,3 +331,12 @@ def test_the_provider_in_use_is_logged_once(caplog: pytest.LogCaptureFixture) ->
         for _ in range(2):
             backend.capabilities(CPU)
     assert caplog.messages == ["native on cpu: the kernels of cpu"]
+
+
+def test_a_default_device_is_for_users() -> None:
+    """Masks of the CPU's kernels are where the tensors are."""
+    q, k, v, _ = inputs(3, 12, 12, dtype=torch.float32)
+    options: dict[str, Any] = {"window_size": (2, 1), "backend": "native"}
+    want = ring_attention(q, k, v, **options)
+    with torch.device("meta"):
+        assert torch.equal(ring_attention(q, k, v, **options), want)

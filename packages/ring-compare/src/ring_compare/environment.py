@@ -26,6 +26,8 @@ _PACKAGES = (
     "ring-cute",
     "ring-compare",
     "flash-attn",
+    "flash-attn-4",
+    "ring-flash-attn",
     "nvidia-cutlass-dsl",
     "apache-tvm-ffi",
     "nvidia-nccl-cu12",

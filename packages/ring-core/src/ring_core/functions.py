@@ -158,8 +158,11 @@ _DOC = """Ring attention in the {layout} layout, called as flash-attn and ring-f
     `ring_core.ring_attention`; causal and window_size mean positions in the whole sequence.
 
     Returns:
-        out (B, S, Hq, D), or with return_attn_probs=True (out, softmax_lse, None), softmax_lse (B, Hq, S) fp32: like
-        ring-flash-attn, never the probabilities.
+        out (B, S, Hq, D), or with return_attn_probs=True (out, softmax_lse, None), softmax_lse (B, Hq, S), natural
+        logarithm, fp32 (fp64 for fp64): like ring-flash-attn, never the probabilities.
+
+    Raises:
+        As `ring_core.ring_attention`.
     """
 
 

@@ -149,9 +149,14 @@ def local_positions(
 
     Args:
         length: of the whole (padded) sequence.
+        layout, rank, world_size, group: as in `shard_sequence`.
+        device: of the result.
 
     Returns:
         int64 (length / world_size,), in the order of the local tokens.
+
+    Raises:
+        ValueError: the length cannot be dealt out evenly.
     """
     rank, world_size = place_of(rank, world_size, group)
     _check_length(length, layout, world_size)

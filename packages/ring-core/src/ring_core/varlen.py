@@ -37,8 +37,11 @@ _HEADS = {
     "qkvpacked_func": "qkv (T_local, 3, H, D)",
 }
 _RETURNS = """Returns:
-        out (T_local, Hq, D), or with return_attn_probs=True (out, softmax_lse, None), softmax_lse (Hq, T_local) fp32
-        as in flash-attn from 2.6 on: never the probabilities."""
+        out (T_local, Hq, D), or with return_attn_probs=True (out, softmax_lse, None), softmax_lse (Hq, T_local) as in
+        flash-attn from 2.6 on, natural logarithm, fp32 (fp64 for fp64): never the probabilities.
+
+    Raises:
+        As `ring_core.ring_attention_packed`; ValueError also where a document is longer than it was said to be."""
 _DOC = """Ring attention of packed documents in the {layout} layout, called as flash-attn and ring-flash-attn are.
 
     Local tensors: {head}; {share} (`ring_core.plan_packed(...).shard` does it).
