@@ -3,7 +3,7 @@
     python packages/ring-cute/tests/gpu_probe.py compile        # where the DSL is: fills RING_CUTE_CACHE
     python packages/ring-cute/tests/gpu_probe.py [SECTION…]     # on the GPU: torch, numpy, apache-tvm-ffi, the cache
 
-Sections: smoke, correct, host (these if none is named), variants, clusters, shaped, locality, clocks; see
+Sections: smoke, correct, host (these if none is named), variants, clusters, shaped, shaped_variants, locality, clocks; see
 `ring_core.testing.probe`. How fast it is beside others, `ring-compare run --suite kernels` and `steps` say.
 """
 
@@ -59,6 +59,11 @@ TRIED: dict[int, list[dict[str, Any]]] = {
 }
 SHAPED = {128: (32, 8), 64: (32, 8), 256: (16, 16)}
 """Heads by head dim, for scores with a softcap or ALiBi."""
+TRIED_SHAPED: dict[int, list[dict[str, Any]]] = {
+    64: [{"lazy": True}, {"lazy": False}, {"turns": True}, {"block": 192}],
+    256: [{"lazy": True}, {"lazy": False}, {"block": 64, "query_columns": 128}],
+}
+"""Of scores with a softcap."""
 
 
 def label_of(changed: dict[str, Any]) -> str:
@@ -92,6 +97,9 @@ def kinds() -> Iterator[Any]:
             asked = {"softcap": softcap, "alibi": alibi}
             yield kind_for("bfloat16", dim, **asked)
             yield BackwardKind("bfloat16", dim, "final", False, False, backward_settings_for(dim, **asked), **asked)
+    for (dim, tried), alibi in product(TRIED_SHAPED.items(), (False, True)):
+        asked = {"softcap": True, "alibi": alibi}
+        yield from (kind_for("bfloat16", dim, replace(settings_for(dim, **asked), **each), **asked) for each in tried)
 
 
 def compile_all() -> None:
@@ -221,6 +229,18 @@ def shaped() -> None:
             PROBE.show(f"{title} backward", back, 2.5 * flops)
 
 
+def shaped_variants() -> None:
+    """Settings of scores with a softcap, and with ALiBi as well, beside each other."""
+    heat()
+    for (dim, tried), alibi in product(TRIED_SHAPED.items(), (False, True)):
+        shipped, heads = settings_for(dim, softcap=True, alibi=alibi), SHAPED[dim]
+        slopes = torch.rand(heads[0], device=DEVICE) if alibi else None
+        for call in forward_calls(forward, (1, 16384, heads, dim)):
+            call.params = replace(call.params, softcap=50.0, alibi_slopes=slopes)
+            fns = {label_of(changed): call.kernel(replace(shipped, **changed)) for changed in tried}
+            PROBE.show(f"{call.title} softcap{', ALiBi' * alibi}", fns, call.flops)
+
+
 def locality() -> None:
     """How many bytes of keys and values concurrent tiles share: more heads at a time balance, fewer stay in L2."""
     heat()
@@ -279,5 +299,7 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["compile"]:
         compile_all()
     else:
-        made = {f.__name__: f for f in (smoke, correct, host, variants, clusters, shaped, locality, clocks)}
+        made = {
+            f.__name__: f for f in (smoke, correct, host, variants, clusters, shaped, shaped_variants, locality, clocks)
+        }
         sys.exit(PROBE.main(made, usual=("smoke", "correct", "host")))

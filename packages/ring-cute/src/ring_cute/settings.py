@@ -116,16 +116,23 @@ PAIRED_HEAD_DIMS = (128, 192, 256)
 """Padded. At head dim 64, where three consumers share keys and take turns, pairs are 1 % faster at 16384 tokens where
 each runs by itself, and in turn with others 0 to 7 % slower from 4096 to 32768 (`FORWARD`)."""
 
-_FEWER_COLUMNS = Settings(block=80, query_columns=64, reason="not measured yet; 96 columns of the queries spill")
+_FEWER_COLUMNS = Settings(
+    block=80,
+    query_columns=64,
+    reason="96 columns of the queries spill; 582 / 598 TFLOP/s, not lazy 584 / 602, blocks of 64 with 128 columns "
+    "574 / 585; with ALiBi 579 / 575, not lazy 548 / 552, blocks of 64 566 / 546",
+)
 _TWO = Settings(
     consumer_registers=232,
     producer_registers=40,
-    reason="not measured yet; three consumers of 160 registers spill, two have the room; with 24 registers DSL 4.7's "
-    "producer spills",
+    reason="three consumers of 160 registers spill, two have the room: 257 / 255 TFLOP/s, not lazy 256 / 253, in turn "
+    "235 / 236, blocks of 192 249 / 247; with 24 registers DSL 4.7's producer spills",
 )
 SHAPED: dict[tuple[int, bool, bool], Settings] = {
     (64, True, False): _TWO,
-    (64, True, True): _TWO,
+    (64, True, True): replace(
+        _TWO, lazy=False, reason="252 / 251 TFLOP/s, lazy 230 / 244, in turn 238 / 236, blocks of 192 218 / 217"
+    ),
     (128, True, False): Settings(lazy=False, reason="lazy spills where steps accumulate; 438 TFLOP/s, plain 635"),
     (128, True, True): Settings(
         block=112, lazy=False, reason="128 spills where steps accumulate; 425 TFLOP/s; ALiBi alone, as plain, 548"
@@ -133,8 +140,8 @@ SHAPED: dict[tuple[int, bool, bool], Settings] = {
     (256, True, False): _FEWER_COLUMNS,
     (256, True, True): _FEWER_COLUMNS,
 }
-"""By padded head dim, softcap, ALiBi: where shaped scores take others. Measured causal, 16384 tokens, 32/8 heads
-(`gpu_probe.py shaped`), others not yet."""
+"""By padded head dim, softcap, ALiBi: where shaped scores take others. Measured causal / full, 16384 tokens, 32/8
+heads, 16/16 at head dim 256 (`gpu_probe.py shaped` and `shaped_variants`; 128 causal only)."""
 
 
 NARROWER: dict[int, dict[str, Any]] = {128: {"consumer_registers": 232, "producer_registers": 40}}
