@@ -3,8 +3,8 @@
     python packages/ring-cute/tests/gpu_probe.py compile        # where the DSL is: fills RING_CUTE_CACHE
     python packages/ring-cute/tests/gpu_probe.py [SECTION…]     # on the GPU: torch, numpy, apache-tvm-ffi, the cache
 
-Sections: smoke, correct, host (these if none is named), variants, clusters, shaped, shaped_variants, locality, clocks; see
-`ring_core.testing.probe`. How fast it is beside others, `ring-compare run --suite kernels` and `steps` say.
+Sections: smoke, correct, host (these if none is named), variants, clusters, shaped, shaped_variants, locality, clocks;
+see `ring_core.testing.probe`. How fast it is beside others, `ring-compare run --suite kernels` and `steps` say.
 """
 
 from __future__ import annotations
