@@ -74,6 +74,7 @@ def test_joins_the_ranks_of_torchrun(tmp_path, subprocess_env):
         (["run", "--backend", "nothing"], "--implementations nothing: not installed; there are"),
         (["run", "--implementations", "local[nothing]"], "--implementations local[nothing]: not installed"),
         (["report", "no_such_file"], "no_such_file"),
+        (["run", "--suite", "cpu", "--layout", "balanced"], "no cell is left"),
     ],
 )
 def test_usage_errors(arguments, message, capsys):

@@ -101,3 +101,13 @@ def test_all_threads_keep_to_their_cores() -> None:
         "assert found == [one, one], found"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_given_ranks_may_be_on_other_hosts(monkeypatch):
+    """Only own ones must find a GPU here."""
+    from ring_compare import run
+
+    monkeypatch.setattr(run, "visible_ranks", lambda device: 2)
+    cell = Cell(1, 64, 64, 4, 2, 32, "float32", "causal", (-1, -1), "zigzag", "ring", 4)
+    assert run._reason_to_skip(cell, "cuda", None) == "4 ranks, but 2 visible GPUs"
+    assert run._reason_to_skip(cell, "cuda", object()) is None

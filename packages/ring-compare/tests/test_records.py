@@ -106,6 +106,16 @@ def test_files_that_are_no_records(tmp_path, where):
         load(path)
 
 
+def test_a_run_that_was_killed_keeps_what_it_had(tmp_path, where):
+    path = write(tmp_path / "r.jsonl", environment_row(where), RESULT.to_dict(), RESULT.to_dict())
+    whole = path.read_text()
+    path.write_text(whole.rstrip("\n"))
+    assert len(load(path).results) == 2
+    path.write_text(whole[: -len(whole) // 5])
+    with pytest.warns(UserWarning, match="r.jsonl: the last line was not finished"):
+        assert len(load(path).results) == 1
+
+
 def test_record_path(tmp_path):
     where = {"date": "2026-11-21T10:00:00+00:00", "revision": "0123456789", "device": {"slug": "h200"}}
     path = record_path(tmp_path, "gpu", where, 4)

@@ -100,6 +100,15 @@ def test_layouts_and_schedules_share_a_table_with_the_fastest_first():
     assert "- reference (fwd, fwd+bwd; stripe · gather): **failed**: boom" in text
 
 
+def test_runs_stay_apart():
+    """A run draws a seed of its own: no row is lost to another run, and no ratio is formed between two."""
+    first = [*rows("native", "flash-attn", 0.4, seed=1), *rows("triton", "", 0.5, seed=1)]
+    second = rows("triton", "", 0.2, seed=2)
+    tables = render(Records(ENVIRONMENT, [*first, *second])).split("## ")[1:]
+    assert [table.splitlines()[0] for table in tables] == [CELL.problem] * 2
+    assert [table_row(table, "triton")[7] for table in tables] == ["80 / 80", ""]
+
+
 @pytest.mark.parametrize("changes", [{}, {"status": "failed", "reason": "no"}])
 def test_versus_native_is_blank_without_flash_attn(changes):
     measured = [*rows("triton", "", 0.25), *rows("native[aten]", "aten", 0.5)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -16,8 +18,9 @@ from ring_core import (
     ring_attention,
     ring_attention_packed,
 )
-from ring_core.backend import register_backend
+from ring_core.backend import Params, on_device, register_backend
 from ring_core.comm import channel, gather_through
+from ring_core.plan import Problem, make_plan
 from ring_core.reference import ReferenceBackend
 from ring_core.testing.plugin import RunRanks
 
@@ -76,6 +79,37 @@ def test_windows_may_vary_in_one_graph(seed: int) -> None:
         assert torch.equal(layer(left), ring_attention(q, k, v, window_size=(left, 0)))
 
 
+@pytest.mark.parametrize("window", [(sys.maxsize, 0), (sys.maxsize, -1), (1 << 62, 1 << 62)], ids=str)
+def test_windows_beyond_any_length_are_none(window: tuple[int, int], seed: int) -> None:
+    x = inputs(seed)
+    unbounded = (-1, 0 if window[1] == 0 else -1)
+    assert torch.equal(ring_attention(*x, window_size=window), ring_attention(*x, window_size=unbounded))
+    q, k, v = (y[0] for y in x)
+    packed = [ring_attention_packed(q, k, v, [0, 5, 12], window_size=size) for size in (window, unbounded)]
+    assert torch.equal(*packed)
+
+
+def test_shapes_alone() -> None:
+    """Meta tensors have nothing but that, and autocast does not know them."""
+    q, k, v = (torch.empty(1, 12, heads, 8, device="meta") for heads in (4, 2, 2))
+    assert ring_attention(q, k, v).shape == q.shape
+
+
+def test_tables_go_with_their_plan() -> None:
+    """At once: where garbage is collected by hand, a cycle would hold a GPU's memory."""
+    table = make_plan(Problem(11, 11, 11, 11, None, 0, "contiguous", 1), 0, "gather").steps[0].forward
+    rows = weakref.ref(on_device(table, torch.device("cpu")).rows)
+    assert on_device(table, torch.device("cpu")).rows is rows()
+    gone = weakref.ref(table)
+    gc.disable()
+    try:
+        make_plan.cache_clear()
+        del table
+        assert gone() is None and rows() is None
+    finally:
+        gc.enable()
+
+
 class Counting(ReferenceBackend):
     def __init__(self) -> None:
         self.calls = 0
@@ -92,6 +126,22 @@ def test_a_name_means_the_backend_registered_last(seed: int) -> None:
         register_backend("counting", counting)
         ring_attention(q, k, v, backend="counting")
     assert (first.calls, second.calls) == (1, 1)
+
+
+class Reading(ReferenceBackend):
+    """Kernels read the h-th number of the sinks, wherever they came from."""
+
+    def forward(self, *arguments: Any, params: Params, **options: Any) -> None:
+        assert params.sinks is not None and params.sinks.is_contiguous()
+        super().forward(*arguments, params=params, **options)
+
+
+@pytest.mark.parametrize("sinks", [torch.arange(8.0)[::2], torch.ones(1).expand(4)], ids=["strided", "expanded"])
+def test_sinks_may_lie_anyhow(sinks: Tensor, seed: int) -> None:
+    register_backend("reading", Reading())
+    want = everything(*inputs(seed), sinks=sinks.clone(), backend="reference")
+    got = everything(*inputs(seed), sinks=sinks, backend="reading")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("which", range(4))

@@ -167,6 +167,27 @@ def test_a_kernel_has_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     assert library.path_of(KIND) != before
 
 
+@pytest.mark.parametrize("error", [PermissionError("not yours"), RuntimeError("failed to map segment")], ids=str)
+def test_what_cannot_be_loaded_is_compiled(
+    error: Exception,
+    folder: Path,
+    compiler: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In every process, and it is said why: a folder of somebody else, or one from which nothing may be executed."""
+
+    def refused(path: Path) -> None:
+        raise error
+
+    library.load(KIND)
+    monkeypatch.setattr(library, "_open", refused)
+    library.load.cache_clear()
+    assert library.load(KIND) is KIND, "what the compiler made"
+    assert compiler == [KIND, KIND]
+    assert str(error) in caplog.text and "compiled in every process anew" in caplog.text
+
+
 def test_compiled_once_and_kept(folder: Path, compiler: list[object]) -> None:
     assert library.load(KIND) == ("opened", b"library")
     assert library.load(KIND) == ("opened", b"library")

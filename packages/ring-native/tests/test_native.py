@@ -18,6 +18,7 @@ from ring_core import UnsupportedError, load_backend, ring_attention
 from ring_core.backend import Backend, DeviceTable, Params, on_device
 from ring_core.plan import GatherPlan, Problem, make_plan
 from ring_core.segment import COLUMNS, FIRST, LAST, Segment, Table
+from ring_core.testing import compare
 from ring_core.testing.oracle import attention_oracle
 from ring_native import PROVIDERS, NativeBackend
 from ring_native.masks import CAUSAL, FULL, Mask
@@ -340,3 +341,16 @@ def test_a_default_device_is_for_users() -> None:
     want = ring_attention(q, k, v, **options)
     with torch.device("meta"):
         assert torch.equal(ring_attention(q, k, v, **options), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [-0.25, 0.0])
+def test_scales_that_are_not_positive(scale: float, dtype: torch.dtype) -> None:
+    """Kernels hide keys by -inf before they multiply."""
+    q, k, v, dout = inputs(4, 64, 64, dtype=dtype)
+    truth = attention_oracle(q, k, v, causal=True, scale=scale, dout=dout)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = ring_attention(*leaves, causal=True, softmax_scale=scale, backend="native")
+    found = (out, *torch.autograd.grad(out, leaves, dout))
+    for name, got in zip(("out", "dq", "dk", "dv"), found, strict=True):
+        assert compare(got, getattr(truth, name)).rmse < (1e-5 if dtype == torch.float32 else 2e-2), name

@@ -176,6 +176,8 @@ def _plan(options: argparse.Namespace) -> Plan:
         head_dims=tuple(options.head_dim),
     )
     cells = suite_cells(suite, overrides, all_ranks=launch.visible_ranks(device))
+    if not cells:
+        raise UsageError("no cell is left: the suite has none of these layouts, schedules and masks")
     names = _names(options.implementations, suite)
     return Plan(suite, cells, names, device, options.seed, options.max_seconds)
 

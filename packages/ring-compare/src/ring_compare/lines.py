@@ -59,6 +59,15 @@ def by_problem(results: Iterable[Result]) -> dict[str, list[Line]]:
     return problems
 
 
+def measured_together(results: Iterable[Result]) -> list[list[Line]]:
+    """The lines of each problem and run, so that no ratio is formed between runs: all that a run measures of a problem
+    has one seed, drawn afresh for the next run."""
+    by_seed: dict[int, list[Result]] = {}
+    for result in results:
+        by_seed.setdefault(result.seed, []).append(result)
+    return [lines for some in by_seed.values() for lines in by_problem(some).values()]
+
+
 def _speed(line: Line) -> tuple[float, ...]:
     return tuple(line.rate(phase) or 0.0 for phase in ("fwd+bwd", "bwd", "fwd"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -130,9 +131,22 @@ def _decode(path: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
 def load(path: Path) -> Records:
-    """Read and check a file; RecordError names the line."""
-    lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    """Read and check a file; RecordError names the line. A last line that a killed run has not finished is left out,
+    with a warning."""
+    text = path.read_text(encoding="utf-8")
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if len(lines) > 1 and not text.endswith("\n") and not _is_json(lines[-1][1]):
+        warnings.warn(f"{path.name}: the last line was not finished, and is left out", stacklevel=2)
+        del lines[-1]
     if not lines:
         raise RecordError(f"{path.name}: empty")
     environment, *rows = (_decode(path, number, line) for number, line in lines)

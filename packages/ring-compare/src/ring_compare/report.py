@@ -8,7 +8,7 @@ from typing import Any
 
 from ring_compare.kernel_report import KERNEL_COLUMNS, KERNEL_NOTES, kernel_row
 from ring_compare.kernels import of_one_gpu
-from ring_compare.lines import NATIVE, Line, Pair, by_problem, summary
+from ring_compare.lines import NATIVE, Line, Pair, measured_together, summary
 from ring_compare.ratios import ratios
 from ring_compare.records import RecordError, Records, Result
 from ring_compare.suites import KERNEL_PHASES, PHASES
@@ -208,8 +208,8 @@ def render(records: Records) -> str:
     lines += [*_NOTES, ""]
     if any(result.phase == "bwd" for result in records.results):
         lines += [*KERNEL_NOTES, ""]
-    for problem, found in by_problem(records.results).items():
-        lines += [f"## {problem}", ""]
+    for found in measured_together(records.results):
+        lines += [f"## {found[0].cell.problem}", ""]
         shown = [line for line in found if line.tried]
         if shown:
             lines += _table(COLUMNS, map(main_row, shown))

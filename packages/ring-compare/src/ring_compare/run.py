@@ -49,8 +49,8 @@ class Outcome:
         return 1 if "failed" in statuses or "ok" not in statuses else 0
 
 
-def _reason_to_skip(cell: Cell, device: str) -> str | None:
-    if device == "cuda" and cell.world_size > visible_ranks(device):
+def _reason_to_skip(cell: Cell, device: str, given: GivenRanks | None) -> str | None:
+    if given is None and device == "cuda" and cell.world_size > visible_ranks(device):
         return f"{cell.world_size} ranks, but {visible_ranks(device)} visible GPUs"
     return check_cell(cell)
 
@@ -95,7 +95,7 @@ def _measure(
     start, done = time.monotonic(), 0
     for index, problem in enumerate(by_problem(plan.cells)):
         progress(done, problem[0], None)
-        reasons = {cell: _reason_to_skip(cell, plan.device) for cell in problem}
+        reasons = {cell: _reason_to_skip(cell, plan.device, given) for cell in problem}
         late = plan.max_seconds is not None and time.monotonic() - start > plan.max_seconds
         if given is not None and plan.max_seconds is not None:  # ranks' clocks differ, the first one's counts
             late = bool(given.share(f"late/{index}", late))

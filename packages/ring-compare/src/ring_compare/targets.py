@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from ring_compare.goals import Found, Goals, Measure, Target
 from ring_compare.kernel_targets import KERNEL_GOALS
-from ring_compare.lines import Line, by_problem
+from ring_compare.lines import Line, measured_together
 from ring_compare.ratios import Ratios, accuracy, extra_memory, find, output_bytes, peer, ratios
-from ring_compare.records import Records, Result
+from ring_compare.records import Records
 from ring_compare.suites import PHASES, Cell
 
 WORLD_SIZE = 4
@@ -182,19 +182,10 @@ KNOWN_EXTRA_GIB = {32768: 0.66, 131072: 2.63}
 """Peak of ring-flash-attn zigzag over its inputs, forward and backward, 32/8 heads."""
 
 
-def _measured_together(results: Sequence[Result]) -> list[list[Line]]:
-    """The lines of each problem and run, so that no ratio is formed between runs: all that a run measures of a problem
-    has one seed, drawn afresh for the next run."""
-    by_seed: dict[int, list[Result]] = {}
-    for result in results:
-        by_seed.setdefault(result.seed, []).append(result)
-    return [lines for some in by_seed.values() for lines in by_problem(some).values()]
-
-
 def render_targets(records: Records, names: Sequence[str] = ()) -> tuple[str, bool]:
     """The tables of these names as Markdown, and whether every `must` in them was measured and met. No name: the tables
     that the records say anything about, or that of rings."""
-    problems = _measured_together(records.results)
+    problems = measured_together(records.results)
     figures = {goals.name: goals.figures(problems) for goals in GOALS}
     touched = [name for name, found in figures.items() if any(x is not None for x in found)]
     shown = [goals for goals in GOALS if goals.name in (names or touched or ("rings",))]

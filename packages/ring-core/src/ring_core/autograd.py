@@ -310,6 +310,7 @@ def _forward(
     params = _params(call, alibi_slopes, sinks, seed)
     staged = way.staged(q, None, params)
     with _device_of(q):
+        _keep_captured(way.plan, q)
         moving = transport(way.plan, group, q.shape[2], k, "forward", call.heads_at_once, staged=staged)
         orchestration_forward.forward(
             q,
@@ -351,6 +352,7 @@ def _backward(
     params = _params(call, alibi_slopes, sinks, seed)
     staged = way.staged(q, dout, params)
     with _device_of(q):
+        _keep_captured(way.plan, q)
         moving = transport(
             way.plan,
             group,
@@ -392,6 +394,16 @@ def _device_of(q: Tensor) -> AbstractContextManager[object]:
     if not q.is_cuda or q.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(q.device)
+
+
+_captured: dict[int, Plan] = {}
+
+
+def _keep_captured(plan: Plan, q: Tensor) -> None:
+    """What a CUDA graph reads of a plan, its tables on the device, stays for good: the graph may be replayed when the
+    plan has long been forgotten."""
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured[id(plan)] = plan
 
 
 def _description(q: Tensor, k: Tensor, call: Call) -> dict[str, Any]:
@@ -495,6 +507,7 @@ def _problem_of(
 def _params(call: Call, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None) -> Params:
     if alibi_slopes is None and sinks is None and seed is None:
         return _plain_params(call.scale, call.softcap, call.deterministic)
+    sinks = None if sinks is None else sinks.contiguous()  # kernels read the h-th number
     dropout = None if seed is None else Dropout(call.dropout_p, seed)
     return Params(call.scale, call.softcap, alibi_slopes, sinks, dropout, call.deterministic)
 

@@ -9,7 +9,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -197,23 +197,27 @@ class DeviceTable:
     host: Table
     device: torch.device
 
-    @cached_property
+    @property
     def rows(self) -> Tensor:
         """int32 (N, 12), columns as in `ring_core.plan.Segment`."""
-        return torch.from_numpy(self.host.rows.copy()).to(self.device)
+        return self._kept("rows", self.host.rows)
 
-    @cached_property
+    @property
     def groups(self) -> Tensor:
         """int32 (G + 1,): rows of group g are rows[groups[g]:groups[g + 1]]."""
-        return torch.from_numpy(self.host.groups.copy()).to(self.device)
+        return self._kept("groups", self.host.groups)
+
+    def _kept(self, name: str, numbers: np.ndarray[Any, Any]) -> Tensor:
+        """With the table, which knows nothing that knows it: it goes with the last who needs it."""
+        found: Tensor | None = self.host.cache.get((name, self.device))
+        if found is None:
+            found = self.host.cache[name, self.device] = torch.from_numpy(numbers.copy()).to(self.device)
+        return found
 
 
 def on_device(table: Table, device: torch.device) -> DeviceTable:
     """The table's copy on `device`, kept with the table (which is kept with the plan)."""
-    copy: DeviceTable | None = table.cache.get(device)
-    if copy is None:
-        copy = table.cache[device] = DeviceTable(table, device)
-    return copy
+    return DeviceTable(table, device)
 
 
 @runtime_checkable

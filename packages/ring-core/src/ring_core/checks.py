@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ring_core.plan import SCHEDULES
+from ring_core.plan.problem import UNBOUNDED
 
 BATCHED = "(batch, sequence, heads, head_dim)"
 
@@ -83,6 +84,7 @@ def check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
         raise TypeError(f"{wanted}, got {window_size!r}")
     if left < -1 or right < -1:
         raise ValueError(f"{wanted}, got {window_size!r}")
+    left, right = (-1 if side >= UNBOUNDED else side for side in (left, right))
     return left, 0 if causal else right
 
 

@@ -25,7 +25,7 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, resul
             (its `block_out` is not read).
         result: (B, S, H, D) any dtype: takes the merged rows in place of `out`, which then stays as it was.
     """
-    if lse.is_cuda and lse.dtype == torch.float32 and triton_is_importable():
+    if lse.is_cuda and lse.dtype == torch.float32 and lse.shape[0] < 1 << 16 and triton_is_importable():
         from ring_core.merge_triton import merge_kernel_
 
         return merge_kernel_(out, lse, block_out, block_lse, out if result is None else result)

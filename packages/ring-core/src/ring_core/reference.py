@@ -236,9 +236,10 @@ def _over_rows(p: Tensor, a: Tensor, num_kv_heads: int) -> Tensor:
 
 def _sums(equation: str, a: Tensor, b: Tensor) -> Tensor:
     """`torch.einsum`, but under autocast as well in the tensors' own dtype."""
-    if not torch.is_autocast_enabled(a.device.type):
+    kind = a.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return torch.einsum(equation, a, b)
-    with torch.autocast(a.device.type, enabled=False):
+    with torch.autocast(kind, enabled=False):
         return torch.einsum(equation, a, b)
 
 

@@ -87,7 +87,7 @@ class _Line:
 
 def _fill(kind: Any, anew: bool) -> _Line:
     path = library.path_of(kind)
-    if path.exists() and not anew:
+    if os.path.exists(path) and not anew:
         try:
             library.check(path)
         except library.DamagedError as error:

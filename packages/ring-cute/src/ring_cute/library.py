@@ -49,6 +49,11 @@ class DamagedError(RuntimeError):
     """A file of the cache is not what was written there."""
 
 
+UNUSABLE = (DamagedError, OSError, RuntimeError)
+"""What a file of the cache may fail with: it is not what was written, may not be read, or cannot be loaded here (from a
+folder without execution, say)."""
+
+
 def cache_folder() -> Path:
     """RING_CUTE_CACHE, or a folder under the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
     if named := os.environ.get("RING_CUTE_CACHE"):
@@ -121,7 +126,7 @@ def find(kind: Kind) -> Path | None:
 def _files(kind: Kind) -> Iterator[Path]:
     if dsl_version():
         path = path_of(kind)
-        if path.exists():
+        if os.path.exists(path):  # False, too, in a folder that this user may not look into
             yield path
     else:
         yield from sorted(cache_folder().glob(f"{_stem(kind)}-*.so"), reverse=True)
@@ -153,15 +158,21 @@ def load(kind: Kind) -> Any:
     for path in _files(kind):
         try:
             return _open(path)
-        except DamagedError as error:
-            _log.warning("%s; it will not be used", error)
+        except UNUSABLE as error:
+            _log.warning("%s; %s will not be used", error, path)
     if not dsl_version():
         raise ImportError(
             f"{words(kind)} is not in the cache {cache_folder()}, and {DSL} is not installed to compile it: {GET_DSL}; "
             f"or fill the cache where it is, with python -m ring_cute.compile"
         )
     made = build(kind)
-    return made.function if made.path is None else _open(made.path)
+    if made.path is None:
+        return made.function
+    try:
+        return _open(made.path)
+    except UNUSABLE as error:
+        _log.warning("%s is compiled in every process anew, as %s cannot be loaded: %s", words(kind), made.path, error)
+        return made.function
 
 
 @dataclass(frozen=True, slots=True)

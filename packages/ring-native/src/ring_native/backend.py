@@ -94,6 +94,8 @@ class NativeBackend:
         flags: Flags | None = None,
     ) -> None:
         assert flags is None, "flags=False among the capabilities"
+        if params.scale <= 0:
+            q, params = _positive(q, params)
         provider = self.provider(q.device)
         distances = params.alibi_slopes is not None
         plan = forward_calls(table.host, k.shape[2], q.shape[0], provider.style, provider.varlen, distances)
@@ -153,6 +155,8 @@ class NativeBackend:
             dk.zero_()
             dv.zero_()
             return
+        if params.scale <= 0:
+            q, params = _positive(q, params)
         provider = state.provider
         distances = params.alibi_slopes is not None
         calls = backward_calls(table.host, k.shape[2], q.shape[0], provider.style, provider.varlen, distances)
@@ -189,7 +193,18 @@ class NativeBackend:
                 pieces.copy_(total.unflatten(1, pieces.shape[::2][:2]).transpose(0, 1))
 
     def finish(self, state: BackwardState, *, params: Params) -> tuple[Tensor, Tensor | None]:
-        return state.dq.finish(), None
+        dq = state.dq.finish()
+        if params.scale <= 0:  # the gradient of what `_positive` made
+            dq = -dq if params.scale < 0 else torch.zeros_like(dq)
+        return dq, None
+
+
+def _positive(q: Tensor, params: Params) -> tuple[Tensor, Params]:
+    """Queries and a positive scale that give the same scores: kernels look for the largest q·k, and hide keys by
+    -inf, before they multiply by the scale."""
+    if params.scale < 0:
+        return -q, replace(params, scale=-params.scale)
+    return torch.zeros_like(q), replace(params, scale=1.0)
 
 
 def _joined(pieces: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -83,15 +84,16 @@ def tune(
         return lambda: backend.backward(state, q, k, v, dout, dk, dv, tables[1], params=params)
 
     results: list[Result] = []
-    for place, default in _places(backend, q, params, tuned.mask_of(step.forward)):
-        if place.kernel.endswith("forward"):
-            run = forward
-        else:
-            if not results:
-                forward()
-            shape = torch.Size((batch, length, heads[1], head_dim))
-            run = backward_of(backend.prepare(q, shape, out, dout, lse, None, params=params))
-        results.append(_fastest(place, default, run, timer))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # whose events the timer takes
+        for place, default in _places(backend, q, params, tuned.mask_of(step.forward)):
+            if place.kernel.endswith("forward"):
+                run = forward
+            else:
+                if not results:
+                    forward()
+                shape = torch.Size((batch, length, heads[1], head_dim))
+                run = backward_of(backend.prepare(q, shape, out, dout, lse, None, params=params))
+            results.append(_fastest(place, default, run, timer))
     for result in results:
         times = {"milliseconds": result.milliseconds, "before": result.before, "tried": result.tried}
         tuned.remember(result.place, device, {"setting": result.setting, **times})

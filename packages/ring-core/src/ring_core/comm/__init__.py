@@ -112,7 +112,10 @@ def _courier(plan: GatherPlan, group: ProcessGroup, k: Tensor) -> Courier:
     if way == "shared_memory":
         here = Lane(None)
         return PeerCourier(plan, partial(shared_memory, group), (here, here))
-    if way == "peer_memory" or (way == "auto" and k.is_cuda and not torch.cuda.is_current_stream_capturing()):
+    captured = k.is_cuda and torch.cuda.is_current_stream_capturing()
+    if captured and way == "peer_memory":
+        raise RingCommError("peer memory counts calls on the host, so a CUDA graph cannot replay it: take another way")
+    if way == "peer_memory" or (way == "auto" and k.is_cuda and not captured):
         found = peers(group, k.device)
         if found is not None:
             return PeerCourier(plan, found.memory, found.lanes)

@@ -92,6 +92,8 @@ class Channel:
         self._ranks = dist.get_process_group_ranks(group)
         self._own: ProcessGroup | None = None
         self._slots: dict[str, Tensor] = {}
+        self._captured = False
+        self._retired: list[Tensor] = []
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)
             if kind != KINDS[0]:  # NCCL runs one group's messages in one queue, whatever their tag
@@ -119,10 +121,22 @@ class Channel:
         """A buffer that stays from call to call, grown when it is too small. Contents: whatever was there."""
         wanted = torch.Size(shape).numel() * dtype.itemsize
         kept = self._slots.get(name)
+        if self.stream is not None:
+            self._captured |= torch.cuda.is_current_stream_capturing()
         if kept is None or kept.numel() < wanted:
+            if kept is not None and self.stream is not None:
+                self._retire(kept, self.stream)
             with lasting():
                 kept = self._slots[name] = torch.empty(wanted, dtype=torch.uint8, device=self.device)
         return kept[:wanted].view(dtype).view(*shape)
+
+    def _retire(self, kept: Tensor, channel_stream: torch.cuda.Stream) -> None:
+        """A buffer that is too small: its memory is free for others once what uses it now is done, but never where a
+        CUDA graph may use it again."""
+        if self._captured:
+            self._retired.append(kept)
+        for stream in (torch.cuda.current_stream(self.device), channel_stream):
+            kept.record_stream(stream)
 
     def post(self, sends: Messages, receives: Messages) -> Pending:
         """Starts sending and receiving; tensors must live, unchanged and unread, until `Pending.wait`."""

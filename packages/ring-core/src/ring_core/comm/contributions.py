@@ -143,8 +143,11 @@ def _cells(plan: GatherPlan, home_in_place: bool) -> NDArray[np.int32]:
     return np.array(rows, np.int32).reshape(-1, 3 + plan.problem.world_size)
 
 
-@lru_cache(maxsize=256)
 def _on_device(plan: GatherPlan, home_in_place: bool, device: torch.device) -> tuple[Tensor, int]:
-    """The cells, and the length of the longest."""
-    cells = _cells(plan, home_in_place)
-    return torch.from_numpy(cells).to(device), int(cells[:, 1].max(initial=0))
+    """The cells, and the length of the longest: kept with the plan."""
+    cache, key = plan.steps[0].backward.cache, ("cells", home_in_place, device)
+    if key not in cache:
+        cells = _cells(plan, home_in_place)
+        cache[key] = torch.from_numpy(cells).to(device), int(cells[:, 1].max(initial=0))
+    found: tuple[Tensor, int] = cache[key]
+    return found

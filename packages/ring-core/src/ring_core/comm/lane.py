@@ -63,7 +63,8 @@ def mark_on(device_index: int) -> torch.Event:
     return torch.Stream.record_event(current_stream(device_index))
 
 
-_latest: weakref.WeakKeyDictionary[ProcessGroup, torch.cuda.Stream] = weakref.WeakKeyDictionary()
+_latest: weakref.WeakKeyDictionary[ProcessGroup, dict[int, torch.cuda.Stream]] = weakref.WeakKeyDictionary()
+"""Of each GPU, the stream of the latest call."""
 
 
 def follow_calls(group: ProcessGroup, device: torch.device) -> None:
@@ -73,12 +74,15 @@ def follow_calls(group: ProcessGroup, device: torch.device) -> None:
     if device.type != "cuda":
         return
     here = current_stream(device.index)
-    before = _latest.get(group)
+    latest = _latest.get(group)
+    if latest is None:
+        latest = _latest[group] = {}
+    before = latest.get(device.index)
     if before is here or torch.cuda.is_current_stream_capturing():
         return
-    if before is not None and before.device == here.device:
+    if before is not None:
         torch.Stream.wait_stream(here, before)
-    _latest[group] = here
+    latest[device.index] = here
 
 
 URGENT = 2

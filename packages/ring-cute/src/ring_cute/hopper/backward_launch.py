@@ -157,6 +157,10 @@ def prepare(q: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | No
         if launches(*given):
             return state
     batch, length, num_heads, head_dim = shape
+    if max(batch, num_heads) >= 1 << 16:
+        raise ValueError(
+            f"{batch} batch entries and {num_heads} heads: the backward's ends have a grid of less than 65536"
+        )
     kernel = library.load(EndsKind("prepare", DTYPES[q.dtype], head_dim, dlse is not None))
     strides = (*out.stride()[:3], *dout.stride()[:3], *lse.stride()[:2], *((0,) * 3 if dlse is None else dlse.stride()))
     launches.add(kernel, (*(None,) * 7, *strides, length, num_heads, batch, None), given)
