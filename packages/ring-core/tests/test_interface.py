@@ -132,6 +132,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "schedule": ({"schedule": "star"}, "unknown schedule 'star'; there are 'auto', 'ring', 'gather'"),
     "backend": ({"backend": "cuda"}, "there is no backend 'cuda' here; installed: "),
     "backend by number": ({"backend": 3}, "backend must be the name of a backend or None, got int"),
+    "half an option": ({"backend": "reference]"}, "there is no backend 'reference]' here; installed: "),
     "backend without options": ({"backend": "reference[fast]"}, "backend 'reference' has no options, got 'fast'"),
     "window of one": ({"window_size": (3,)}, WINDOW + "(3,)"),
     "negative window": ({"window_size": (-2, 0)}, WINDOW + "(-2, 0)"),

@@ -7,6 +7,7 @@ import sys
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -108,6 +109,24 @@ def test_tables_go_with_their_plan() -> None:
         assert gone() is None and rows() is None
     finally:
         gc.enable()
+
+
+class Padded(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ring_attention(q, k, v, window_size=(q.shape[1] // 2, 0), total_length=q.shape[1])
+
+
+def test_exported_lengths_are_symbols(seed: int) -> None:
+    small, large = ([x.detach() for x in inputs(seed, length)] for length in (12, 30))
+    length = torch.export.Dim("length", min=4, max=64)
+    graph = torch.export.export(Padded(), tuple(small), dynamic_shapes=[{1: length}] * 3, strict=False).module()
+    assert torch.equal(graph(*large), Padded()(*large))
+
+
+def test_numbers_of_numpy_are_whole(seed: int) -> None:
+    x = inputs(seed)
+    got = ring_attention(*x, window_size=(np.int64(3), np.int32(-1)), total_length=np.int64(9))  # type: ignore[arg-type]
+    assert torch.equal(got, ring_attention(*x, window_size=(3, -1), total_length=9))
 
 
 class Counting(ReferenceBackend):

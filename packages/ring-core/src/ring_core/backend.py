@@ -5,7 +5,6 @@ A backend computes blocks of attention; it knows no ranks, layouts or masks, onl
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -190,7 +189,7 @@ class Flags:
 POISON = 0xFFFFFFFF
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen: one is made in every pass
 class DeviceTable:
     """A segment table for one device; `host` is the same table as the planner made it."""
 
@@ -389,14 +388,14 @@ def load_backend(name: str) -> Backend:
         ImportError: from its package, where something that needs is missing.
     """
     base, _, option = name.removesuffix("]").partition("[")
-    if base not in backend_names() or (option and not name.endswith("]")):
+    if base not in backend_names() or name != (f"{base}[{option}]" if option else base):
         raise ValueError(
             f"there is no backend {name!r} here; installed: {', '.join(backend_names())}. Backends come with "
             f"packages of their own: pip install ring-native, ring-triton or ring-cute. Kernels of others are "
             f'options of the first: "native[flash-attn]"'
         )
     make: Callable[..., Backend] = _registered()[base].load() if base in _registered() else _reference()
-    if option and not inspect.signature(make).parameters:
+    if option and getattr(make, "__init__", None) is object.__init__:
         raise ValueError(f"backend {base!r} has no options, got {option!r}")
     return make(option) if option else make()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from ring_core.plan import SCHEDULES
 from ring_core.plan.problem import UNBOUNDED
@@ -72,6 +73,11 @@ def check_backend(backend: str | None) -> str:
     return backend or ""
 
 
+def is_whole(x: object) -> bool:
+    """Whether it is an int, numpy's or a compiler's included."""
+    return isinstance(x, (int, np.integer, SymInt))
+
+
 def check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
     """Left and right, -1 for unbounded, with the causal mask in `right`. Raises TypeError or ValueError."""
     wanted = "window_size must be (left, right), two ints, each >= 0 or -1 for unbounded"
@@ -80,7 +86,7 @@ def check_window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
     if len(window_size) != 2:
         raise ValueError(f"{wanted}, got {window_size!r}")
     left, right = window_size
-    if not isinstance(left, int) or not isinstance(right, int):
+    if not is_whole(left) or not is_whole(right):
         raise TypeError(f"{wanted}, got {window_size!r}")
     if left < -1 or right < -1:
         raise ValueError(f"{wanted}, got {window_size!r}")

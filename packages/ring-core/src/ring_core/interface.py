@@ -15,6 +15,7 @@ from ring_core.checks import (
     check_tensors,
     check_window,
     form_of,
+    is_whole,
     scale_of,
     seed_of,
 )
@@ -236,7 +237,7 @@ def _check_total(total_length: int | tuple[int, int] | None, q_length: int, k_le
     else:
         q_total = k_total = total_length
     for name, total, length in (("queries", q_total, q_length), ("keys", k_total, k_length)):
-        if not isinstance(total, int):
+        if not is_whole(total):
             raise TypeError(f"total_length must be one int or a pair (of q, of k), got {total_length!r}")
         if not 0 <= total <= length:
             raise ValueError(

@@ -194,9 +194,9 @@ def _join(spec: WorkerSpec) -> Any:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # all ranks are here, and a host name may not resolve
     if spec.device == "cuda":
         count = torch.cuda.device_count()
-        if spec.world_size > count:
+        if spec.world_size > count > 0:
             os.environ.update(_of_shared_gpus(spec.rank))
-        torch.cuda.set_device(spec.rank % count)
+        torch.cuda.set_device(spec.rank % max(1, count))
         backend = "cpu:gloo,cuda:nccl"
     else:
         torch.set_num_threads(1)

@@ -53,7 +53,10 @@ class Prepared:
 def takes_tma(x: Tensor) -> bool:
     """Whether TMA can address x (…, B, S, H, D) by rows."""
     *strides, last = x.stride()[-4:]
-    return last == 1 and not x.data_ptr() % 16 and all(s and not s * x.element_size() % 16 for s in strides)
+    read = x.numel() > 0  # else strides may be 0 as well
+    return (
+        last == 1 and not x.data_ptr() % 16 and all((s or not read) and not s * x.element_size() % 16 for s in strides)
+    )
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> str:
