@@ -57,6 +57,7 @@ def no_gpu(driver_launch: Callable[..., int]) -> Iterator[CompileOnly]:
         patch.object(launch, "forward_kernel", compile_only),
         patch.object(launch, "processors", lambda device: 132),
         patch.object(launch, "current_stream", lambda: lambda index: 7),
+        patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
         patch.object(direct, "driver_launch", lambda: driver_launch),
         patch.object(direct, "make_tensordesc_arg", encoded),
     ):
