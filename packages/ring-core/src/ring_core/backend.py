@@ -395,7 +395,7 @@ def load_backend(name: str) -> Backend:
             f'options of the first: "native[flash-attn]"'
         )
     make: Callable[..., Backend] = _registered()[base].load() if base in _registered() else _reference()
-    if option and getattr(make, "__init__", None) is object.__init__:
+    if option and getattr(make, "__init__", None) is object.__init__:  # a class that cannot be given anything
         raise ValueError(f"backend {base!r} has no options, got {option!r}")
     return make(option) if option else make()
 

@@ -49,9 +49,9 @@ class DamagedError(RuntimeError):
     """A file of the cache is not what was written there."""
 
 
-UNUSABLE = (DamagedError, OSError, RuntimeError)
-"""What a file of the cache may fail with: it is not what was written, may not be read, or cannot be loaded here (from a
-folder without execution, say)."""
+UNUSABLE = (OSError, RuntimeError)
+"""What a file of the cache may fail with: it is damaged, may not be read, or cannot be loaded here (from a folder
+without execution, say)."""
 
 
 def cache_folder() -> Path:

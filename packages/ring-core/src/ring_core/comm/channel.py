@@ -175,9 +175,7 @@ def channel(group: ProcessGroup, device: torch.device, kind: str) -> Channel:
     Raises:
         RingCommError: it would be made while a CUDA graph is captured, when no communicator can be.
     """
-    known = _channels.get(group)
-    if known is None:
-        known = _channels[group] = {}
+    known = _channels.setdefault(group, {})
     if (device, kind) not in known:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RingCommError(

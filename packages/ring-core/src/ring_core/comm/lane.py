@@ -74,9 +74,7 @@ def follow_calls(group: ProcessGroup, device: torch.device) -> None:
     if device.type != "cuda":
         return
     here = current_stream(device.index)
-    latest = _latest.get(group)
-    if latest is None:
-        latest = _latest[group] = {}
+    latest = _latest.setdefault(group, {})
     before = latest.get(device.index)
     if before is here or torch.cuda.is_current_stream_capturing():
         return

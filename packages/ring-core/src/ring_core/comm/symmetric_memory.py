@@ -273,9 +273,7 @@ _peers: weakref.WeakKeyDictionary[ProcessGroup, dict[torch.device, Peers | None]
 
 def peers(group: ProcessGroup, device: torch.device) -> Peers | None:
     """The group's peer memory; None where its ranks cannot read each other's. The first call is collective."""
-    found = _peers.get(group)
-    if found is None:
-        found = _peers[group] = {}
+    found = _peers.setdefault(group, {})
     if device not in found:
         found[device] = Peers(group, device) if _can_read_each_other(group, device) else None
     return found[device]

@@ -55,10 +55,9 @@ def query_buffers(head_dim: int, settings: Settings, ahead: bool) -> int:
 def takes_tma(x: Tensor) -> bool:
     """Whether TMA can address x (…, B, S, H, D) by rows."""
     *strides, last = x.stride()[-4:]
-    read = x.numel() > 0  # else strides may be 0 as well
-    return (
-        last == 1 and not x.data_ptr() % 16 and all((s or not read) and not s * x.element_size() % 16 for s in strides)
-    )
+    if last != 1 or x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in strides):
+        return False
+    return all(strides) or not x.numel()  # those of what is never read may be 0
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> str:
